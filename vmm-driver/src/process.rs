@@ -61,7 +61,7 @@ impl Process {
         if start_time(identity.pid).ok() != Some(identity.start_time) {
             return Ok(None);
         }
-        Ok(Some(Self { identity: identity.clone(), fd: AsyncFd::register(fd)? }))
+        Ok(Some(Self { identity: identity.clone(), fd: register(fd)? }))
     }
 
     /// Its identity.
@@ -106,6 +106,12 @@ impl Process {
             _ => Ended::Unknown,
         }
     }
+}
+
+#[expect(unsafe_code, reason = "registering asks for a promise about the descriptor")]
+fn register(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` answers the same open descriptor for as long as it lives.
+    unsafe { AsyncFd::register(fd) }.map_err(io::Error::from)
 }
 
 #[expect(unsafe_code, reason = "pidfd_open has no safe wrapper")]
