@@ -122,6 +122,19 @@ impl<'world> Client<'world> {
         bail!("the VM does not become ready; it went through {}", seen.join(", "))
     }
 
+    /// Polls until the VM's `status_detail` is this word.
+    pub fn wait_for(&self, vm: &str, wanted: &str) -> Result<()> {
+        for _ in 0..TRIES {
+            let body = self.get(&format!("/v1/vms/{vm}"))?.expect(200)?;
+            if body["status_detail"] == wanted {
+                return Ok(());
+            }
+            ensure!(body["status"] != "failed", "the VM failed: {body}");
+            thread::sleep(Duration::from_millis(500));
+        }
+        bail!("the VM does not become {wanted}")
+    }
+
     /// Adds a rule for the account (`host` or `cidr`); its id.
     pub fn rule(&self, kind: &str, target: &str) -> Result<String> {
         let rule = self.post("/v1/egress/rules", &json!({ kind: target }))?.expect(201)?;

@@ -53,7 +53,7 @@ impl Counters {
     }
 
     /// Packets that arrived for any address.
-    pub fn all(&self) -> u64 {
+    pub fn any(&self) -> u64 {
         self.0.get("any").copied().unwrap_or(0)
     }
 

@@ -15,6 +15,8 @@ use std::{
 const LISTEN: &str = "127.0.0.1:7070";
 /// How many times we ask whether it answers, ten times a second.
 const TRIES: usize = 600;
+/// Files from this size on are disks.
+const LARGEST_STATE: u64 = 64 << 20;
 
 /// What runs the guests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,14 +88,23 @@ impl<'world> Daemon<'world> {
         fs::read_to_string(log_file(self.world)).unwrap_or_default()
     }
 
-    /// Every file below its data folder, for looking what is in them.
-    pub fn data_files(&self) -> Vec<PathBuf> {
+    /// What runs its guests.
+    pub fn driver(&self) -> Driver {
+        self.settings.driver
+    }
+
+    /// The files of its state, but for VMs' disks: for looking whether something stands there that must not.
+    pub fn state_files(&self) -> Vec<PathBuf> {
         let mut folders = vec![data_dir(self.world)];
         let mut files = Vec::new();
         while let Some(folder) = folders.pop() {
             for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-                let Ok(kind) = entry.file_type() else { continue };
-                if kind.is_dir() { folders.push(entry.path()) } else { files.push(entry.path()) }
+                let Ok(meta) = entry.metadata() else { continue };
+                if meta.is_dir() {
+                    folders.push(entry.path());
+                } else if meta.is_file() && meta.len() < LARGEST_STATE {
+                    files.push(entry.path());
+                }
             }
         }
         files

@@ -103,11 +103,17 @@ impl Drop for World {
     }
 }
 
-/// A name that no other world on this machine has.
+/// A name that no other world on this machine has, short enough for the daemon's `instance`: at most 8 characters.
 fn unique() -> Names {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let count = COUNT.fetch_add(1, Ordering::Relaxed);
-    Names { world: format!("w{}x{count}", std::process::id()) }
+    Names { world: format!("w{}{}", base36(std::process::id(), 5), base36(count, 2)) }
+}
+
+/// The number's last `digits` digits to the base of 36.
+fn base36(number: u32, digits: u32) -> String {
+    let digit = |place| char::from_digit(number / 36u32.pow(place) % 36, 36).unwrap_or('0');
+    (0..digits).rev().map(digit).collect()
 }
 
 fn servers(names: &Names, folder: &Path) -> Result<Child> {

@@ -1,4 +1,5 @@
 //! The world itself: it answers as it promises, writes down what arrives, and leaves nothing behind.
+#![expect(clippy::unwrap_used, reason = "a test's helper fails by panicking")]
 
 use std::{net::Ipv4Addr, path::Path, process::Command};
 use tapgate_e2e::{
@@ -44,7 +45,7 @@ fn requests_are_written_down_and_counted() {
     let of = |site: Site| arrived.of(site);
     assert!(of(sites::ECHO) > 4 && of(sites::DNS) > 0, "{arrived:?}");
     assert_eq!((of(sites::API), of(sites::EVIL)), (0, 0));
-    assert!(arrived.all() >= of(sites::ECHO) + of(sites::DNS));
+    assert!(arrived.any() >= of(sites::ECHO) + of(sites::DNS));
 }
 
 #[test]
@@ -53,7 +54,7 @@ fn an_address_that_nobody_has_is_counted_too() {
     let before = world.counters().unwrap();
     capture(world.on_host("ping").args(["-c", "1", "-W", "1", "198.51.100.250"]), b"").unwrap();
     let arrived = world.counters().unwrap().since(&before);
-    assert_eq!(arrived.all(), 1, "{arrived:?}");
+    assert_eq!(arrived.any(), 1, "{arrived:?}");
 }
 
 #[test]
