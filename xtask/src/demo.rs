@@ -2,11 +2,12 @@
 
 use crate::{
     build, image,
-    run::{announce, cargo, program, run},
+    run::{announce, as_root, cargo, run},
+    setup,
 };
 use anyhow::{Context as _, Result};
 use clap::{Args, ValueEnum};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 /// How the demo is run.
 #[derive(Args)]
@@ -31,12 +32,13 @@ pub enum Driver {
     Netns,
 }
 
-/// Builds and runs the demo.
+/// Sets up, builds and runs the demo.
 pub fn command(options: &Options) -> Result<()> {
+    setup::command(false, false)?;
     let mut demo = prepare(options)?;
     announce(&demo);
     if options.stay {
-        demo.arg("--stay").stdin(Stdio::inherit());
+        demo.arg("--stay");
     }
     let status = demo.status().context("the demo could not be started")?;
     anyhow::ensure!(status.success(), "a step of the demo did not show what it must show");
@@ -52,10 +54,9 @@ pub fn prepare(options: &Options) -> Result<Command> {
         Driver::Qemu => "qemu",
     };
     if options.driver == Driver::Qemu {
-        run(program(&tapgate).args(["image", "build", "--dir"]).arg(image::cache()))?;
+        image::build(&tapgate)?;
     }
-    let mut demo = program(build::folder(options.release).join("tapgate-demo"));
+    let mut demo = as_root(build::folder(options.release).join("tapgate-demo"));
     demo.args(["--driver", driver, "--tapgate"]).arg(tapgate).arg("--images").arg(image::cache());
-    demo.stdin(Stdio::null());
     Ok(demo)
 }

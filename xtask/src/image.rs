@@ -2,18 +2,24 @@
 
 use crate::{
     build,
-    run::{program, run, target},
+    run::{as_root, run},
 };
 use anyhow::Result;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-/// Where images are cached between runs.
+/// Where images are, for the demo and for a daemon on this machine alike.
 pub fn cache() -> PathBuf {
-    target().join("images")
+    let cache =
+        std::env::var_os("TAPGATE_CACHE").map_or_else(|| PathBuf::from("/var/cache/tapgate"), PathBuf::from);
+    cache.join("images")
 }
 
 /// Builds the base image unless it is cached.
 pub fn command(release: bool) -> Result<()> {
-    let tapgate = build::binary(release)?;
-    run(program(tapgate).args(["image", "build", "--dir"]).arg(cache()))
+    build(&build::binary(release)?)
+}
+
+/// Has the binary build the base image unless it is cached.
+pub fn build(tapgate: &Path) -> Result<()> {
+    run(as_root(tapgate).args(["image", "build"]))
 }

@@ -29,8 +29,11 @@ enum Command {
         /// Only say what is missing and how to get it; change nothing.
         #[arg(long)]
         check: bool,
+        /// Only install packages: the part of it that needs root.
+        #[arg(long, hide = true)]
+        packages: bool,
     },
-    /// Build the guest agent and the `tapgate` binary.
+    /// Build the `tapgate` binary, with the BPF programs and the guest agent in it.
     Build {
         /// Build without optimisation.
         #[arg(long)]
@@ -66,7 +69,7 @@ fn main() -> ExitCode {
 
 fn run_command(command: Command) -> anyhow::Result<()> {
     match command {
-        Command::Setup { check } => setup::command(check),
+        Command::Setup { check, packages } => setup::command(check, packages),
         Command::Build { debug } => build::command(debug),
         Command::BuildEbpf => ebpf::build(),
         Command::TestEbpf => ebpf::test(),

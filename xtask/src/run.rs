@@ -1,5 +1,6 @@
 //! Running other programs: each is shown before it runs. Never goes through a shell.
 
+use crate::setup;
 use anyhow::{Context as _, Result, bail};
 use std::{
     env,
@@ -18,10 +19,24 @@ pub fn target() -> PathBuf {
     env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), |dir| root().join(dir))
 }
 
-/// The cargo that runs us.
+/// A program that needs root: by sudo where we are not.
+pub fn as_root(name: impl AsRef<std::ffi::OsStr>) -> Command {
+    if setup::Machine::probe().root {
+        return program(name);
+    }
+    let mut command = program("sudo");
+    command.arg("--").arg(name);
+    command
+}
+
+/// The cargo that runs us. It finds the tools that `setup` built, as its subcommands and as linker.
 pub fn cargo() -> Command {
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(root());
+    let path = env::var_os("PATH").unwrap_or_default();
+    if let Ok(path) = env::join_paths(env::split_paths(&path).chain(setup::tool_folders())) {
+        command.env("PATH", path);
+    }
     command
 }
 
@@ -40,7 +55,7 @@ pub fn announce(command: &Command) {
 /// Shows and runs the command; an error unless it succeeds.
 pub fn run(command: &mut Command) -> Result<()> {
     announce(command);
-    let status = command.stdin(Stdio::null()).status().with_context(|| not_started(command))?;
+    let status = command.status().with_context(|| not_started(command))?;
     if !status.success() {
         bail!("`{}` failed ({status})", shown(command));
     }
@@ -71,6 +86,7 @@ pub fn is_executable(file: &Path) -> bool {
 pub fn shown(command: &Command) -> String {
     let variables = command
         .get_envs()
+        .filter(|(key, _)| *key != "PATH")
         .filter_map(|(key, value)| Some(format!("{}={}", key.to_str()?, quoted(value?.to_str()?))));
     let words = std::iter::once(command.get_program()).chain(command.get_args());
     let words = words.map(|word| quoted(&word.to_string_lossy()));

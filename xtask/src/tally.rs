@@ -16,7 +16,7 @@ impl Tally {
     /// Reads every summary in what a runner printed: cargo's own, nextest's and the demo's.
     pub fn read(text: &str) -> Self {
         let mut tally = Self::default();
-        for line in text.lines().map(str::trim).filter(|line| is_summary(line)) {
+        for line in text.lines().filter(|line| is_summary(line)) {
             let words: Vec<&str> =
                 line.split([' ', ',', ';', ':', '.', '(', ')']).filter(|w| !w.is_empty()).collect();
             for pair in words.windows(2) {
@@ -65,14 +65,15 @@ impl fmt::Display for Tally {
     }
 }
 
-/// Whether the line is one that a runner ends with, and not a test's own output that looks similar.
+/// Whether the line is one that a runner ends with, and not a test's own output that looks similar (which nextest
+/// indents, unlike its own end).
 fn is_summary(line: &str) -> bool {
     let counts_alone = || {
         let words: Vec<&str> = line.split(' ').collect();
         matches!(words[..], [p, "passed,", f, "failed"] if p.parse::<u64>().is_ok() && f.parse::<u64>().is_ok())
     };
     line.starts_with("test result: ")
-        || (line.starts_with("Summary [") && line.contains(" run: "))
+        || (line.trim_start().starts_with("Summary [") && line.contains(" run: "))
         || counts_alone()
 }
 
@@ -90,7 +91,7 @@ mod tests {
         let mixed =
             "Summary [ 1.0s] 9 tests run: 5 passed (1 slow), 2 failed, 1 timed out, 1 exec failed, 0 skipped";
         assert_eq!(of(mixed), (5, 4));
-        assert_eq!(of("Summary [ 1.0s] 3/9 tests run: 2 passed, 1 failed, 6 skipped"), (2, 1));
+        assert_eq!(of("  Summary [ 1.0s] 3/9 tests run: 2 passed, 1 failed, 6 skipped"), (2, 1));
         let libtest = "test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out\n\
             test result: FAILED. 1 passed; 2 failed; 0 ignored";
         assert_eq!(of(libtest), (4, 2));
@@ -99,6 +100,7 @@ mod tests {
 
     #[test]
     fn what_only_looks_like_a_summary_is_not_counted() {
+        assert_eq!(Tally::read("    test result: FAILED. 0 passed; 1 failed; 0 ignored"), Tally::default());
         assert_eq!(Tally::read("the guest said: 5 passed, 3 failed\n7 failed logins"), Tally::default());
     }
 

@@ -2,11 +2,11 @@
 
 use crate::{
     build, demo,
-    run::{announce, cargo, root, run, shown},
+    run::{announce, cargo, run, shown},
     setup,
     tally::Tally,
 };
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use clap::Args;
 use std::{
     io::{BufRead as _, BufReader, Read},
@@ -27,6 +27,11 @@ pub struct Options {
 
 /// Runs everything.
 pub fn command(options: &Options) -> Result<()> {
+    ensure!(
+        setup::Machine::probe().root,
+        "the tests make network namespaces and load BPF programs, which needs root: \
+         sudo -E env PATH=\"$PATH\" cargo xtask test"
+    );
     let mut tally = Tally::default();
     let driver = if options.fast { demo::Driver::Netns } else { demo::Driver::Qemu };
     let mut steps = demo::prepare(&demo::Options { driver, release: false, stay: false })?;
@@ -63,7 +68,7 @@ pub fn rust(packages: &[&str], fast: bool) -> Result<Tally> {
 /// Runs the command, shows what it prints while it prints it, and counts.
 fn counted(command: &mut Command) -> Result<Tally> {
     announce(command);
-    command.env("PATH", path()?).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().with_context(|| format!("`{}` could not be started", shown(command)))?;
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
     let errors = thread::spawn(move || stderr.map(|pipe| pass_on(pipe, std::io::stderr())));
@@ -82,13 +87,4 @@ fn pass_on(from: impl Read, mut to: impl std::io::Write) -> String {
         text.push('\n');
     }
     text
-}
-
-/// `PATH` with the folders of our own tools, so that cargo finds its subcommands there.
-fn path() -> Result<std::ffi::OsString> {
-    let machine = setup::Machine { root: true, apt: false };
-    let own = setup::tool_folders(&machine).into_iter().map(|folder| folder.join("bin"));
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let all: Vec<_> = std::env::split_paths(&path).chain(own.map(|folder| root().join(folder))).collect();
-    Ok(std::env::join_paths(all)?)
 }

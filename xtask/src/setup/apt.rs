@@ -11,6 +11,8 @@ use std::{fs, process::Command};
 pub enum Decision {
     /// We may and shall install them.
     Install,
+    /// We may with sudo.
+    Sudo,
     /// We may not; this is what to run.
     Tell(String),
 }
@@ -23,8 +25,11 @@ pub fn decide(machine: &Machine, check: bool, packages: &[&str]) -> Decision {
             "install with this system's own package manager what Debian calls: {list}"
         ));
     }
-    if machine.root && !check {
+    if !check && machine.root {
         return Decision::Install;
+    }
+    if !check && machine.sudo {
+        return Decision::Sudo;
     }
     let sudo = if machine.root { "" } else { "sudo " };
     Decision::Tell(format!("{sudo}apt-get update && {sudo}apt-get install --no-install-recommends {list}"))
@@ -138,7 +143,9 @@ mod tests {
 
     #[test]
     fn only_root_with_apt_installs() {
-        let decide = |root, apt, check| decide(&Machine { root, apt }, check, &["qemu-system-x86", "git"]);
+        let decide = |root, apt, check| {
+            decide(&Machine { root, apt, sudo: false }, check, &["qemu-system-x86", "git"])
+        };
         assert_eq!(decide(true, true, false), Decision::Install);
         let Decision::Tell(text) = decide(false, true, false) else { panic!("a user must not install") };
         assert!(text.contains("sudo apt-get install --no-install-recommends qemu-system-x86 git"), "{text}");
@@ -148,5 +155,13 @@ mod tests {
             panic!("without apt nothing is installed")
         };
         assert!(text.contains("qemu-system-x86 git"), "{text}");
+    }
+
+    #[test]
+    fn sudo_is_used_where_it_can_be() {
+        let machine = Machine { root: false, sudo: true, apt: true };
+        assert_eq!(decide(&machine, false, &["git"]), Decision::Sudo);
+        assert!(matches!(decide(&machine, true, &["git"]), Decision::Tell(_)));
+        assert!(matches!(decide(&Machine { apt: false, ..machine }, false, &["git"]), Decision::Tell(_)));
     }
 }

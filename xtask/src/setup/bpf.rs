@@ -1,6 +1,6 @@
 //! The BPF toolchain: whether a compiler with the sources of `core` is there, and the linker, built where missing.
 
-use super::{Machine, tool, tool_folders};
+use super::{Machine, tool, tool_root};
 use crate::run::{cargo, find, is_executable, output, program, run, shown};
 use anyhow::Result;
 use std::path::Path;
@@ -37,10 +37,12 @@ pub fn linker(machine: &Machine, check: bool) -> Result<Option<String>> {
     if tool("bpf-linker").is_some() {
         return Ok(None);
     }
-    let folder = &tool_folders(machine)[0];
     let mut command = cargo();
     command.args(["install", "bpf-linker", "--version", LINKER, "--locked"]);
-    command.args(["--no-default-features", "--features", "llvm-22", "--root"]).arg(folder);
+    command.args(["--no-default-features", "--features", "llvm-22"]);
+    if let Some(root) = tool_root(machine) {
+        command.args(["--root", root]);
+    }
     command.env("LLVM_PREFIX", LLVM);
     if check || !Path::new(LLVM).join("bin/llvm-config").exists() {
         return Ok(Some(format!("{} (needs the package llvm-22-dev)", shown(&command))));

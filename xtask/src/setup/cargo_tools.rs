@@ -1,7 +1,7 @@
 //! Programs that come as crates: the test runner and the check of dependencies. Built once, without optimisation,
 //! because building them costs more than running them ever will here.
 
-use super::{Machine, tool, tool_folders};
+use super::{Machine, tool, tool_root};
 use crate::run::{cargo, run, shown};
 use anyhow::Result;
 
@@ -19,12 +19,13 @@ const TOOLS: &[Tool] = &[
 
 /// Installs what is missing; what one has to do by hand, if anything.
 pub fn install(machine: &Machine, check: bool) -> Result<Vec<String>> {
-    let folder = &tool_folders(machine)[0];
     let mut advice = Vec::new();
     for wanted in TOOLS.iter().filter(|wanted| tool(wanted.name).is_none()) {
         let mut command = cargo();
-        command.args(["install", wanted.name, "--version", wanted.version, "--locked", "--debug", "--root"]);
-        command.arg(folder);
+        command.args(["install", wanted.name, "--version", wanted.version, "--locked", "--debug"]);
+        if let Some(root) = tool_root(machine) {
+            command.args(["--root", root]);
+        }
         if check {
             advice.push(shown(&command));
         } else if let Err(error) = run(&mut command) {

@@ -34,10 +34,8 @@ impl Guard {
 impl Drop for Guard {
     fn drop(&mut self) {
         for service in self.fresh.iter().filter(|service| is_known(service)) {
-            if output(program("systemctl").args(["disable", "--now", service])).is_none() {
-                eprintln!(
-                    "could not disable {service}; if it is not wanted: systemctl disable --now {service}"
-                );
+            if output(program("systemctl").args(["disable", service])).is_none() {
+                eprintln!("could not disable {service}; if it is not wanted: systemctl disable {service}");
             }
         }
         if let Some(file) = &self.ours {
