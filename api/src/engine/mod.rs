@@ -1,0 +1,5 @@
+//! The engine: joins store, datapath, proxy and drivers.
+
+pub mod handle;
+
+pub use handle::{Command, Handle, Notifier, Scope};

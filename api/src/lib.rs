@@ -1,0 +1,14 @@
+//! tapgate: the daemon's REST API, its engine, and the command line that talks to it.
+//!
+//! The API owns requests and answers; the engine owns what happens to VMs; the store is between them. A controller
+//! writes down what is wanted, wakes the engine, and answers. It never touches a tap, a process or a socket of a guest.
+#![forbid(unsafe_code)]
+
+pub mod cli;
+mod controllers;
+pub mod doctor;
+pub mod engine;
+pub mod http;
+pub mod serve;
+
+pub use http::{AppState, Settings, router};
