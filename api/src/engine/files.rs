@@ -39,7 +39,7 @@ pub(super) async fn spec(shared: &Shared, record: &VmRecord) -> Result<VmSpec, S
 }
 
 /// Variables and secrets' placeholders; a secret's variable stands before a plain one of the same name.
-async fn environment(shared: &Shared, user: &UserId) -> Result<Vec<(String, String)>, String> {
+pub(super) async fn environment(shared: &Shared, user: &UserId) -> Result<Vec<(String, String)>, String> {
     let failed = |error: tapgate_store::StoreError| format!("cannot read the environment: {error}");
     let mut env: BTreeMap<String, String> =
         shared.store.env_all(user).await.map_err(failed)?.into_iter().map(|var| (var.key, var.value)).collect();
