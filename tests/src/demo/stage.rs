@@ -1,0 +1,80 @@
+//! What the steps share: the world, the daemon, the account's client, the VM and the way into it.
+
+use crate::{World, api::Client, daemon::Daemon, ssh::Guest};
+use anyhow::{Context as _, Result};
+
+/// Where the guest keeps the world's authority, for requests that are not opened on the way.
+pub const WORLD_CA: &str = "/root/world-ca.pem";
+
+/// The stage.
+pub struct Stage<'world> {
+    world: &'world World,
+    daemon: Daemon<'world>,
+    api: Client<'world>,
+    guest: Option<(String, Guest<'world>)>,
+    /// Values that must be seen nowhere but at the servers they are for.
+    pub secrets: Vec<String>,
+}
+
+impl<'world> Stage<'world> {
+    /// Signs an account up.
+    pub fn new(world: &'world World, daemon: Daemon<'world>) -> Result<Self> {
+        let api = daemon.client().sign_up("ada")?;
+        Ok(Self { world, daemon, api, guest: None, secrets: Vec::new() })
+    }
+
+    /// The world.
+    pub fn world(&self) -> &'world World {
+        self.world
+    }
+
+    /// The daemon.
+    pub fn daemon(&self) -> &Daemon<'world> {
+        &self.daemon
+    }
+
+    /// The daemon, to be killed.
+    pub fn daemon_mut(&mut self) -> &mut Daemon<'world> {
+        &mut self.daemon
+    }
+
+    /// The account's client.
+    pub fn api(&self) -> &Client<'world> {
+        &self.api
+    }
+
+    /// Whether there is a guest.
+    pub fn has_guest(&self) -> bool {
+        self.guest.is_some()
+    }
+
+    /// The way into the guest.
+    pub fn guest(&self) -> Result<&Guest<'world>> {
+        Ok(&self.guest.as_ref().context("there is no guest")?.1)
+    }
+
+    /// The VM's id.
+    pub fn vm(&self) -> Result<&str> {
+        Ok(&self.guest.as_ref().context("there is no VM")?.0)
+    }
+
+    /// Asks the API for the way into this VM, now or after a restart.
+    pub fn enter(&mut self, vm: String) -> Result<()> {
+        let guest = Guest::of(self.world, &self.api, &vm)?;
+        self.guest = Some((vm, guest));
+        Ok(())
+    }
+
+    /// Stops and destroys the VM by the API.
+    pub fn clear(&mut self) -> Result<()> {
+        let Some((vm, guest)) = self.guest.take() else { return Ok(()) };
+        guest.hang_up();
+        self.api
+            .post(&format!("/v1/vms/{vm}/stop"), &serde_json::json!({}))?
+            .expect(200)
+            .context("stopping")?;
+        self.api.wait_for(&vm, "stopped")?;
+        self.api.delete(&format!("/v1/vms/{vm}"))?.expect(204).context("destroying the VM")?;
+        Ok(())
+    }
+}
