@@ -5,3 +5,5 @@
 #![deny(unsafe_code)]
 
 pub mod image;
+pub mod quote;
+pub mod seed;

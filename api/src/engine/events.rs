@@ -4,7 +4,7 @@
 
 use super::Shared;
 use std::sync::Arc;
-use tapgate_datapath::DatapathEvent;
+use tapgate_datapath::Event;
 use tapgate_model::{AuditEvent, AuditSink as _};
 
 /// Runs until the daemon stops.
@@ -31,7 +31,7 @@ pub(super) async fn pump(shared: Arc<Shared>) {
     }
 }
 
-async fn record(shared: &Shared, event: DatapathEvent) {
+async fn record(shared: &Shared, event: Event) {
     let Some(vm) = shared.vm_of_slot(event.slot) else {
         tracing::debug!(slot = event.slot, "events.slot_without_vm");
         return;

@@ -12,13 +12,11 @@ use std::{
 use tapgate_datapath::Gate;
 use tapgate_model::{StatusDetail as S, VmId};
 use tapgate_store::{StoreError, VmRecord};
-use tapgate_vmm::{Exit, Running};
+use tapgate_vmm::{Exit, Handle, Running};
 use tokio::sync::Notify;
 
 /// From the VMM's start until SSH answers; TCG on a busy host is slow.
 const READY_TIMEOUT: Duration = Duration::from_secs(300);
-/// Between two looks whether SSH answers.
-const READY_INTERVAL: Duration = Duration::from_millis(250);
 /// For the guest to shut itself down when asked to.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(20);
 /// After the records could not be read or written.
@@ -26,7 +24,7 @@ const RETRY: Duration = Duration::from_secs(1);
 
 /// A VM that runs: the machine, and the port that leads to it.
 struct Live {
-    machine: Running,
+    machine: Box<dyn Running>,
     _forward: ssh::Forward,
 }
 
@@ -159,9 +157,9 @@ async fn boot(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> {
     let spec = files::spec(shared, record).await?;
     let policy = shared.policy_of(&record.id).await.map_err(|error| format!("cannot read the egress policy: {error}"))?;
     let net = shared.net(record);
-    let gate = match shared.driver.guest_netns(&spec).map_err(|error| error.to_string())? {
+    let gate = match &spec.guest_ns {
         None => shared.datapath.attach_tap(&record.id, net, &policy).await,
-        Some(guest) => shared.datapath.attach_netns(&record.id, net, &policy, &guest).await,
+        Some(guest) => shared.datapath.attach_netns(&record.id, net, &policy, guest).await,
     }
     .map_err(|error| format!("cannot attach the gate: {error}"))?;
     serve(shared, record, &gate).await?;
@@ -178,13 +176,13 @@ async fn boot(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> {
 /// Takes up a machine that a former daemon started. Its gate is checked before anything is served.
 async fn adopt(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> {
     let handle = record.handle.as_deref().ok_or("the records have no VMM for it")?;
-    let handle = serde_json::from_str(handle).map_err(|error| error.to_string())?;
+    let handle: Handle = serde_json::from_str(handle).map_err(|error| error.to_string())?;
     let spec = files::spec(shared, record).await?;
     let policy = shared.policy_of(&record.id).await.map_err(|error| error.to_string())?;
     let gate =
         shared.datapath.adopt(&record.id, shared.net(record), &policy).await.map_err(|error| error.to_string())?;
     serve(shared, record, &gate).await?;
-    let machine = shared.driver.adopt(&spec, handle, gate).await.map_err(|error| error.to_string())?;
+    let machine = shared.driver.adopt(&spec, &handle, gate).await.map_err(|error| error.to_string())?;
     Ok(Live { machine, _forward: forward(shared, record).await? })
 }
 
@@ -219,31 +217,45 @@ async fn forward(shared: &Shared, record: &VmRecord) -> Result<ssh::Forward, Str
 /// Waits for SSH to answer, then for the machine to end or the records to change.
 async fn watch(shared: &Shared, record: &VmRecord, live: &mut Live, waker: &Notify) -> Result<Next, String> {
     let starting = record.detail == S::Running;
-    let guest = shared.net(record).v4;
+    let net = shared.net(record);
     let ready = async {
         if !starting {
             return std::future::pending().await;
         }
-        tokio::time::timeout(READY_TIMEOUT, async {
-            while !tapgate_vmm::ready::answers(shared.datapath.egress(), guest).await {
-                tokio::time::sleep(READY_INTERVAL).await;
-            }
-        })
-        .await
+        tokio::time::timeout(READY_TIMEOUT, tapgate_vmm::ready::ssh(shared.datapath.egress(), &net)).await
     };
     tokio::select! {
         exit = live.machine.wait() => match exit {
-            Exit::PoweredOff => {
+            Exit::GuestShutdown | Exit::Stopped => {
                 release(shared, record, None).await;
                 Ok(Next::Enter(S::Stopped))
             }
-            Exit::Failed(reason) => Err(format!("the VMM ended: {reason}")),
+            Exit::Crashed(reason) => Err(format!("the VMM ended: {reason}")),
         },
         answer = ready => match answer {
             Ok(()) => Ok(Next::Enter(S::Ready)),
             Err(_) => Err(format!("SSH did not answer within {} s; see the console log of the VM", READY_TIMEOUT.as_secs())),
         },
         () = waker.notified() => Ok(Next::Again),
+    }
+}
+
+/// Ends a VMM that is known from the records or from the VM's folder, though nobody watches it.
+async fn discard(shared: &Shared, record: &VmRecord) {
+    let noted = tapgate_vmm::noted_handle(&files::dir(shared, &record.id));
+    let recorded = record.handle.as_deref().and_then(|handle| serde_json::from_str::<Handle>(handle).ok());
+    let handles: Vec<Handle> = noted.into_iter().chain(recorded).collect();
+    if handles.is_empty() {
+        return;
+    }
+    let spec = match files::spec(shared, record).await {
+        Ok(spec) => spec,
+        Err(error) => return tracing::warn!(vm = %record.id, %error, "vm.discard_failed"),
+    };
+    for handle in &handles {
+        if let Err(error) = shared.driver.discard(&spec, handle).await {
+            tracing::warn!(vm = %record.id, %error, "vm.discard_failed");
+        }
     }
 }
 
@@ -255,9 +267,7 @@ async fn release(shared: &Shared, record: &VmRecord, live: Option<Live>) {
     {
         tracing::warn!(%vm, %error, "vm.kill_failed");
     }
-    if let Err(error) = shared.driver.reap(&files::dir(shared, vm), record.handle.as_deref()).await {
-        tracing::warn!(%vm, %error, "vm.reap_failed");
-    }
+    discard(shared, record).await;
     shared.table.remove(vm);
     shared.gates().remove(vm);
     if let Err(error) = shared.datapath.detach(shared.net(record)).await {

@@ -22,7 +22,7 @@ use tapgate_datapath::Datapath;
 use tapgate_model::{GuestNet, VmId, VmPolicy};
 use tapgate_proxy::PolicyTable;
 use tapgate_store::{Store, StoreError, VmRecord};
-use tapgate_vmm::Driver;
+use tapgate_vmm::{Vmm, image::Image};
 use tokio::sync::{Notify, mpsc};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -32,7 +32,8 @@ pub(crate) struct Shared {
     pub store: Store,
     pub datapath: Datapath,
     pub table: Arc<PolicyTable>,
-    pub driver: Driver,
+    pub driver: Arc<dyn Vmm>,
+    pub image: Image,
     pub notifier: Notifier,
     pub stop: CancellationToken,
     /// The VMs that have a gate now.
@@ -74,11 +75,12 @@ impl Engine {
         store: Store,
         datapath: Datapath,
         table: Arc<PolicyTable>,
-        driver: Driver,
+        driver: Arc<dyn Vmm>,
+        image: Image,
         notifier: Notifier,
         stop: CancellationToken,
     ) -> Self {
-        let shared = Shared { config, store, datapath, table, driver, notifier, stop, gates: Mutex::default() };
+        let shared = Shared { config, store, datapath, table, driver, image, notifier, stop, gates: Mutex::default() };
         Self { shared: Arc::new(shared), tasks: TaskTracker::new(), wakers: HashMap::new() }
     }
 
@@ -88,9 +90,11 @@ impl Engine {
     /// The records cannot be read at start.
     pub async fn run(mut self, mut commands: mpsc::UnboundedReceiver<Command>) -> Result<(), StoreError> {
         let living = self.shared.store.vms_living().await?;
-        let slots: Vec<u32> = living.iter().map(|record| record.slot).collect();
-        if let Err(error) = self.shared.datapath.sweep(&slots).await {
-            tracing::error!(%error, "engine.sweep_failed");
+        let keep: Vec<GuestNet> = living.iter().map(|record| self.shared.net(record)).collect();
+        match self.shared.datapath.detach_others(&keep).await {
+            Ok(gone) if gone.is_empty() => {}
+            Ok(gone) => tracing::warn!(slots = ?gone, "engine.leftovers_removed"),
+            Err(error) => tracing::error!(%error, "engine.leftovers_not_removed"),
         }
         self.tasks.spawn(events::pump(self.shared.clone()));
         for record in living {
