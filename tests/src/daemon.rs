@@ -128,6 +128,9 @@ impl Drop for Daemon<'_> {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+        if thread::panicking() {
+            eprintln!("The daemon's log ends with:\n{}", tail(&self.log()));
+        }
     }
 }
 
