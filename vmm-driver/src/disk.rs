@@ -148,13 +148,15 @@ fn qcow2_size(path: &Path) -> Result<u64, VmmError> {
 
 fn private(path: &Path) -> Result<(), VmmError> {
     use std::os::unix::fs::PermissionsExt as _;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(VmmError::io(path.display().to_string()))
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))
+        .map_err(VmmError::io(path.display().to_string()))
 }
 
 fn qemu_img(args: &[&std::ffi::OsStr]) -> Result<(), VmmError> {
-    let output = Command::new("qemu-img").args(args).stdin(Stdio::null()).output().map_err(|source| {
-        VmmError::Missing { program: "qemu-img".into(), package: "qemu-utils", source }
-    })?;
+    let output =
+        Command::new("qemu-img").args(args).stdin(Stdio::null()).output().map_err(|source| {
+            VmmError::Missing { program: "qemu-img".into(), package: "qemu-utils", source }
+        })?;
     if output.status.success() {
         return Ok(());
     }

@@ -43,7 +43,9 @@ fn a_guest_is_what_its_seed_says_and_lives_through_a_reboot() {
         assert_eq!(ask("ls /tmp/x 2>&1 || true").contains("No such"), true, "nothing in a value was run");
 
         let ca = "/usr/local/share/ca-certificates/tapgate.crt";
-        assert!(ask(&format!("openssl verify -CAfile /etc/ssl/certs/ca-certificates.crt {ca}")).ends_with("OK"));
+        assert!(
+            ask(&format!("openssl verify -CAfile /etc/ssl/certs/ca-certificates.crt {ca}")).ends_with("OK")
+        );
         assert!(ask(&format!("openssl verify -no-CAfile -CApath /etc/ssl/certs {ca}")).ends_with("OK"));
         let python = "import ssl; print(sum('tapgate-test' in str(c) for c in ssl.create_default_context().get_ca_certs()))";
         assert_eq!(ask(&format!("python3 -c \"{python}\"")), "1");
@@ -115,8 +117,11 @@ fn a_vmm_has_no_rights_and_its_end_is_told_apart() {
         datapath.detach(spec.net).await.unwrap();
 
         let (machine, _reap) = boot(&datapath, &spec).await;
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(machine.handle().process.pid), nix::sys::signal::SIGSEGV)
-            .unwrap();
+        nix::sys::signal::kill(
+            nix::unistd::Pid::from_raw(machine.handle().process.pid),
+            nix::sys::signal::SIGSEGV,
+        )
+        .unwrap();
         let exit = tokio::time::timeout(PATIENCE, machine.wait()).await.unwrap();
         assert!(matches!(&exit, Exit::Crashed(why) if why.contains("signal 11")), "{exit:?}");
         datapath.detach(spec.net).await.unwrap();
@@ -202,5 +207,6 @@ fn launch_and_wait_for_death(dir: &std::path::Path) {
 }
 
 fn now() -> i64 {
-    i64::try_from(std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs()).unwrap()
+    i64::try_from(std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs())
+        .unwrap()
 }

@@ -15,7 +15,7 @@ use tapgate_model::{GuestNet, Mode, RuleSet, UserId, VmId, VmPolicy};
 use tapgate_netns::{Netns, Rtnl};
 use tapgate_vmm::accel::Accel;
 use tapgate_vmm::image::{self, Image};
-use tapgate_vmm::{QemuDriver, Running, Seed, Vmm as _, VmSpec};
+use tapgate_vmm::{QemuDriver, Running, Seed, VmSpec, Vmm as _};
 
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
@@ -65,7 +65,8 @@ impl World {
         let world = Arc::new(Self::new());
         let host = world.host.clone();
         host.run(|| {
-            let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+            let runtime =
+                tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
             runtime.block_on(async {
                 let inside = Rtnl::connect(&world.host).unwrap();
                 inside.set_up(inside.link("lo").await.unwrap()).await.unwrap();
@@ -93,7 +94,9 @@ impl World {
         let seed = Seed {
             instance_id: id.to_string(),
             hostname: "guest-one".into(),
-            ssh_keys: vec![std::fs::read_to_string(self.key.with_extension("pub")).unwrap().trim().to_owned()],
+            ssh_keys: vec![
+                std::fs::read_to_string(self.key.with_extension("pub")).unwrap().trim().to_owned(),
+            ],
             net,
             ca_pem: self.ca(),
             env,
@@ -117,7 +120,13 @@ impl World {
         if !cert.exists() {
             let args = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 30 -subj /CN=tapgate-test";
             let mut command = Command::new("openssl");
-            command.args(args.split(' ')).arg("-keyout").arg(&key).arg("-out").arg(&cert).stderr(Stdio::null());
+            command
+                .args(args.split(' '))
+                .arg("-keyout")
+                .arg(&key)
+                .arg("-out")
+                .arg(&cert)
+                .stderr(Stdio::null());
             assert!(status(&mut command));
         }
         std::fs::read_to_string(cert).unwrap()
@@ -126,7 +135,12 @@ impl World {
     /// Runs a command in the guest, over SSH from the egress namespace.
     pub fn ssh(&self, egress: &Netns, net: GuestNet, command: &str) -> Output {
         let mut ssh = Command::new("ssh");
-        ssh.arg("-i").arg(&self.key).args(["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]);
+        ssh.arg("-i").arg(&self.key).args([
+            "-o",
+            "StrictHostKeyChecking=no",
+            "-o",
+            "UserKnownHostsFile=/dev/null",
+        ]);
         ssh.args(["-o", "LogLevel=ERROR", "-o", "BatchMode=yes", "-o", "ConnectTimeout=60"]);
         ssh.arg(format!("root@{}", net.v4)).arg(command).stdin(Stdio::null());
         egress.run(move || ssh.output()).unwrap().unwrap()
