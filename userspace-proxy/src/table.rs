@@ -25,6 +25,9 @@ use zeroize::Zeroizing;
 /// A range of addresses that guests have.
 pub type HostPrefix = Cidr;
 
+/// Patterns, and the secrets that they were made of.
+type Made = (Arc<[SecretBinding]>, Option<Arc<Patterns>>);
+
 /// One VM as the proxy sees it.
 pub(crate) struct VmEntry {
     /// Its addresses.
@@ -38,7 +41,7 @@ pub(crate) struct VmEntry {
     /// Its live connections.
     pub live: Arc<Registry>,
     /// What to look for in answers, and the secrets that it was made of.
-    patterns: ArcSwapOption<(Arc<[SecretBinding]>, Option<Arc<Patterns>>)>,
+    patterns: ArcSwapOption<Made>,
     /// Questions being answered.
     pub dns: Arc<Semaphore>,
     /// Sockets accepted from it and not yet closed.
@@ -216,6 +219,12 @@ impl PolicyTable {
         let guest = state.by_address.contains_key(&address)
             || state.guest_ranges.iter().any(|range| range.contains(address));
         if guest { Err(Reason::OtherVm) } else { Ok(()) }
+    }
+
+    /// The policy that is in force for the VM, if it is served.
+    pub fn policy(&self, vm: &VmId) -> Option<Arc<VmPolicy>> {
+        let state = self.state.load();
+        state.by_address.values().map(|entry| entry.policy.load_full()).find(|policy| policy.vm == *vm)
     }
 
     /// How many connections of the VM are open.
