@@ -52,10 +52,18 @@ pub fn sh(command: &str) {
 
 /// Runs the test on a thread in a network namespace of its own, which goes with the thread.
 pub fn world<F: Future<Output = ()>>(test: impl FnOnce(World) -> F + Send + 'static) {
+    world_of(&[SERVER, OTHER, ATTACKER, RESOLVER, PRIVATE, GUEST], test);
+}
+
+/// As [`world`], with only these addresses in it.
+pub fn world_of<F: Future<Output = ()>>(
+    addresses: &'static [Ipv4Addr],
+    test: impl FnOnce(World) -> F + Send + 'static,
+) {
     let thread = std::thread::spawn(move || {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("these tests run as root");
-        let addresses = [SERVER, OTHER, ATTACKER, RESOLVER, PRIVATE, GUEST];
-        let add = addresses.map(|address| format!("ip addr add {address}/32 dev lo;"));
+        let add: Vec<_> =
+            addresses.iter().map(|address| format!("ip addr add {address}/32 dev lo;")).collect();
         sh(&format!("ip link set lo up; {}", add.concat()));
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(tokio::task::LocalSet::new().run_until(async { test(World::start().await).await }));
@@ -186,7 +194,7 @@ impl Zone {
                 response.add_answer(Record::from_rdata(owner, 0, RData::A(rdata::A(v4))));
             }
         } else if query.query_type() == RecordType::TXT {
-            let text = RData::TXT(rdata::TXT::new(vec!["x".repeat(200); 20]));
+            let text = RData::TXT(rdata::TXT::new(vec!["x".repeat(200); 4]));
             response.add_answer(Record::from_rdata(query.name().clone(), 60, text));
         }
         response.to_vec().unwrap()
@@ -211,7 +219,7 @@ impl World {
     async fn start() -> Self {
         let (zone, sink, table) = (Zone::default(), Arc::<Sink>::default(), Arc::<PolicyTable>::default());
         let ca = TestCa::new();
-        let name_server = UdpSocket::bind((RESOLVER, 53)).await.unwrap();
+        let name_server = UdpSocket::bind((RESOLVER, 5300)).await.unwrap();
         let answering = zone.clone();
         tokio::task::spawn_local(async move {
             let mut buffer = [0; 4096];
@@ -220,12 +228,7 @@ impl World {
                 name_server.send_to(&answering.answer(&buffer[..length]), from).await.unwrap();
             }
         });
-        let config = ProxyConfig {
-            resolvers: vec![SocketAddr::from((RESOLVER, 53))],
-            extra_roots: vec![ca.der.clone()],
-            timeouts: Timeouts { server_first: std::time::Duration::from_millis(50), ..Timeouts::default() },
-            ..ProxyConfig::default()
-        };
+        let config = config(&ca);
         let (accepted, queue) = mpsc::channel(64);
         let stop = CancellationToken::new();
         let proxy = Proxy::new(config, table.clone(), sink.clone());
@@ -373,6 +376,16 @@ impl World {
                 });
             }
         });
+    }
+}
+
+/// The proxy's settings in this world.
+pub fn config(ca: &TestCa) -> ProxyConfig {
+    ProxyConfig {
+        resolvers: vec![SocketAddr::from((RESOLVER, 5300))],
+        extra_roots: vec![ca.der.clone()],
+        timeouts: Timeouts { server_first: std::time::Duration::from_millis(50), ..Timeouts::default() },
+        ..ProxyConfig::default()
     }
 }
 
