@@ -64,7 +64,7 @@ pub(crate) async fn handle(shared: Arc<Shared>, accepted: Accepted) {
         return reset(&stream);
     };
     let policy = entry.policy.load_full();
-    let slot = entry.admit(&shared.config.limits);
+    let slot = entry.admit();
     let mut conn = Conn { shared, entry: entry.clone(), policy, stream, to, started };
     if slot.is_none() {
         let _record = conn.record(Protocol::Tcp, Verdict::Deny { reason: Reason::Limit }, None);

@@ -44,6 +44,7 @@ pub(crate) struct VmEntry {
     patterns: ArcSwapOption<Made>,
     /// Questions being answered.
     pub dns: Arc<Semaphore>,
+    limits: Limits,
     /// Sockets accepted from it and not yet closed.
     open: AtomicUsize,
     /// New connections: tokens left, and when they were counted last.
@@ -90,7 +91,8 @@ impl VmEntry {
     }
 
     /// A place for a new connection, unless the VM has too many or opens them too fast.
-    pub(crate) fn admit(self: &Arc<Self>, limits: &Limits) -> Option<Slot> {
+    pub(crate) fn admit(self: &Arc<Self>) -> Option<Slot> {
+        let limits = self.limits;
         if self.open.fetch_add(1, Ordering::Relaxed) >= limits.connections {
             self.open.fetch_sub(1, Ordering::Relaxed);
             return None;
@@ -156,6 +158,7 @@ impl PolicyTable {
             live: Arc::default(),
             patterns: ArcSwapOption::empty(),
             dns: Arc::new(Semaphore::new(limits.dns_in_flight)),
+            limits: *limits,
             open: AtomicUsize::new(0),
             arrivals: Mutex::new((f64::from(limits.new_per_second) * 2.0, Instant::now())),
         });

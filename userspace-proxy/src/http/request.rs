@@ -105,8 +105,12 @@ impl HttpConn {
         *self.parked.lock().unwrap_or_else(PoisonError::into_inner) = Some(upstream);
     }
 
+    /// The connection used before; one that takes many requests at a time stays for others.
     fn unpark(&self) -> Option<Upstream> {
-        self.parked.lock().unwrap_or_else(PoisonError::into_inner).take()
+        let mut parked = self.parked.lock().unwrap_or_else(PoisonError::into_inner);
+        let upstream = parked.take()?;
+        *parked = upstream.share();
+        Some(upstream)
     }
 
     /// Answers one request.
@@ -215,6 +219,7 @@ impl HttpConn {
         let (response, upstream) = match sent {
             Ok(sent) => sent,
             Err(error) => {
+                eprintln!("DBG {error:?}");
                 tracing::debug!(vm = %policy.vm, host = ?host, %error, "no answer from the upstream");
                 return self.deny(record, error.reason(), host, None, &asked);
             }

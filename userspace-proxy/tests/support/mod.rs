@@ -24,7 +24,7 @@ use tapgate_model::{
     AuditEvent, AuditSink, Cidr, GuestNet, Mode, Rule, RuleId, RuleSet, RuleTarget, SecretBinding,
     SecretValue, UserId, VmId, VmPolicy, policy::SecretsOverHttp,
 };
-use tapgate_proxy::{Accepted, PolicyTable, Proxy, ProxyConfig, Timeouts, VmCa};
+use tapgate_proxy::{Accepted, Limits, PolicyTable, Proxy, ProxyConfig, Timeouts, VmCa};
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
     net::{TcpListener, TcpStream, UdpSocket},
@@ -44,6 +44,9 @@ pub const RESOLVER: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 53);
 pub const PRIVATE: Ipv4Addr = Ipv4Addr::new(10, 9, 8, 7);
 /// The guest's.
 pub const GUEST: Ipv4Addr = Ipv4Addr::new(10, 214, 0, 1);
+
+/// How many connections a VM may have here.
+pub const CONNECTIONS: usize = 100;
 
 pub fn sh(command: &str) {
     let done = Command::new("sh").args(["-ec", command]).status().unwrap();
@@ -217,7 +220,8 @@ pub struct World {
 
 impl World {
     async fn start() -> Self {
-        let (zone, sink, table) = (Zone::default(), Arc::<Sink>::default(), Arc::<PolicyTable>::default());
+        let (zone, sink) = (Zone::default(), Arc::<Sink>::default());
+        let table = Arc::new(PolicyTable::new(Limits { connections: CONNECTIONS, ..Limits::default() }));
         let ca = TestCa::new();
         let name_server = UdpSocket::bind((RESOLVER, 5300)).await.unwrap();
         let answering = zone.clone();
@@ -279,9 +283,14 @@ impl World {
 
     /// A connection of the guest to anywhere.
     pub async fn connect(&self, to: (Ipv4Addr, u16)) -> TcpStream {
+        self.connect_as(GUEST, to).await
+    }
+
+    /// A connection of any guest.
+    pub async fn connect_as(&self, guest: Ipv4Addr, to: (Ipv4Addr, u16)) -> TcpStream {
         let (client, accepted) =
             tokio::join!(TcpStream::connect(self.front.local_addr().unwrap()), self.front.accept());
-        let guest = SocketAddr::from((GUEST, 40000));
+        let guest = SocketAddr::from((guest, 40000));
         let stream = accepted.unwrap().0;
         self.accepted.send(Accepted { stream, guest, destination: to.into() }).await.ok().unwrap();
         client.unwrap()
@@ -361,9 +370,12 @@ impl World {
                 let (stream, _) = listener.accept().await.unwrap();
                 let (log, tls) = (log.clone(), tls.clone());
                 tokio::spawn(async move {
+                    let mut first = [0; 3];
+                    let prior =
+                        tls.is_none() && matches!(stream.peek(&mut first).await, Ok(3)) && first == *b"PRI";
                     let stream = Tap { inner: stream, log: log.clone(), at: at.0 };
                     match tls {
-                        None => http_on(stream, log, at.0, false).await,
+                        None => http_on(stream, log, at.0, prior).await,
                         Some(config) => {
                             let Ok(stream) = tokio_rustls::TlsAcceptor::from(config).accept(stream).await
                             else {
@@ -478,10 +490,17 @@ async fn answer(
         None => echo.into_bytes(),
     };
     // In small pieces, so that values are split.
+    let size = if request.version() == http::Version::HTTP_2 { 64 } else { 7 };
     let pieces: Vec<_> =
-        bytes.chunks(7).map(|c| Ok(http_body::Frame::data(Bytes::copy_from_slice(c)))).collect();
-    let body = http_body_util::StreamBody::new(futures_util::stream::iter(pieces));
+        bytes.chunks(size).map(|c| Ok(http_body::Frame::data(Bytes::copy_from_slice(c)))).collect();
+    let sum = [("x-sum", headers.get("authorization"))].into_iter();
+    let sum: HeaderMap = sum.filter_map(|(k, v)| Some((k.parse().ok()?, v?.clone()))).collect();
+    let sum = (path == "/trailers").then(|| Ok(http_body::Frame::trailers(sum)));
+    let body = http_body_util::StreamBody::new(futures_util::stream::iter(pieces.into_iter().chain(sum)));
     let mut response = Response::new(body.boxed_unsync());
+    if path == "/trailers" {
+        response.headers_mut().insert("trailer", "x-sum".parse().unwrap());
+    }
     if path == "/length" {
         *response.body_mut() = Full::new(bytes.into()).map_err(|never| match never {}).boxed_unsync();
     }
