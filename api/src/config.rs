@@ -3,14 +3,14 @@
 //! Owns reading, merging (flag, then variable, then file, then default) and checking. Unknown keys are errors; every
 //! message names the key and says what to write instead. Nothing is started here.
 
-use ipnet::{Ipv4Net, Ipv6Net};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::Deserialize;
 use std::{
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     ops::RangeInclusive,
     path::{Path, PathBuf},
 };
-use tapgate_model::policy::SecretsOverHttp;
+use tapgate_model::{Cidr, policy::SecretsOverHttp};
 
 /// Which program runs the guests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
@@ -70,9 +70,6 @@ pub struct Settings {
     /// Name or address that clients reach this host by, for SSH [default: 127.0.0.1]
     #[arg(long, env = "TAPGATE_PUBLIC_HOST", value_name = "HOST")]
     pub public_host: Option<String>,
-    /// Host interface that guests' traffic may leave by; any, as the host routes, if not set
-    #[arg(long, env = "TAPGATE_UPLINK", value_name = "INTERFACE")]
-    pub uplink: Option<String>,
     /// Addresses for guests [default: 10.214.0.0/16]
     #[arg(long, env = "TAPGATE_GUEST_V4", value_name = "CIDR")]
     pub guest_v4: Option<String>,
@@ -124,12 +121,10 @@ pub struct Config {
     pub accel: AccelChoice,
     /// What SSH clients connect to.
     pub public_host: String,
-    /// The only interface that guests' traffic may leave by, if one is set.
-    pub uplink: Option<String>,
     /// IPv4 addresses for guests.
-    pub guest_v4: Ipv4Net,
+    pub guest_v4: Cidr,
     /// IPv6 addresses for guests; `None` turns IPv6 off.
-    pub guest_v6: Option<Ipv6Net>,
+    pub guest_v6: Option<Cidr>,
     /// Name servers; empty means the system's.
     pub resolvers: Vec<SocketAddr>,
     /// Host ports for SSH.
@@ -201,7 +196,7 @@ impl Settings {
     pub fn or(self, other: Self) -> Self {
         macro_rules! merge { ($($key:ident),+) => { Self { $($key: self.$key.or(other.$key)),+ } } }
         merge!(
-            data_dir, listen, listen_without_tls, driver, accel, public_host, uplink, guest_v4, guest_v6, resolvers,
+            data_dir, listen, listen_without_tls, driver, accel, public_host, guest_v4, guest_v6, resolvers,
             ssh_ports, instance, image, image_dir, vcpus, memory_mib, disk_gib, secrets_over_http, log
         )
     }
@@ -279,9 +274,8 @@ impl Settings {
             driver: self.driver.unwrap_or_default(),
             accel: self.accel.unwrap_or_default(),
             public_host,
-            uplink: self.uplink,
-            guest_v4: guest_v4.trunc(),
-            guest_v6,
+            guest_v4: Cidr::from(IpNet::V4(guest_v4)),
+            guest_v6: guest_v6.map(|net| Cidr::from(IpNet::V6(net))),
             resolvers,
             ssh_ports,
             instance,
@@ -304,12 +298,18 @@ impl Settings {
 impl Config {
     /// The base that guests' IPv4 addresses count from.
     pub fn v4_base(&self) -> Ipv4Addr {
-        self.guest_v4.network()
+        match self.guest_v4.network() {
+            IpAddr::V4(base) => base,
+            IpAddr::V6(_) => Ipv4Addr::UNSPECIFIED,
+        }
     }
 
     /// The base that guests' IPv6 addresses count from.
     pub fn v6_base(&self) -> Option<Ipv6Addr> {
-        self.guest_v6.map(|net| net.network())
+        match self.guest_v6?.network() {
+            IpAddr::V6(base) => Some(base),
+            IpAddr::V4(_) => None,
+        }
     }
 
     /// How many VMs the address and port ranges hold.

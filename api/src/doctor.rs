@@ -133,9 +133,8 @@ fn program(name: &'static str, package: &str) -> Check {
 }
 
 fn image(config: &Config) -> Check {
-    let dir = config.image_dir.join(&config.image);
-    match tapgate_vmm::image::open(&dir) {
-        Ok(_) => Check::ok("image", dir.display().to_string()),
+    match crate::images::find(&config.image_dir, &config.image) {
+        Ok(image) => Check::ok("image", image.dir().display().to_string()),
         Err(error) => Check::bad(Outcome::Fail, "image", error.to_string(), "build it: `tapgate image build`"),
     }
 }
@@ -177,9 +176,24 @@ fn listen(config: &Config) -> Check {
     }
 }
 
-/// Makes the checks, prints them, and says whether tapgate can serve.
-pub fn run(config: &Config, json: bool) -> bool {
-    let checks = checks(config);
+/// Options of `tapgate doctor`.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// What the daemon will be started with.
+    #[command(flatten)]
+    pub serve: crate::serve::Args,
+}
+
+/// Makes the checks and prints them.
+///
+/// # Errors
+/// The configuration is unusable, or tapgate cannot serve on this host.
+pub fn run(args: Args) -> anyhow::Result<()> {
+    let json = args.json;
+    let checks = checks(&args.serve.config()?);
     if json {
         println!("{}", serde_json::json!({ "checks": checks }));
     } else {
@@ -195,5 +209,9 @@ pub fn run(config: &Config, json: bool) -> bool {
             }
         }
     }
-    checks.iter().all(|check| check.outcome != Outcome::Fail)
+    match checks.iter().filter(|check| check.outcome == Outcome::Fail).count() {
+        0 => Ok(()),
+        1 => anyhow::bail!("one thing has to be mended before tapgate can serve here"),
+        failed => anyhow::bail!("{failed} things have to be mended before tapgate can serve here"),
+    }
 }

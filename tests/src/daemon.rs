@@ -128,6 +128,9 @@ impl Drop for Daemon<'_> {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+        if thread::panicking() {
+            eprintln!("The daemon's log ends with:\n{}", tail(&self.log()));
+        }
     }
 }
 
@@ -143,12 +146,11 @@ fn config(world: &World, settings: &Settings) -> String {
     let quoted = |path: &Path| format!("{:?}", path.display().to_string());
     format!(
         "data_dir = {}\nlisten = \"{LISTEN}\"\ndriver = \"{}\"\naccel = \"auto\"\npublic_host = \"{}\"\n\
-         uplink = \"{}\"\nguest_v4 = \"10.214.0.0/16\"\nresolvers = [\"{}:53\"]\nssh_ports = \"22000-22999\"\n\
+         guest_v4 = \"10.214.0.0/16\"\nresolvers = [\"{}:53\"]\nssh_ports = \"22000-22999\"\n\
          instance = \"{}\"\nimage = \"debian-12\"\nimage_dir = {}\nlog = \"info\"\n",
         quoted(&data_dir(world)),
         settings.driver.word(),
         sites::HOST_V4,
-        crate::net::HOST_LINK,
         sites::DNS.v4,
         world.names().world,
         quoted(&settings.images),

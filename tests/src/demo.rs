@@ -9,7 +9,7 @@ mod show;
 mod stage;
 mod steps;
 
-pub use stage::Stage;
+pub use stage::{Stage, WORLD_CA};
 
 use crate::{
     World,

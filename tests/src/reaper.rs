@@ -65,6 +65,12 @@ pub fn reap(names: &Names, folder: &Path) {
     for pins in pins(names) {
         let _ = fs::remove_dir_all(pins);
     }
+    for vm in vms(folder) {
+        remove_named_after(Path::new("/sys/fs/cgroup/tapgate"), &vm, |group| drop(fs::remove_dir(group)));
+        remove_named_after(Path::new("/run/netns"), &vm, |file| {
+            let _ = run("ip", ["netns".as_ref(), "delete".as_ref(), file.file_name().unwrap_or_default()]);
+        });
+    }
     let _ = fs::remove_dir_all(names.etc());
     if std::env::var_os("TAPGATE_KEEP").is_none() {
         let _ = fs::remove_dir_all(folder);
@@ -75,6 +81,21 @@ pub fn reap(names: &Names, folder: &Path) {
 fn pins(names: &Names) -> [PathBuf; 2] {
     let root = Path::new("/sys/fs/bpf");
     [root.join("tapgate").join(&names.world), root.join(names.egress())]
+}
+
+/// The ids of the VMs that the world's daemon made.
+fn vms(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder.join("data/vms")).into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().into_string().ok()).filter(|name| name.len() > 8).collect()
+}
+
+/// Calls for everything in the folder that carries the VM's id in its name.
+fn remove_named_after(folder: &Path, vm: &str, remove: impl Fn(&Path)) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().contains(vm) {
+            remove(&entry.path());
+        }
+    }
 }
 
 /// Processes that were started with a file of the world's folder: the daemon, its VMMs.

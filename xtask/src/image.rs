@@ -9,9 +9,7 @@ use std::path::{Path, PathBuf};
 
 /// Where images are, for the demo and for a daemon on this machine alike.
 pub fn cache() -> PathBuf {
-    let cache =
-        std::env::var_os("TAPGATE_CACHE").map_or_else(|| PathBuf::from("/var/cache/tapgate"), PathBuf::from);
-    cache.join("images")
+    std::env::var_os("TAPGATE_IMAGE_DIR").map_or_else(|| "/var/cache/tapgate/images".into(), PathBuf::from)
 }
 
 /// Builds the base image unless it is cached.
@@ -21,5 +19,5 @@ pub fn command(release: bool) -> Result<()> {
 
 /// Has the binary build the base image unless it is cached.
 pub fn build(tapgate: &Path) -> Result<()> {
-    run(as_root(tapgate).args(["image", "build"]))
+    run(as_root(tapgate).args(["image", "build", "--image-dir"]).arg(cache()))
 }

@@ -6,11 +6,14 @@
 
 mod events;
 mod files;
+mod guests;
 pub mod handle;
+mod host;
 mod life;
 mod policy;
 mod ssh;
 
+pub(crate) use guests::Guests;
 pub use handle::{Command, Handle, Notifier, Scope};
 
 use crate::config::Config;
@@ -19,12 +22,19 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 use tapgate_datapath::Datapath;
-use tapgate_model::{GuestNet, VmId, VmPolicy};
+use tapgate_model::{GuestNet, UserId, VmId, VmPolicy};
 use tapgate_proxy::PolicyTable;
 use tapgate_store::{Store, StoreError, VmRecord};
 use tapgate_vmm::{Vmm, image::Image};
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+/// A VM that has a gate now.
+#[derive(Clone, Debug)]
+struct Gated {
+    user: UserId,
+    net: GuestNet,
+}
 
 /// Everything that a VM's task needs.
 pub(crate) struct Shared {
@@ -33,11 +43,14 @@ pub(crate) struct Shared {
     pub datapath: Datapath,
     pub table: Arc<PolicyTable>,
     pub driver: Arc<dyn Vmm>,
-    pub image: Image,
+    /// The base image; the namespace driver has none.
+    pub image: Option<Image>,
     pub notifier: Notifier,
     pub stop: CancellationToken,
     /// The VMs that have a gate now.
-    gates: Mutex<HashMap<VmId, GuestNet>>,
+    gates: Mutex<HashMap<VmId, Gated>>,
+    /// Rises with every change of an environment.
+    news: watch::Sender<u64>,
 }
 
 impl Shared {
@@ -51,13 +64,13 @@ impl Shared {
         self.store.effective_policy(vm, self.config.secrets_over_http).await
     }
 
-    fn gates(&self) -> MutexGuard<'_, HashMap<VmId, GuestNet>> {
+    fn gates(&self) -> MutexGuard<'_, HashMap<VmId, Gated>> {
         self.gates.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The VM whose gate has this slot.
     fn vm_of_slot(&self, slot: u32) -> Option<VmId> {
-        self.gates().iter().find(|(_, net)| net.slot == slot).map(|(vm, _)| vm.clone())
+        self.gates().iter().find(|(_, gated)| gated.net.slot == slot).map(|(vm, _)| vm.clone())
     }
 }
 
@@ -76,11 +89,11 @@ impl Engine {
         datapath: Datapath,
         table: Arc<PolicyTable>,
         driver: Arc<dyn Vmm>,
-        image: Image,
+        image: Option<Image>,
         notifier: Notifier,
         stop: CancellationToken,
     ) -> Self {
-        let shared = Shared { config, store, datapath, table, driver, image, notifier, stop, gates: Mutex::default() };
+        let shared = Shared { config, store, datapath, table, driver, image, notifier, stop, gates: Mutex::default(), news: watch::Sender::new(0) };
         Self { shared: Arc::new(shared), tasks: TaskTracker::new(), wakers: HashMap::new() }
     }
 
@@ -108,12 +121,32 @@ impl Engine {
             };
             match command {
                 Command::Vm(vm) => self.wake(vm),
-                Command::Policy(scope) => policy::refresh(&self.shared, &scope).await,
-                Command::Env(user) => files::refresh_env(&self.shared, &user).await,
+                Command::Policy(scope) => {
+                    policy::refresh(&self.shared, &scope).await;
+                    // Secrets bring placeholders with them.
+                    self.shared.news.send_modify(|news| *news = news.wrapping_add(1));
+                }
+                // Guests that wait for it ask again, each for its own.
+                Command::Env(_) => self.shared.news.send_modify(|news| *news = news.wrapping_add(1)),
             }
         }
         self.tasks.close();
         self.tasks.wait().await;
+        Ok(())
+    }
+
+    /// What the guest service may ask.
+    pub(crate) fn guests(&self) -> Guests {
+        Guests::new(self.shared.clone())
+    }
+
+    /// Hands the host's addresses to those who keep guests from them, now and whenever they change.
+    ///
+    /// # Errors
+    /// The addresses cannot be read or handed over.
+    pub fn watch_host_addresses(&self) -> Result<(), host::HostError> {
+        let known = host::hand_over(&self.shared)?;
+        self.tasks.spawn(host::watch(self.shared.clone(), known));
         Ok(())
     }
 

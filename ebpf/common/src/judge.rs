@@ -42,31 +42,31 @@ pub trait Tables {
 
 /// The first row and the frames that are not IP: who sent it and what it is. `Err` is the verdict already.
 #[inline(always)]
-pub fn read(packet: &(impl Packet + ?Sized), vm: &Vm) -> Result<Header, Verdict> {
+pub fn read(packet: &(impl Packet + ?Sized), vm: &Vm, header: &mut Header) -> Result<(), Verdict> {
     let frame = packet::ethernet(packet).map_err(Verdict::Drop)?;
     if frame.source != vm.mac {
         return Err(Verdict::Drop(Reason::Spoofed));
     }
-    let header = match frame.kind {
+    match frame.kind {
         Ethertype::Vlan => return Err(Verdict::Drop(Reason::Vlan)),
         Ethertype::Other => return Err(Verdict::Drop(Reason::Ethertype)),
         Ethertype::Arp => return Err(arp(packet, vm)),
-        Ethertype::V4 => packet::ipv4(packet).map_err(Verdict::Drop)?,
+        Ethertype::V4 => packet::ipv4(packet, header).map_err(Verdict::Drop)?,
         Ethertype::V6 if vm.flags & VM_IPV6 == 0 => return Err(Verdict::Drop(Reason::Ipv6)),
-        Ethertype::V6 => packet::ipv6(packet).map_err(Verdict::Drop)?,
-    };
+        Ethertype::V6 => packet::ipv6(packet, header).map_err(Verdict::Drop)?,
+    }
     let neighbour = header.v6 && header.protocol == ICMP6 && matches!(header.icmp, 130..=137 | 141..=143);
     let own = if header.v6 { vm.v6 } else { mapped(vm.v4) };
     if header.source != own && !(neighbour && header.source == link_local(&vm.mac)) {
         return Err(Verdict::Drop(Reason::Spoofed));
     }
     if neighbour {
-        return Err(discovery(packet, &header, vm));
+        return Err(discovery(packet, header, vm));
     }
     if frame.destination != GATEWAY_MAC {
         return Err(Verdict::Drop(astray(&frame.destination)));
     }
-    Ok(header)
+    Ok(())
 }
 
 /// Why a frame to this MAC address, not the gateway's, goes nowhere.

@@ -72,8 +72,10 @@ pub enum Ethertype {
     Other,
 }
 
-/// What an IP packet says about itself, as far as it is judged by it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What an IP packet says about itself, as far as it is judged by it. Filled in place: the programs keep it in a map, for
+/// their stack is small.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Header {
     /// IPv6.
     pub v6: bool,
@@ -102,6 +104,20 @@ pub struct Header {
 }
 
 impl Header {
+    #[inline(always)]
+    fn begin(&mut self, v6: bool, protocol: u8, offset: usize) {
+        self.v6 = v6;
+        self.protocol = protocol;
+        self.flags = 0;
+        self.icmp = 0;
+        self.source_port = 0;
+        self.port = 0;
+        self.sequence = 0;
+        self.acknowledged = 0;
+        self.payload = 0;
+        self.offset = offset;
+    }
+
     /// Whether it asks for a new connection.
     #[inline(always)]
     pub const fn opens(&self) -> bool {
@@ -140,7 +156,7 @@ pub fn ethernet(packet: &(impl Packet + ?Sized)) -> Result<Ethernet, Reason> {
 
 /// Reads an IPv4 packet: no options, no fragments, lengths that agree.
 #[inline(always)]
-pub fn ipv4(packet: &(impl Packet + ?Sized)) -> Result<Header, Reason> {
+pub fn ipv4(packet: &(impl Packet + ?Sized), header: &mut Header) -> Result<(), Reason> {
     let h: [u8; 20] = packet.read(ETHERNET).ok_or(Reason::Malformed)?;
     if h[0] >> 4 != 4 || h[0] & 15 < 5 {
         return Err(Reason::Malformed);
@@ -159,26 +175,15 @@ pub fn ipv4(packet: &(impl Packet + ?Sized)) -> Result<Header, Reason> {
     if fragment & 0x3fff != 0 {
         return Err(Reason::Fragment);
     }
-    let header = Header {
-        v6: false,
-        protocol: h[9],
-        flags: 0,
-        icmp: 0,
-        source: mapped([h[12], h[13], h[14], h[15]]),
-        destination: mapped([h[16], h[17], h[18], h[19]]),
-        source_port: 0,
-        port: 0,
-        sequence: 0,
-        acknowledged: 0,
-        payload: 0,
-        offset: ETHERNET + 20,
-    };
+    header.begin(false, h[9], ETHERNET + 20);
+    header.source = mapped([h[12], h[13], h[14], h[15]]);
+    header.destination = mapped([h[16], h[17], h[18], h[19]]);
     transport(packet, header, total - 20)
 }
 
 /// Reads an IPv6 packet: no extension header of any kind, lengths that agree.
 #[inline(always)]
-pub fn ipv6(packet: &(impl Packet + ?Sized)) -> Result<Header, Reason> {
+pub fn ipv6(packet: &(impl Packet + ?Sized), header: &mut Header) -> Result<(), Reason> {
     let h: [u8; 40] = packet.read(ETHERNET).ok_or(Reason::Malformed)?;
     if h[0] >> 4 != 6 {
         return Err(Reason::Malformed);
@@ -193,30 +198,15 @@ pub fn ipv6(packet: &(impl Packet + ?Sized)) -> Result<Header, Reason> {
         0 | 43 | 50 | 51 | 59 | 60 | 135 | 139 | 140 | 253 | 254 => return Err(Reason::Ipv6Extension),
         _ => {}
     }
-    let mut source = [0; 16];
-    let mut destination = [0; 16];
-    source.copy_from_slice(&h[8..24]);
-    destination.copy_from_slice(&h[24..40]);
-    let header = Header {
-        v6: true,
-        protocol: h[6],
-        flags: 0,
-        icmp: 0,
-        source,
-        destination,
-        source_port: 0,
-        port: 0,
-        sequence: 0,
-        acknowledged: 0,
-        payload: 0,
-        offset: ETHERNET + 40,
-    };
+    header.begin(true, h[6], ETHERNET + 40);
+    header.source.copy_from_slice(&h[8..24]);
+    header.destination.copy_from_slice(&h[24..40]);
     transport(packet, header, length)
 }
 
 /// Reads the transport header; `length` is what the IP header says is left.
 #[inline(always)]
-fn transport(packet: &(impl Packet + ?Sized), mut header: Header, length: usize) -> Result<Header, Reason> {
+fn transport(packet: &(impl Packet + ?Sized), header: &mut Header, length: usize) -> Result<(), Reason> {
     match header.protocol {
         TCP => {
             if length < 20 {
@@ -251,15 +241,15 @@ fn transport(packet: &(impl Packet + ?Sized), mut header: Header, length: usize)
             header.source_port = u16::from_be_bytes([h[0], h[1]]);
             header.port = u16::from_be_bytes([h[2], h[3]]);
         }
-        ICMP if !header.v6 => icmp(packet, &mut header, length)?,
-        ICMP6 if header.v6 => icmp(packet, &mut header, length)?,
-        _ => return Ok(header),
+        ICMP if !header.v6 => icmp(packet, header, length)?,
+        ICMP6 if header.v6 => icmp(packet, header, length)?,
+        _ => return Ok(()),
     }
     let ports = header.protocol == TCP || header.protocol == UDP;
     if ports && (header.source_port == 0 || header.port == 0) {
         return Err(Reason::Malformed);
     }
-    Ok(header)
+    Ok(())
 }
 
 #[inline(always)]

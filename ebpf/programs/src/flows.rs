@@ -1,15 +1,13 @@
 //! The table of forwarded flows. A VM has its share of it; a full share refuses the VM's new flows and no other's.
 
 use crate::{
-    maps::{FLOW_COUNTS, FLOWS, FLOWS_EXPIRED},
+    maps::{FLOW_COUNTS, FLOWS, FLOWS_EXPIRED, Scratch},
     report::now,
     skb::Skb,
 };
 use tapgate_ebpf_common::{
     Reason,
-    maps::{
-        FLOW_ANSWERED, FLOW_FIN_IN, FLOW_FIN_OUT, FLOW_TOLERATED, Flow, FlowKey, MAX_FLOWS_PER_VM, Vm,
-    },
+    maps::{FLOW_ANSWERED, FLOW_FIN_IN, FLOW_FIN_OUT, FLOW_TOLERATED, Flow, FlowKey, MAX_FLOWS_PER_VM, Vm},
     packet::{FIN, Header, RST, SYN, TCP},
 };
 
@@ -17,8 +15,8 @@ const NO_EXIST: u64 = 1;
 
 /// The flow of a frame from the guest.
 #[inline(always)]
-pub fn key(vm: &Vm, header: &Header) -> FlowKey {
-    FlowKey {
+pub fn key(key: &mut FlowKey, vm: &Vm, header: &Header) {
+    *key = FlowKey {
         slot: vm.slot,
         protocol: header.protocol,
         v6: header.v6 as u8,
@@ -26,7 +24,7 @@ pub fn key(vm: &Vm, header: &Header) -> FlowKey {
         remote: header.destination,
         remote_port: header.port,
         pad: 0,
-    }
+    };
 }
 
 #[inline(always)]
@@ -39,7 +37,8 @@ pub fn find(key: &FlowKey) -> Option<&'static mut Flow> {
 
 /// Takes a flow up. `Err` says why the VM cannot have another. A function of its own, for the sake of the stack.
 #[inline(never)]
-pub fn open(vm: &Vm, key: &FlowKey, header: &Header, tolerated: bool, skb: &Skb) -> Result<(), Reason> {
+pub fn open(vm: &Vm, scratch: &mut Scratch, tolerated: bool, length: u32) -> Result<(), Reason> {
+    let Scratch { header, key, flow } = scratch;
     let counts = FLOW_COUNTS.get_ptr_mut(key.slot).ok_or(Reason::Fault)?;
     let expired = FLOWS_EXPIRED.get_ptr(key.slot).ok_or(Reason::Fault)?;
     // SAFETY: plain integers of a live entry; `opened` and `closed` are only ever added to.
@@ -48,7 +47,7 @@ pub fn open(vm: &Vm, key: &FlowKey, header: &Header, tolerated: bool, skb: &Skb)
         return Err(Reason::Limit);
     }
     let time = now();
-    let flow = Flow {
+    *flow = Flow {
         began: time,
         seen: time,
         policy: vm.policy,
@@ -56,11 +55,11 @@ pub fn open(vm: &Vm, key: &FlowKey, header: &Header, tolerated: bool, skb: &Skb)
         next: next(header),
         expected: header.acknowledged,
         packets_out: 1,
-        bytes_out: skb.len() as u64,
+        bytes_out: length as u64,
         packets_in: 0,
         bytes_in: 0,
     };
-    match FLOWS.insert(key, &flow, NO_EXIST) {
+    match FLOWS.insert(&*key, &*flow, NO_EXIST) {
         Ok(()) => {
             // SAFETY: as above. Two processors may lose one; user space corrects the difference whenever it counts.
             unsafe { (*counts).opened = (*counts).opened.wrapping_add(1) };

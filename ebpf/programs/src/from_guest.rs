@@ -2,7 +2,7 @@
 
 use crate::{
     flows,
-    maps::{Maps, VMS},
+    maps::{Maps, Scratch, VMS, scratch},
     report::{self, Way},
     skb::{DROP, PASS, Skb},
     sockets::{self, Found},
@@ -10,7 +10,7 @@ use crate::{
 use tapgate_ebpf_common::{
     Reason, Verdict,
     judge::{judge, read, service},
-    maps::{EVENT_ALLOWED, EVENT_DENIED, EVENT_TOLERATED, FLOW_TOLERATED, Flow, FlowKey, Listener, Vm},
+    maps::{EVENT_ALLOWED, EVENT_DENIED, EVENT_TOLERATED, FLOW_TOLERATED, Flow, Listener, Vm},
     net::{MARK_PROXY, MARK_REJECT, MARK_UPLINK},
     packet::{Header, TCP},
 };
@@ -25,32 +25,34 @@ pub fn run(skb: &Skb) -> i32 {
     };
     // SAFETY: the entry is replaced, never written, and lives until after the program's run.
     let vm = unsafe { &*vm };
-    let header = match read(skb, vm) {
-        Ok(header) => header,
+    let Some(scratch) = scratch() else { return drop(skb, vm, Reason::Fault) };
+    match read(skb, vm, &mut scratch.header) {
+        Ok(()) => {}
         Err(Verdict::Gateway(reason)) => return pass(skb, vm, MARK_PROXY, reason),
         Err(Verdict::Drop(reason)) => return drop(skb, vm, reason),
         Err(_) => return drop(skb, vm, Reason::Fault),
-    };
-    let key = flows::key(vm, &header);
-    let verdict = match service(&header) {
+    }
+    flows::key(&mut scratch.key, vm, &scratch.header);
+    let verdict = match service(&scratch.header) {
         Some(verdict) => verdict,
-        None => match flows::find(&key) {
-            None => decide(&header, vm),
-            Some(flow) if flow.policy == vm.policy => return forward(skb, vm, &header, &key, flow),
-            Some(flow) => match decide(&header, vm) {
+        None => match flows::find(&scratch.key) {
+            None => decide(&scratch.header, vm),
+            Some(flow) if flow.policy == vm.policy => return forward(skb, vm, scratch, flow),
+            Some(flow) => match decide(&scratch.header, vm) {
                 Verdict::Uplink(_) | Verdict::Tolerate(_) => {
                     flow.policy = vm.policy;
-                    return forward(skb, vm, &header, &key, flow);
+                    return forward(skb, vm, scratch, flow);
                 }
                 verdict => {
-                    flows::close(&key);
+                    flows::close(&scratch.key);
                     // A connection is cut: whatever it might be now, it was not begun as that.
-                    if header.protocol == TCP && !header.opens() { Verdict::Refuse(Reason::Revoked) } else { verdict }
+                    let cut = scratch.header.protocol == TCP && !scratch.header.opens();
+                    if cut { Verdict::Refuse(Reason::Revoked) } else { verdict }
                 }
             },
         },
     };
-    carry_out(skb, vm, &header, &key, verdict)
+    carry_out(skb, vm, scratch, verdict)
 }
 
 /// The rules' verdict. A function of its own, for the sake of the stack.
@@ -61,22 +63,17 @@ fn decide(header: &Header, vm: &Vm) -> Verdict {
 
 /// Another frame of a flow that is known and allowed.
 #[inline(always)]
-fn forward(
-    skb: &Skb,
-    vm: &Vm,
-    header: &Header,
-    key: &FlowKey,
-    flow: &mut Flow,
-) -> i32 {
+fn forward(skb: &Skb, vm: &Vm, scratch: &Scratch, flow: &mut Flow) -> i32 {
     let tolerated = flow.state & FLOW_TOLERATED != 0;
-    if flows::note_out(flow, header, skb) {
-        flows::close(key);
+    if flows::note_out(flow, &scratch.header, skb) {
+        flows::close(&scratch.key);
     }
     pass(skb, vm, MARK_UPLINK, if tolerated { Reason::NoRule } else { Reason::Cidr })
 }
 
 #[inline(always)]
-fn carry_out(skb: &Skb, vm: &Vm, header: &Header, key: &FlowKey, verdict: Verdict) -> i32 {
+fn carry_out(skb: &Skb, vm: &Vm, scratch: &mut Scratch, verdict: Verdict) -> i32 {
+    let header = &scratch.header;
     match verdict {
         Verdict::Gateway(reason) => pass(skb, vm, MARK_PROXY, reason),
         Verdict::Answer => match sockets::connection(skb, header) {
@@ -84,8 +81,8 @@ fn carry_out(skb: &Skb, vm: &Vm, header: &Header, key: &FlowKey, verdict: Verdic
             Found::Nothing => refuse(skb, vm, Reason::HostAddress),
         },
         Verdict::Proxy(listener, reason) => hand_over(skb, vm, header, listener, reason),
-        Verdict::Uplink(reason) => out(skb, vm, header, key, reason, false),
-        Verdict::Tolerate(reason) => out(skb, vm, header, key, reason, true),
+        Verdict::Uplink(reason) => out(skb, vm, scratch, reason, false),
+        Verdict::Tolerate(reason) => out(skb, vm, scratch, reason, true),
         Verdict::Drop(reason) => {
             report::event(vm.slot, header, reason, EVENT_DENIED, skb);
             drop(skb, vm, reason)
@@ -109,7 +106,7 @@ fn hand_over(skb: &Skb, vm: &Vm, header: &Header, listener: Listener, reason: Re
             return pass(skb, vm, MARK_PROXY, reason);
         }
     }
-    if sockets::assign(skb, listener) {
+    if sockets::assign(skb, listener, header.v6) {
         pass(skb, vm, MARK_PROXY, reason)
     } else {
         drop(skb, vm, Reason::Fault)
@@ -118,7 +115,8 @@ fn hand_over(skb: &Skb, vm: &Vm, header: &Header, listener: Listener, reason: Re
 
 /// Out by the uplink, as a new flow.
 #[inline(always)]
-fn out(skb: &Skb, vm: &Vm, header: &Header, key: &FlowKey, reason: Reason, tolerated: bool) -> i32 {
+fn out(skb: &Skb, vm: &Vm, scratch: &mut Scratch, reason: Reason, tolerated: bool) -> i32 {
+    let header = &scratch.header;
     if header.protocol == TCP {
         // A connection that the proxy has from before a rule was added stays the proxy's.
         if !header.opens() && sockets::connection(skb, header) == Found::Connection {
@@ -128,14 +126,14 @@ fn out(skb: &Skb, vm: &Vm, header: &Header, key: &FlowKey, reason: Reason, toler
         // A report of a failure is no flow.
         return pass(skb, vm, MARK_UPLINK, reason);
     }
-    match flows::open(vm, key, header, tolerated, skb) {
+    match flows::open(vm, scratch, tolerated, skb.len()) {
         Ok(()) => {
             let verdict = if tolerated { EVENT_TOLERATED } else { EVENT_ALLOWED };
-            report::event(vm.slot, header, reason, verdict, skb);
+            report::event(vm.slot, &scratch.header, reason, verdict, skb);
             pass(skb, vm, MARK_UPLINK, reason)
         }
         Err(why) => {
-            report::event(vm.slot, header, why, EVENT_DENIED, skb);
+            report::event(vm.slot, &scratch.header, why, EVENT_DENIED, skb);
             refuse(skb, vm, why)
         }
     }

@@ -3,7 +3,7 @@
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
     macros::map,
-    maps::{Array, HashMap, LpmTrie, PerCpuHashMap, RingBuf, SockMap, lpm_trie::Key},
+    maps::{Array, HashMap, LpmTrie, PerCpuArray, PerCpuHashMap, RingBuf, SockMap, lpm_trie::Key},
 };
 use tapgate_ebpf_common::{
     judge::Tables,
@@ -11,6 +11,7 @@ use tapgate_ebpf_common::{
         Bucket, Config, Counters, Flow, FlowCount, FlowKey, LISTENERS as LISTENER_COUNT, MAX_FLOWS,
         MAX_HOST_ADDRESSES, MAX_RULES, MAX_VMS, RING_BYTES, RuleKey, Vm,
     },
+    packet::Header,
 };
 
 /// What all VMs share.
@@ -39,13 +40,33 @@ pub static FLOW_COUNTS: HashMap<u32, FlowCount> = HashMap::with_max_entries(MAX_
 pub static FLOWS_EXPIRED: HashMap<u32, u64> = HashMap::with_max_entries(MAX_VMS, BPF_F_NO_PREALLOC);
 /// Slot → counters.
 #[map]
-pub static COUNTERS: PerCpuHashMap<u32, Counters> = PerCpuHashMap::with_max_entries(MAX_VMS, BPF_F_NO_PREALLOC);
+pub static COUNTERS: PerCpuHashMap<u32, Counters> =
+    PerCpuHashMap::with_max_entries(MAX_VMS, BPF_F_NO_PREALLOC);
 /// Slot → what it may still report.
 #[map]
 pub static BUCKETS: HashMap<u32, Bucket> = HashMap::with_max_entries(MAX_VMS, BPF_F_NO_PREALLOC);
 /// What VMs tried and the proxy does not see.
 #[map]
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(RING_BYTES, 0);
+
+/// What a run works on; too large for the stack.
+#[repr(C)]
+pub struct Scratch {
+    pub header: Header,
+    pub key: FlowKey,
+    pub flow: Flow,
+}
+/// Each processor's own; a run is never interrupted by another.
+#[map]
+static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
+
+/// This run's scratch.
+#[inline(always)]
+pub fn scratch() -> Option<&'static mut Scratch> {
+    let scratch = SCRATCH.get_ptr_mut(0)?;
+    // SAFETY: the programs run with interrupts of their own kind off, so there is one user on each processor.
+    Some(unsafe { &mut *scratch })
+}
 
 /// The judge's look-ups, answered from the maps.
 pub struct Maps;

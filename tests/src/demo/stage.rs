@@ -1,6 +1,12 @@
 //! What the steps share: the world, the daemon, the account's client, the VM and the way into it.
 
-use crate::{World, api::Client, daemon::Daemon, ssh::Guest};
+use crate::{
+    World,
+    api::Client,
+    daemon::Daemon,
+    sh::Done,
+    ssh::{self, Guest},
+};
 use anyhow::{Context as _, Result};
 
 /// Where the guest keeps the world's authority, for requests that are not opened on the way.
@@ -63,6 +69,22 @@ impl<'world> Stage<'world> {
         let guest = Guest::of(self.world, &self.api, &vm)?;
         self.guest = Some((vm, guest));
         Ok(())
+    }
+
+    /// Creates a VM, waits until it is ready and puts the world's authority into it; the states that it went through.
+    pub fn boot(&mut self, name: &str) -> Result<Vec<String>> {
+        let key = ssh::key(self.world)?;
+        let vm = self.api.create_vm(name, &key)?;
+        let states = self.api.wait_ready(&vm)?;
+        self.enter(vm)?;
+        let ca = std::fs::read_to_string(self.world.ca_file())?;
+        self.guest()?.expect(&format!("cat > {WORLD_CA} <<'END'\n{ca}END"))?;
+        Ok(states)
+    }
+
+    /// Runs a shell script in the guest.
+    pub fn sh(&self, script: &str) -> Result<Done> {
+        self.guest()?.sh(script)
     }
 
     /// Stops and destroys the VM by the API.

@@ -4,23 +4,17 @@ use super::{
     Step,
     stage::{Stage, WORLD_CA},
 };
-use crate::{sh, sites, ssh};
+use crate::{sh, sites};
 use anyhow::{Context as _, Result};
-use std::{fs, thread, time::Duration};
+use std::{thread, time::Duration};
 
 /// Step 1.
 pub fn create(stage: &mut Stage<'_>, step: &mut Step) -> Result<()> {
-    let key = ssh::key(stage.world())?;
-    let vm = stage.api().create_vm("demo", &key)?;
-    let states = stage.api().wait_ready(&vm)?;
+    let states = stage.boot("demo")?;
     step.check("the VM's states", states.join(" → "), true);
-    stage.enter(vm)?;
-    let guest = stage.guest()?;
-    let who = guest.expect("id -un; hostname; uname -r")?;
+    let who = stage.guest()?.expect("id -un; hostname; uname -r")?;
     let who: Vec<&str> = who.lines().collect();
     step.check("logged in by SSH", who.join(", "), who.first() == Some(&"root"));
-    let ca = fs::read_to_string(stage.world().ca_file())?;
-    guest.expect(&format!("cat > {WORLD_CA} <<'END'\n{ca}END"))?;
     Ok(())
 }
 
