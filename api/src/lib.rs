@@ -5,10 +5,14 @@
 #![forbid(unsafe_code)]
 
 pub mod cli;
+pub mod config;
 mod controllers;
 pub mod doctor;
 pub mod engine;
+mod guest_service;
 pub mod http;
+pub mod images;
+mod log;
 pub mod serve;
 
 pub use http::{AppState, Settings, router};

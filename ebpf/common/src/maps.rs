@@ -1,0 +1,288 @@
+//! Keys and values of the BPF maps. Plain data without padding: what one side writes, the other reads as it is.
+//!
+//! Addresses are 16 octets everywhere; an IPv4 address is written as `::ffff:a.b.c.d`, which no frame can carry as
+//! IPv6 (the ranges deny it), so the two families never meet.
+
+/// Rises with every change of this file or of what the programs expect of the maps: names the pin directory.
+pub const VERSION: u32 = 1;
+/// Most VMs that the maps hold.
+pub const MAX_VMS: u32 = 16_384;
+/// Most `cidr` rules of all VMs together, both generations of a change counted.
+pub const MAX_RULES: u32 = 4_000_000;
+/// Most forwarded flows of all VMs together.
+pub const MAX_FLOWS: u32 = 1 << 20;
+/// Most forwarded flows of one VM: it fills its own share and nobody else's.
+pub const MAX_FLOWS_PER_VM: u32 = 8192;
+/// Most addresses of the host.
+pub const MAX_HOST_ADDRESSES: u32 = 4096;
+/// Octets of the event ring buffer.
+pub const RING_BYTES: u32 = 1 << 20;
+/// Events that a VM can send in one go.
+pub const EVENT_BURST: u32 = 512;
+/// Events a second that a VM can send in the long run.
+pub const EVENT_RATE: u64 = 200;
+/// Length of a per-reason counter array; a power of two so that the verifier sees its bound in a mask.
+pub const REASONS: usize = 64;
+
+const _: () = assert!(crate::Reason::COUNT <= REASONS);
+
+/// An IPv4 address as the maps hold it.
+#[inline(always)]
+pub const fn mapped(a: [u8; 4]) -> [u8; 16] {
+    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a[0], a[1], a[2], a[3]]
+}
+
+/// `Vm::flags`: what no rule allows passes and is recorded.
+pub const VM_WARN: u32 = 1;
+/// `Vm::flags`: a secret of the owner could apply, so ports 80 and 443 always pass the proxy.
+pub const VM_SECRETS: u32 = 2;
+/// `Vm::flags`: the VM has the IPv6 address in `Vm::v6`.
+pub const VM_IPV6: u32 = 4;
+
+/// One VM as the programs see it; found by the index of its tap.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Vm {
+    /// Its slot: the key of everything else about it.
+    pub slot: u32,
+    /// The generation of its rules: part of their keys, so that changing it changes them all at once.
+    pub policy: u32,
+    /// `VM_…`.
+    pub flags: u32,
+    /// Its MAC address.
+    pub mac: [u8; 6],
+    /// Zero.
+    pub pad: [u8; 2],
+    /// Its IPv4 address.
+    pub v4: [u8; 4],
+    /// Its IPv6 address, where `VM_IPV6` is set.
+    pub v6: [u8; 16],
+}
+
+/// What all VMs share.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Config {
+    /// Index of the uplink in the egress namespace.
+    pub uplink: u32,
+    /// Zero.
+    pub pad: u32,
+    /// The range that guests' IPv4 addresses come from.
+    pub guests_v4: [u8; 4],
+    /// Its mask.
+    pub mask_v4: [u8; 4],
+    /// The range that guests' IPv6 addresses come from.
+    pub guests_v6: [u8; 16],
+    /// Its mask; all zero where there is none.
+    pub mask_v6: [u8; 16],
+}
+
+impl Config {
+    /// Whether guests' addresses come from the range that the address lies in.
+    #[inline(always)]
+    pub fn is_guest(&self, address: &[u8; 16], v6: bool) -> bool {
+        if v6 {
+            let mask = u128::from_ne_bytes(self.mask_v6);
+            mask != 0 && u128::from_ne_bytes(*address) & mask == u128::from_ne_bytes(self.guests_v6)
+        } else {
+            let address = u32::from_ne_bytes([address[12], address[13], address[14], address[15]]);
+            address & u32::from_ne_bytes(self.mask_v4) == u32::from_ne_bytes(self.guests_v4)
+        }
+    }
+}
+
+/// Key of a `cidr` rule, after the prefix length that the trie puts in front: prefixes begin with all bits of `group`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct RuleKey {
+    /// Policy generation and family: see [`RuleKey::new`].
+    pub group: u32,
+    /// The network; IPv4 in the form of [`mapped`].
+    pub network: [u8; 16],
+}
+
+impl RuleKey {
+    /// The key of an address or network under a policy generation (below 2³¹).
+    #[inline(always)]
+    pub const fn new(policy: u32, v6: bool, network: [u8; 16]) -> Self {
+        Self { group: (policy << 1) | v6 as u32, network }
+    }
+
+    /// Length in the trie of a prefix of this family.
+    pub const fn prefix(v6: bool, length: u8) -> u32 {
+        32 + length as u32 + if v6 { 0 } else { 96 }
+    }
+}
+
+/// A flow that is forwarded in the kernel, as the guest sees it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct FlowKey {
+    /// The VM.
+    pub slot: u32,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// 1 for IPv6.
+    pub v6: u8,
+    /// The guest's port, or the identifier of a ping.
+    pub port: u16,
+    /// The other end.
+    pub remote: [u8; 16],
+    /// The other end's port; 0 for a ping.
+    pub remote_port: u16,
+    /// Zero.
+    pub pad: u16,
+}
+
+/// `Flow::state`: an answer came.
+pub const FLOW_ANSWERED: u32 = 1;
+/// `Flow::state`: the guest ended its side.
+pub const FLOW_FIN_OUT: u32 = 2;
+/// `Flow::state`: the other end ended its side.
+pub const FLOW_FIN_IN: u32 = 4;
+/// `Flow::state`: no rule allows it; the VM's mode lets it pass.
+pub const FLOW_TOLERATED: u32 = 8;
+
+/// What is known of a forwarded flow.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Flow {
+    /// When it began: nanoseconds of the monotonic clock.
+    pub began: u64,
+    /// When a frame of it was last seen.
+    pub seen: u64,
+    /// The policy generation that it was judged under.
+    pub policy: u32,
+    /// `FLOW_…`.
+    pub state: u32,
+    /// TCP: the next sequence number of the guest, as its last frame says.
+    pub next: u32,
+    /// TCP: the next sequence number that the guest expects.
+    pub expected: u32,
+    /// Frames from the guest.
+    pub packets_out: u64,
+    /// Octets from the guest.
+    pub bytes_out: u64,
+    /// Frames to the guest.
+    pub packets_in: u64,
+    /// Octets to the guest.
+    pub bytes_in: u64,
+}
+
+/// How many flows of a VM were made and ended by the programs. User space counts what it removes in a map of its own,
+/// so that each number has one writer; the difference is what the VM holds. Lost updates of two processors are put right
+/// there, whenever user space goes through the flows.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FlowCount {
+    /// Made.
+    pub opened: u64,
+    /// Removed.
+    pub closed: u64,
+}
+
+/// Token bucket of a VM's events.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Bucket {
+    /// When it was last filled up: nanoseconds of the monotonic clock.
+    pub filled: u64,
+    /// What is left.
+    pub tokens: u32,
+    /// Zero.
+    pub pad: u32,
+}
+
+/// Counters of a VM, one set for each processor.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Counters {
+    /// Frames that were let through, by reason.
+    pub passed: [u64; REASONS],
+    /// Frames that were dropped or refused, by reason.
+    pub dropped: [u64; REASONS],
+    /// Frames from the guest.
+    pub packets_out: u64,
+    /// Octets from the guest.
+    pub bytes_out: u64,
+    /// Frames to the guest.
+    pub packets_in: u64,
+    /// Octets to the guest.
+    pub bytes_in: u64,
+    /// Events that the token bucket or a full ring buffer kept back.
+    pub events_lost: u64,
+}
+
+/// A slot that is no VM's: its counters hold what came from taps that no VM has.
+pub const NO_SLOT: u32 = u32::MAX;
+
+/// `Event::verdict`: a rule allowed it.
+pub const EVENT_ALLOWED: u8 = 0;
+/// `Event::verdict`: it was dropped or refused.
+pub const EVENT_DENIED: u8 = 1;
+/// `Event::verdict`: no rule allows it; the VM's mode let it pass.
+pub const EVENT_TOLERATED: u8 = 2;
+
+/// What the ring buffer carries: one thing that a VM tried and that the proxy does not see.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Event {
+    /// Nanoseconds of the monotonic clock.
+    pub time: u64,
+    /// The VM.
+    pub slot: u32,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// `EVENT_…`.
+    pub verdict: u8,
+    /// A [`crate::Reason`].
+    pub reason: u8,
+    /// 1 for IPv6.
+    pub v6: u8,
+    /// Source address.
+    pub source: [u8; 16],
+    /// Destination address.
+    pub destination: [u8; 16],
+    /// Source port, where the protocol has ports.
+    pub source_port: u16,
+    /// Destination port, where the protocol has ports; the type of an ICMP message.
+    pub port: u16,
+    /// Octets of the frame.
+    pub length: u32,
+}
+
+/// Where a listener of the proxy is in the socket map.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Listener {
+    /// TCP that is not for a gateway service.
+    Tcp = 0,
+    /// DNS over TCP.
+    DnsTcp = 1,
+    /// DNS over UDP.
+    DnsUdp = 2,
+    /// The guest service.
+    Service = 3,
+}
+
+/// How many listeners there are.
+pub const LISTENERS: u32 = 4;
+
+#[cfg(feature = "user")]
+mod pod {
+    #![expect(unsafe_code, reason = "a marker that plain data is plain data")]
+    use super::*;
+
+    macro_rules! plain {
+        ($($name:ty = $size:literal),+ $(,)?) => {$(
+            const _: () = assert!(size_of::<$name>() == $size);
+            // SAFETY: `repr(C)`, integers and arrays of them only, and the size says that there is no padding.
+            unsafe impl aya::Pod for $name {}
+        )+};
+    }
+
+    plain! {
+        Vm = 40, Config = 48, RuleKey = 20, FlowKey = 28, Flow = 64, FlowCount = 16, Bucket = 16,
+        Counters = 1064, Event = 56,
+    }
+}

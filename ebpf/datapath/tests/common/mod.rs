@@ -1,0 +1,328 @@
+//! A closed world for the datapath's tests: a host, an internet behind it, guests. All in namespaces of their own that go
+//! with the test, however it ends. Documentation addresses only. Needs root.
+#![allow(dead_code, reason = "each test file uses its own part")]
+#![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+
+use aya::programs::{SchedClassifier, TcAttachType};
+use socket2::{Domain, Protocol, Socket, Type};
+use std::{
+    future::Future,
+    io::{self, Read as _, Write as _},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::fd::{AsFd as _, OwnedFd},
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+use tapgate_datapath::{Datapath, DatapathConfig, Gate};
+use tapgate_ebpf_common::net::port;
+use tapgate_model::{GuestNet, Mode, Rule, RuleId, RuleSet, RuleTarget, UserId, VmId, VmPolicy};
+use tapgate_netns::{Netns, Route, RouteKind, Rtnl, Veth, nft};
+
+static NEXT: AtomicU32 = AtomicU32::new(0);
+
+/// Longest wait for something that must come.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+/// How long something that must not come is waited for.
+pub const SILENCE: Duration = Duration::from_millis(300);
+
+pub const HOST_OUT: &str = "192.0.2.1";
+pub const ROUTER: &str = "192.0.2.2";
+/// Servers in the internet.
+pub const SERVER: &str = "198.51.100.1";
+pub const OTHER: &str = "203.0.113.1";
+
+pub fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+/// A namespace that goes with the test.
+pub struct Temporary(pub Netns);
+
+impl Temporary {
+    pub fn new(what: &str) -> Self {
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        Self(Netns::create(&format!("tgdp-{}-{number}-{what}", std::process::id())).unwrap())
+    }
+}
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        let _ = Netns::delete(self.0.name());
+    }
+}
+
+/// Host and internet.
+pub struct World {
+    pub host: Temporary,
+    pub internet: Temporary,
+    pub config: DatapathConfig,
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        // What a panic left: the egress namespace, and the pins that keep programs alive.
+        let _ = Netns::delete(&format!("tapgate-{}", self.config.instance));
+        let _ = std::fs::remove_dir_all(self.config.pin_root.join(&self.config.instance));
+        let _ = std::fs::remove_dir(&self.config.pin_root);
+    }
+}
+
+/// Runs a test inside a new world, on threads of the host's namespace.
+pub fn in_world<F: Future<Output = ()>>(test: impl FnOnce(Arc<World>) -> F + Send) {
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    let instance = format!("t{}-{number}", std::process::id() % 1_000_000);
+    let world = World {
+        host: Temporary::new("host"),
+        internet: Temporary::new("inet"),
+        config: DatapathConfig {
+            pin_root: PathBuf::from(format!("/sys/fs/bpf/tapgate-test-{instance}")),
+            instance,
+            guest_v4: "10.214.0.0/16".parse().unwrap(),
+            guest_v6: None,
+        },
+    };
+    let world = Arc::new(world);
+    let host = world.host.0.clone();
+    host.run(|| {
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        runtime.block_on(async {
+            connect_internet(&world).await;
+            test(Arc::clone(&world)).await;
+        });
+    })
+    .unwrap();
+}
+
+async fn connect_internet(world: &World) {
+    let host = Rtnl::connect(&world.host.0).unwrap();
+    let internet = Rtnl::connect(&world.internet.0).unwrap();
+    let veth = Veth { name: "out0", mac: None, peer: "in0", peer_mac: None, peer_netns: &world.internet.0 };
+    let near = host.add_veth(&veth).await.unwrap();
+    let far = internet.link("in0").await.unwrap();
+    for (rtnl, index, own) in [(&host, near, HOST_OUT), (&internet, far, ROUTER)] {
+        rtnl.add_address(index, ip(own), 24).await.unwrap();
+        rtnl.set_up(index).await.unwrap();
+        let loopback = rtnl.link("lo").await.unwrap();
+        rtnl.set_up(loopback).await.unwrap();
+        let on_link = Route {
+            to: (ip("192.0.2.0"), 24),
+            kind: RouteKind::Unicast,
+            link: Some(index),
+            via: None,
+            source: None,
+            table: 254,
+        };
+        rtnl.add_route(&on_link).await.unwrap();
+    }
+    let loopback = internet.link("lo").await.unwrap();
+    for address in [SERVER, OTHER, "10.9.9.9", "198.51.100.53"] {
+        internet.add_address(loopback, ip(address), 32).await.unwrap();
+    }
+    host.add_route(&Route {
+        to: (ip("0.0.0.0"), 0),
+        kind: RouteKind::Unicast,
+        link: Some(near),
+        via: Some(ip(ROUTER)),
+        source: None,
+        table: 254,
+    })
+    .await
+    .unwrap();
+    let counters = "table inet count {\n chain input {\n type filter hook prerouting priority -300; policy accept;\n \
+                    iifname \"in0\" meta nfproto ipv4 counter name seen\n iifname \"in0\" meta nfproto ipv6 \
+                    icmpv6 type != { 133, 134, 135, 136, 143 } counter name seen\n }\n counter seen {\n }\n}\n";
+    // A named counter has to be declared before the rule that uses it.
+    let declared = "table inet count {\n counter seen {\n }\n}\n";
+    nft::load(&world.internet.0, declared).unwrap();
+    nft::load(&world.internet.0, &counters.replace("\n counter seen {\n }", "")).unwrap();
+}
+
+impl World {
+    pub async fn open(&self) -> Datapath {
+        Datapath::open(self.config.clone()).await.unwrap()
+    }
+
+    /// How many packets have arrived in the internet.
+    pub fn arrived(&self) -> u64 {
+        let text = nft::query(&self.internet.0, &["list", "counter", "inet", "count", "seen"]).unwrap();
+        let at = text.find("packets ").unwrap() + "packets ".len();
+        text[at..].split(' ').next().unwrap().parse().unwrap()
+    }
+
+    /// Takes the programs off the taps, and waits until the kernel has done so.
+    pub fn remove_programs(&self, datapath: &Datapath, links: &[&str]) {
+        for entry in std::fs::read_dir(self.pins().join("links")).unwrap() {
+            std::fs::remove_file(entry.unwrap().path()).unwrap();
+        }
+        let attached = |link: &str, kind| {
+            let query = || SchedClassifier::query_tcx(link, kind).unwrap().1.len();
+            datapath.egress().run(query).unwrap() > 0
+        };
+        for link in links {
+            while attached(link, TcAttachType::Ingress) || attached(link, TcAttachType::Egress) {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
+    }
+
+    /// Where the instance's pins are.
+    pub fn pins(&self) -> PathBuf {
+        self.config.pin_root.join(&self.config.instance)
+    }
+}
+
+pub fn net(slot: u32) -> GuestNet {
+    GuestNet::new(slot, Ipv4Addr::new(10, 214, 0, 0), None)
+}
+
+pub fn policy(vm: &VmId, mode: Mode, cidrs: &[&str]) -> VmPolicy {
+    let rules = cidrs
+        .iter()
+        .map(|text| Rule { id: RuleId::generate(), target: RuleTarget::Cidr(text.parse().unwrap()) });
+    VmPolicy {
+        vm: vm.clone(),
+        user: UserId::generate(),
+        generation: 1,
+        mode,
+        rules: RuleSet::new(rules),
+        secrets: Arc::new([]),
+        secrets_over_http: Default::default(),
+    }
+}
+
+/// A guest that is a namespace.
+pub struct Guest {
+    pub ns: Temporary,
+    pub vm: VmId,
+    pub net: GuestNet,
+    pub gate: Gate,
+}
+
+pub async fn guest(datapath: &Datapath, slot: u32, mode: Mode, cidrs: &[&str]) -> Guest {
+    let ns = Temporary::new("guest");
+    let vm = VmId::generate();
+    let gate = datapath.attach_netns(&vm, net(slot), &policy(&vm, mode, cidrs), &ns.0).await.unwrap();
+    Guest { ns, vm, net: net(slot), gate }
+}
+
+impl Guest {
+    pub fn connect(&self, to: &str) -> io::Result<TcpStream> {
+        let to: SocketAddr = to.parse().unwrap();
+        self.ns.0.run(|| TcpStream::connect_timeout(&to, PATIENCE)).unwrap()
+    }
+
+    pub fn udp(&self) -> UdpSocket {
+        let socket = self.ns.0.run(|| UdpSocket::bind("0.0.0.0:0").unwrap()).unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        socket
+    }
+}
+
+/// Takes a connection and echoes until its end.
+pub fn echo(listener: TcpListener) -> std::thread::JoinHandle<SocketAddr> {
+    std::thread::spawn(move || {
+        let (mut stream, peer) = listener.accept().unwrap();
+        let mut buffer = [0; 4096];
+        while let Ok(n @ 1..) = stream.read(&mut buffer) {
+            if stream.write_all(&buffer[..n]).is_err() {
+                break;
+            }
+        }
+        peer
+    })
+}
+
+pub fn listen(ns: &Netns, at: &str) -> TcpListener {
+    ns.run(|| TcpListener::bind(at).unwrap()).unwrap()
+}
+
+/// The proxy's listeners, as far as the datapath cares.
+pub struct Listeners {
+    pub tcp: TcpListener,
+    pub dns_udp: UdpSocket,
+    pub dns_tcp: TcpListener,
+    pub service: TcpListener,
+}
+
+pub fn listeners(datapath: &Datapath) -> Listeners {
+    let tcp = |number: u16| {
+        datapath
+            .egress()
+            .run(|| {
+                let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP)).unwrap();
+                socket.set_ip_transparent_v4(true).unwrap();
+                socket.bind(&SocketAddr::from((Ipv4Addr::UNSPECIFIED, number)).into()).unwrap();
+                socket.listen(64).unwrap();
+                TcpListener::from(socket)
+            })
+            .unwrap()
+    };
+    let dns_udp = datapath
+        .egress()
+        .run(|| {
+            let socket = Socket::new(Domain::IPV4, Type::DGRAM, Some(Protocol::UDP)).unwrap();
+            socket.set_ip_transparent_v4(true).unwrap();
+            socket.bind(&SocketAddr::from((Ipv4Addr::UNSPECIFIED, port::DNS_UDP)).into()).unwrap();
+            UdpSocket::from(socket)
+        })
+        .unwrap();
+    dns_udp.set_read_timeout(Some(PATIENCE)).unwrap();
+    let listeners =
+        Listeners { tcp: tcp(port::TCP), dns_udp, dns_tcp: tcp(port::DNS_TCP), service: tcp(port::SERVICE) };
+    hand_over(datapath, &listeners);
+    listeners
+}
+
+pub fn hand_over(datapath: &Datapath, listeners: &Listeners) {
+    datapath
+        .set_listeners(
+            listeners.tcp.as_fd(),
+            listeners.dns_udp.as_fd(),
+            listeners.dns_tcp.as_fd(),
+            listeners.service.as_fd(),
+        )
+        .unwrap();
+}
+
+/// A tap as a VMM holds it: whole frames in and out.
+pub struct Wire(std::fs::File);
+
+impl Wire {
+    pub fn new(fd: OwnedFd) -> Self {
+        Self(fd.into())
+    }
+
+    pub fn send(&mut self, frame: &[u8]) {
+        let mut packet = vec![0; tapgate_netns::tap::VNET_HEADER];
+        packet.extend_from_slice(frame);
+        self.0.write_all(&packet).unwrap();
+    }
+
+    /// The next frame that the condition holds for, if one comes in time.
+    pub fn wait(&mut self, patience: Duration, wanted: impl Fn(&[u8]) -> bool) -> Option<Vec<u8>> {
+        let until = std::time::Instant::now() + patience;
+        let mut buffer = vec![0; 65600];
+        loop {
+            match self.0.read(&mut buffer) {
+                Ok(n) => {
+                    let frame = &buffer[tapgate_netns::tap::VNET_HEADER..n];
+                    if wanted(frame) {
+                        return Some(frame.to_vec());
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    if std::time::Instant::now() > until {
+                        return None;
+                    }
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+}

@@ -1,0 +1,343 @@
+//! The datapath in real namespaces, over veths: what passes, what doesn't, and what a lost program or daemon means.
+#![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+
+mod common;
+
+use common::*;
+use std::{
+    io::{ErrorKind, Read as _, Write as _},
+    net::{SocketAddr, TcpStream, UdpSocket},
+    time::{Duration, Instant},
+};
+use tapgate_datapath::Datapath;
+use tapgate_ebpf_common::Reason;
+use tapgate_model::{Mode, Verdict};
+use tapgate_netns::{Netns, nft};
+
+fn round_trip(stream: &mut TcpStream) -> std::io::Result<()> {
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.write_all(b"ping")?;
+    let mut got = [0; 4];
+    stream.read_exact(&mut got)
+}
+
+fn refused(result: std::io::Result<TcpStream>) {
+    assert_eq!(result.unwrap_err().kind(), ErrorKind::ConnectionRefused);
+}
+
+#[test]
+fn teardown_leaves_nothing_behind() {
+    in_world(|world| async move {
+        let before = nft::query(&world.host.0, &["list", "ruleset"]).unwrap();
+        let datapath = world.open().await;
+        let a = guest(&datapath, 0, Mode::Enforce, &[]).await;
+        let name = format!("tapgate-{}", world.config.instance);
+        assert!(Netns::exists(&name) && world.pins().exists());
+        datapath.teardown().await.unwrap();
+        drop(a);
+        assert!(!Netns::exists(&name));
+        assert!(!world.pins().exists());
+        assert_eq!(nft::query(&world.host.0, &["list", "ruleset"]).unwrap(), before);
+        let rtnl = tapgate_netns::Rtnl::connect(&world.host.0).unwrap();
+        assert_eq!(rtnl.find_link(&format!("tgu-{}", world.config.instance)).await.unwrap(), None);
+    });
+}
+
+#[test]
+fn a_cidr_rule_is_forwarded_and_masqueraded_and_nothing_else_is() {
+    in_world(|world| async move {
+        let datapath = world.open().await;
+        let _listeners = listeners(&datapath);
+        let a = guest(&datapath, 0, Mode::Enforce, &["198.51.100.0/24"]).await;
+        let server = echo(listen(&world.internet.0, "198.51.100.1:5000"));
+        let mut stream = a.connect("198.51.100.1:5000").unwrap();
+        round_trip(&mut stream).unwrap();
+        drop(stream);
+        assert_eq!(server.join().unwrap().ip(), ip(HOST_OUT), "the guest's address is translated");
+        assert!(datapath.counters(0).unwrap().passed(Reason::Cidr) > 4);
+
+        let arrived = world.arrived();
+        // Refused at once: UDP without a rule, and every address that is never reachable.
+        for to in ["203.0.113.1:5000", "203.0.113.1:443"] {
+            let socket = a.udp();
+            socket.connect(to).unwrap();
+            socket.send(b"x").unwrap();
+            assert_eq!(socket.recv(&mut [0; 8]).unwrap_err().kind(), ErrorKind::ConnectionRefused, "{to}");
+        }
+        for to in [
+            "10.9.9.9:80",
+            "10.214.0.2:80",
+            "169.254.1.1:80",
+            "169.254.77.1:22",
+            "100.100.100.200:80",
+            "240.0.0.1:80",
+        ] {
+            refused(a.connect(to));
+        }
+        assert_eq!(world.arrived(), arrived, "nothing of it arrived");
+        datapath.teardown().await.unwrap();
+    });
+}
+
+#[test]
+fn tcp_without_a_rule_meets_the_proxy_which_sees_both_addresses() {
+    in_world(|world| async move {
+        let datapath = world.open().await;
+        let listeners = listeners(&datapath);
+        let a = guest(&datapath, 7, Mode::Enforce, &[]).await;
+        let arrived = world.arrived();
+        let mut stream = a.connect("203.0.113.1:443").unwrap();
+        let (mut accepted, peer) = listeners.tcp.accept().unwrap();
+        assert_eq!(accepted.local_addr().unwrap(), "203.0.113.1:443".parse::<SocketAddr>().unwrap());
+        assert_eq!(peer.ip(), ip("10.214.0.8"));
+        stream.write_all(b"hello").unwrap();
+        let mut got = [0; 5];
+        accepted.read_exact(&mut got).unwrap();
+        assert_eq!(&got, b"hello");
+
+        // DNS to any address, over both transports, and the guest service.
+        a.connect("198.51.100.53:53").unwrap();
+        let (dns, _) = listeners.dns_tcp.accept().unwrap();
+        assert_eq!(dns.local_addr().unwrap().ip(), ip("198.51.100.53"));
+        a.udp().send_to(b"question", "198.51.100.53:53").unwrap();
+        let mut question = [0; 16];
+        let (n, from) = listeners.dns_udp.recv_from(&mut question).unwrap();
+        assert_eq!((&question[..n], from.ip()), (&b"question"[..], ip("10.214.0.8")));
+        a.connect("169.254.169.254:80").unwrap();
+        let (service, _) = listeners.service.accept().unwrap();
+        assert_eq!(service.local_addr().unwrap().ip(), ip("169.254.169.254"));
+        assert_eq!(world.arrived(), arrived);
+
+        // Without its listener nothing opens.
+        drop((accepted, listeners));
+        refused_or_silent(&a, "203.0.113.1:443");
+        assert!(datapath.counters(7).unwrap().dropped(Reason::Fault) > 0);
+        assert_eq!(world.arrived(), arrived);
+        datapath.teardown().await.unwrap();
+    });
+}
+
+fn refused_or_silent(guest: &Guest, to: &str) {
+    let to: SocketAddr = to.parse().unwrap();
+    let result = guest.ns.0.run(|| TcpStream::connect_timeout(&to, SILENCE)).unwrap();
+    assert!(result.is_err(), "{to} was reached");
+}
+
+#[test]
+fn warn_lets_udp_pass_and_reports_it() {
+    in_world(|world| async move {
+        let datapath = world.open().await;
+        let mut events = datapath.events().unwrap();
+        let a = guest(&datapath, 0, Mode::Warn, &["198.51.100.0/24"]).await;
+        let server = world.internet.0.run(|| UdpSocket::bind("203.0.113.1:7").unwrap()).unwrap();
+        server.set_read_timeout(Some(PATIENCE)).unwrap();
+        let client = a.udp();
+        client.connect("203.0.113.1:7").unwrap();
+        client.send(b"out").unwrap();
+        let mut got = [0; 8];
+        let (n, from) = server.recv_from(&mut got).unwrap();
+        assert_eq!((&got[..n], from.ip()), (&b"out"[..], ip(HOST_OUT)));
+        server.send_to(b"back", from).unwrap();
+        assert_eq!(client.recv(&mut got).unwrap(), 4);
+        let event = events.next().await.unwrap();
+        assert_eq!(event.verdict, Verdict::Tolerate { reason: Reason::NoRule });
+        assert_eq!((event.destination, event.port, event.slot), (ip(OTHER), Some(7), 0));
+        refused(a.connect("10.9.9.9:80"));
+        let event = events.next().await.unwrap();
+        assert_eq!(event.verdict, Verdict::Deny { reason: Reason::Private });
+        datapath.teardown().await.unwrap();
+    });
+}
+
+#[test]
+fn guests_never_reach_each_other_nor_the_host_with_or_without_programs() {
+    in_world(|world| async move {
+        let datapath = world.open().await;
+        let _listeners = listeners(&datapath);
+        datapath.set_host_addresses(&[ip(HOST_OUT)]).unwrap();
+        let a = guest(&datapath, 0, Mode::Warn, &["0.0.0.0/0"]).await;
+        let b = guest(&datapath, 1, Mode::Warn, &["0.0.0.0/0"]).await;
+        let b_udp = b.ns.0.run(|| UdpSocket::bind("0.0.0.0:9").unwrap()).unwrap();
+        b_udp.set_read_timeout(Some(SILENCE)).unwrap();
+        let host_udp = world.host.0.run(|| UdpSocket::bind("0.0.0.0:9").unwrap()).unwrap();
+        host_udp.set_read_timeout(Some(SILENCE)).unwrap();
+        let internet_udp = world.internet.0.run(|| UdpSocket::bind("0.0.0.0:9").unwrap()).unwrap();
+        internet_udp.set_read_timeout(Some(PATIENCE)).unwrap();
+        let try_all = || {
+            for to in ["10.214.0.2:9", "192.0.2.1:9", "169.254.77.2:9", "169.254.77.3:9", "203.0.113.1:9"] {
+                let _ = a.udp().send_to(b"x", to);
+            }
+        };
+        try_all();
+        internet_udp.recv_from(&mut [0; 8]).expect("a rule allows the internet");
+        internet_udp.set_read_timeout(Some(SILENCE)).unwrap();
+        assert!(b_udp.recv_from(&mut [0; 8]).is_err(), "guest to guest");
+        assert!(host_udp.recv_from(&mut [0; 8]).is_err(), "guest to host");
+        let counters = datapath.counters(0).unwrap();
+        assert_eq!((counters.dropped(Reason::OtherVm), counters.dropped(Reason::HostAddress)), (1, 1));
+
+        // The programs go: nothing leaves any more.
+        world.remove_programs(&datapath, &["tg0", "tg1"]);
+        let arrived = world.arrived();
+        try_all();
+        for to in
+            ["10.214.0.2:80", "192.0.2.1:80", "203.0.113.1:80", "169.254.77.1:7710", "169.254.169.254:80"]
+        {
+            refused_or_silent(&a, to);
+        }
+        assert!(b_udp.recv_from(&mut [0; 8]).is_err(), "guest to guest without a program");
+        assert!(host_udp.recv_from(&mut [0; 8]).is_err(), "guest to host without a program");
+        assert!(internet_udp.recv_from(&mut [0; 8]).is_err(), "guest to uplink without a program");
+        assert_eq!(world.arrived(), arrived);
+        datapath.teardown().await.unwrap();
+    });
+}
+
+#[test]
+fn nothing_from_outside_reaches_a_guest_that_did_not_ask() {
+    in_world(|world| async move {
+        let datapath = world.open().await;
+        let a = guest(&datapath, 0, Mode::Enforce, &["203.0.113.0/24"]).await;
+        let a_udp = a.ns.0.run(|| UdpSocket::bind("0.0.0.0:9").unwrap()).unwrap();
+        a_udp.set_read_timeout(Some(SILENCE)).unwrap();
+        // A neighbour of the host that knows the guest's address and routes to it.
+        let internet = tapgate_netns::Rtnl::connect(&world.internet.0).unwrap();
+        let link = internet.link("in0").await.unwrap();
+        internet
+            .add_route(&tapgate_netns::Route {
+                to: (ip("10.214.0.0"), 16),
+                kind: tapgate_netns::RouteKind::Unicast,
+                link: Some(link),
+                via: Some(ip(HOST_OUT)),
+                source: None,
+                table: 254,
+            })
+            .await
+            .unwrap();
+        let out = world.internet.0.run(|| UdpSocket::bind("203.0.113.1:9").unwrap()).unwrap();
+        out.send_to(b"x", "10.214.0.1:9").unwrap();
+        // And the host itself.
+        let host = world.host.0.run(|| UdpSocket::bind("0.0.0.0:0").unwrap()).unwrap();
+        host.send_to(b"x", "10.214.0.1:9").unwrap();
+        assert!(a_udp.recv_from(&mut [0; 8]).is_err());
+        // The daemon itself does reach it, from the egress namespace: as it does for SSH.
+        let ssh = echo(listen(&a.ns.0, "0.0.0.0:22"));
+        let mut stream = datapath.egress().run(|| TcpStream::connect("10.214.0.1:22").unwrap()).unwrap();
+        assert_eq!(stream.local_addr().unwrap().ip(), ip("169.254.77.1"));
+        round_trip(&mut stream).unwrap();
+        drop(stream);
+        ssh.join().unwrap();
+        assert!(datapath.counters(0).unwrap().passed(Reason::Answer) > 2);
+        datapath.teardown().await.unwrap();
+    });
+}
+
+#[test]
+fn a_connection_that_loses_its_rule_is_cut_at_both_ends() {
+    in_world(|world| async move {
+        let datapath = world.open().await;
+        let _listeners = listeners(&datapath);
+        let a = guest(&datapath, 0, Mode::Enforce, &["198.51.100.0/24", "203.0.113.0/24"]).await;
+        let listener = listen(&world.internet.0, "198.51.100.1:5000");
+        let mut idle = a.connect("198.51.100.1:5000").unwrap();
+        let (mut server, _) = listener.accept().unwrap();
+        let kept_server = echo(listen(&world.internet.0, "203.0.113.1:5001"));
+        let mut kept = a.connect("203.0.113.1:5001").unwrap();
+        round_trip(&mut kept).unwrap();
+        idle.write_all(b"hello").unwrap();
+        server.read_exact(&mut [0; 5]).unwrap();
+
+        datapath.set_policy(a.net, &policy(&a.vm, Mode::Enforce, &["203.0.113.0/24"])).unwrap();
+        // Neither end sends anything: both hear of it all the same.
+        idle.set_read_timeout(Some(PATIENCE)).unwrap();
+        server.set_read_timeout(Some(PATIENCE)).unwrap();
+        assert_eq!(idle.read(&mut [0; 8]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+        assert_eq!(server.read(&mut [0; 8]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+        round_trip(&mut kept).expect("the other connection goes on");
+        drop(kept);
+        kept_server.join().unwrap();
+        // Deleting the last rule closes everything.
+        datapath.set_policy(a.net, &policy(&a.vm, Mode::Enforce, &[])).unwrap();
+        let arrived = world.arrived();
+        let socket = a.udp();
+        socket.connect("203.0.113.1:9").unwrap();
+        socket.send(b"x").unwrap();
+        assert!(socket.recv(&mut [0; 8]).is_err());
+        assert_eq!(world.arrived(), arrived);
+        datapath.teardown().await.unwrap();
+    });
+}
+
+#[test]
+fn a_daemon_that_dies_changes_nothing_and_the_next_one_adopts() {
+    in_world(|world| async move {
+        let datapath = world.open().await;
+        let proxy = listeners(&datapath);
+        let a = guest(&datapath, 3, Mode::Enforce, &["198.51.100.0/24"]).await;
+        let gone = guest(&datapath, 4, Mode::Enforce, &[]).await;
+        let server = echo(listen(&world.internet.0, "198.51.100.1:5000"));
+        let mut stream = a.connect("198.51.100.1:5000").unwrap();
+        round_trip(&mut stream).unwrap();
+        let before = datapath.counters(3).unwrap();
+
+        // As a kill does: nothing is taken down.
+        drop(datapath);
+        drop(proxy);
+        round_trip(&mut stream).expect("a forwarded connection outlives the daemon");
+        refused_or_silent(&a, "203.0.113.1:443");
+
+        let datapath = world.open().await;
+        refused_or_silent(&a, "203.0.113.1:443");
+        let proxy = listeners(&datapath);
+        let gate =
+            datapath.adopt(&a.vm, a.net, &policy(&a.vm, Mode::Enforce, &["198.51.100.0/24"])).await.unwrap();
+        assert_eq!(gate.net(), a.net);
+        assert_eq!(datapath.detach_others(&[a.net]).await.unwrap(), [4], "what nobody adopts goes");
+        round_trip(&mut stream).expect("and its adoption");
+        drop(stream);
+        server.join().unwrap();
+        a.connect("203.0.113.1:443").unwrap();
+        proxy.tcp.accept().unwrap();
+        assert!(datapath.counters(3).unwrap().packets_out > before.packets_out, "counters go on");
+        let missing = datapath.adopt(&gone.vm, gone.net, &policy(&gone.vm, Mode::Enforce, &[])).await;
+        assert!(matches!(missing, Err(tapgate_datapath::DatapathError::NotAdoptable { slot: 4, .. })));
+
+        // A tap whose programs are gone is not adopted.
+        drop(datapath);
+        for entry in std::fs::read_dir(world.pins().join("links")).unwrap() {
+            std::fs::remove_file(entry.unwrap().path()).unwrap();
+        }
+        let datapath = world.open().await;
+        assert!(datapath.adopt(&a.vm, a.net, &policy(&a.vm, Mode::Enforce, &[])).await.is_err());
+        datapath.teardown().await.unwrap();
+    });
+}
+
+#[test]
+fn a_flood_is_counted_not_passed_on_and_hides_nobody_else() {
+    in_world(|world| async move {
+        let datapath: Datapath = world.open().await;
+        let mut events = datapath.events().unwrap();
+        let a = guest(&datapath, 0, Mode::Enforce, &[]).await;
+        let b = guest(&datapath, 1, Mode::Enforce, &[]).await;
+        let flood = a.udp();
+        let began = Instant::now();
+        for _ in 0..5000 {
+            let _ = flood.send_to(b"x", "203.0.113.1:9");
+        }
+        let _ = b.udp().send_to(b"x", "203.0.113.1:9");
+        let allowed = 512 + 200 * (began.elapsed().as_secs() + 1);
+        let (mut of_a, mut of_b) = (0, 0);
+        while let Ok(event) = tokio::time::timeout(Duration::from_millis(500), events.next()).await {
+            match event.unwrap().slot {
+                0 => of_a += 1,
+                _ => of_b += 1,
+            }
+        }
+        assert_eq!(of_b, 1);
+        assert!((512..=allowed).contains(&of_a), "{of_a}");
+        let counters = datapath.counters(0).unwrap();
+        assert_eq!(of_a + counters.events_lost, counters.dropped(Reason::NoRule));
+        datapath.teardown().await.unwrap();
+    });
+}

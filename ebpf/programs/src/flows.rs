@@ -1,0 +1,133 @@
+//! The table of forwarded flows. A VM has its share of it; a full share refuses the VM's new flows and no other's.
+
+use crate::{
+    maps::{FLOW_COUNTS, FLOWS, FLOWS_EXPIRED, Scratch},
+    report::now,
+    skb::Skb,
+};
+use tapgate_ebpf_common::{
+    Reason,
+    maps::{FLOW_ANSWERED, FLOW_FIN_IN, FLOW_FIN_OUT, FLOW_TOLERATED, Flow, FlowKey, MAX_FLOWS_PER_VM, Vm},
+    packet::{FIN, Header, RST, SYN, TCP},
+};
+
+const NO_EXIST: u64 = 1;
+
+/// The flow of a frame from the guest.
+#[inline(always)]
+pub fn key(key: &mut FlowKey, vm: &Vm, header: &Header) {
+    *key = FlowKey {
+        slot: vm.slot,
+        protocol: header.protocol,
+        v6: header.v6 as u8,
+        port: header.source_port,
+        remote: header.destination,
+        remote_port: header.port,
+        pad: 0,
+    };
+}
+
+#[inline(always)]
+pub fn find(key: &FlowKey) -> Option<&'static mut Flow> {
+    let flow = FLOWS.get_ptr_mut(key)?;
+    // SAFETY: the entry lives until after the program's run. Each direction writes fields of its own; a lost update of
+    // a counter or of the time does no harm.
+    Some(unsafe { &mut *flow })
+}
+
+/// Takes a flow up. `Err` says why the VM cannot have another. A function of its own, for the sake of the stack.
+#[inline(never)]
+pub fn open(vm: &Vm, scratch: &mut Scratch, tolerated: bool, length: u32) -> Result<(), Reason> {
+    let Scratch { header, key, flow } = scratch;
+    let counts = FLOW_COUNTS.get_ptr_mut(key.slot).ok_or(Reason::Fault)?;
+    let expired = FLOWS_EXPIRED.get_ptr(key.slot).ok_or(Reason::Fault)?;
+    // SAFETY: plain integers of a live entry; `opened` and `closed` are only ever added to.
+    let held = unsafe { (*counts).opened.wrapping_sub((*counts).closed).wrapping_sub(*expired) };
+    if held >= MAX_FLOWS_PER_VM as u64 {
+        return Err(Reason::Limit);
+    }
+    let time = now();
+    *flow = Flow {
+        began: time,
+        seen: time,
+        policy: vm.policy,
+        state: if tolerated { FLOW_TOLERATED } else { 0 },
+        next: next(header),
+        expected: header.acknowledged,
+        packets_out: 1,
+        bytes_out: length as u64,
+        packets_in: 0,
+        bytes_in: 0,
+    };
+    match FLOWS.insert(&*key, &*flow, NO_EXIST) {
+        Ok(()) => {
+            // SAFETY: as above. Two processors may lose one; user space corrects the difference whenever it counts.
+            unsafe { (*counts).opened = (*counts).opened.wrapping_add(1) };
+            Ok(())
+        }
+        // Another processor was faster with the same flow.
+        Err(error) if error == -17 => Ok(()),
+        Err(_) => Err(Reason::Fault),
+    }
+}
+
+/// Forgets a flow.
+#[inline(always)]
+pub fn close(key: &FlowKey) {
+    if FLOWS.remove(key).is_ok() {
+        if let Some(counts) = FLOW_COUNTS.get_ptr_mut(key.slot) {
+            // SAFETY: plain integers of a live entry, as in `open`.
+            unsafe { (*counts).closed = (*counts).closed.wrapping_add(1) };
+        }
+    }
+}
+
+/// The guest's next sequence number after this segment.
+#[inline(always)]
+fn next(header: &Header) -> u32 {
+    let controls = (header.flags & SYN != 0) as u32 + (header.flags & FIN != 0) as u32;
+    header.sequence.wrapping_add(header.payload).wrapping_add(controls)
+}
+
+/// Notes a frame from the guest. Says whether the flow is over.
+#[inline(always)]
+pub fn note_out(flow: &mut Flow, header: &Header, skb: &Skb) -> bool {
+    flow.seen = now();
+    flow.packets_out += 1;
+    flow.bytes_out += skb.len() as u64;
+    if header.protocol != TCP {
+        return false;
+    }
+    if header.opens() {
+        flow.state &= FLOW_TOLERATED;
+        flow.next = next(header);
+    } else {
+        // Only forward: a retransmission says nothing new.
+        let after = next(header);
+        if after.wrapping_sub(flow.next) < 1 << 31 {
+            flow.next = after;
+        }
+        flow.expected = header.acknowledged;
+    }
+    if header.flags & FIN != 0 {
+        flow.state |= FLOW_FIN_OUT;
+    }
+    header.flags & RST != 0
+}
+
+/// Notes a frame to the guest. Says whether the flow is over.
+#[inline(always)]
+pub fn note_in(flow: &mut Flow, header: &Header, skb: &Skb) -> bool {
+    flow.seen = now();
+    flow.packets_in += 1;
+    flow.bytes_in += skb.len() as u64;
+    flow.state |= FLOW_ANSWERED;
+    if header.protocol != TCP {
+        return false;
+    }
+    if header.flags & FIN != 0 {
+        flow.state |= FLOW_FIN_IN;
+    }
+    // A reset from outside may be forged: the guest decides whether it believes it. The flow expires by itself.
+    false
+}

@@ -1,0 +1,160 @@
+//! What a guest sends: read, judged, and marked for the one route that its verdict names.
+
+use crate::{
+    flows,
+    maps::{Maps, Scratch, VMS, scratch},
+    report::{self, Way},
+    skb::{DROP, PASS, Skb},
+    sockets::{self, Found},
+};
+use tapgate_ebpf_common::{
+    Reason, Verdict,
+    judge::{judge, read, service},
+    maps::{EVENT_ALLOWED, EVENT_DENIED, EVENT_TOLERATED, FLOW_TOLERATED, Flow, Listener, Vm},
+    net::{MARK_PROXY, MARK_REJECT, MARK_UPLINK},
+    packet::{Header, TCP},
+};
+
+#[inline(always)]
+pub fn run(skb: &Skb) -> i32 {
+    // What the guest's side may have left in the mark is no verdict.
+    skb.set_mark(0);
+    let Some(vm) = VMS.get_ptr(skb.link()) else {
+        report::stray(Way::Out, skb);
+        return DROP;
+    };
+    // SAFETY: the entry is replaced, never written, and lives until after the program's run.
+    let vm = unsafe { &*vm };
+    let Some(scratch) = scratch() else { return drop(skb, vm, Reason::Fault) };
+    match read(skb, vm, &mut scratch.header) {
+        Ok(()) => {}
+        Err(Verdict::Gateway(reason)) => return pass(skb, vm, MARK_PROXY, reason),
+        Err(Verdict::Drop(reason)) => return drop(skb, vm, reason),
+        Err(_) => return drop(skb, vm, Reason::Fault),
+    }
+    flows::key(&mut scratch.key, vm, &scratch.header);
+    let verdict = match service(&scratch.header) {
+        Some(verdict) => verdict,
+        None => match flows::find(&scratch.key) {
+            None => decide(&scratch.header, vm),
+            Some(flow) if flow.policy == vm.policy => return forward(skb, vm, scratch, flow),
+            Some(flow) => match decide(&scratch.header, vm) {
+                Verdict::Uplink(_) | Verdict::Tolerate(_) => {
+                    flow.policy = vm.policy;
+                    return forward(skb, vm, scratch, flow);
+                }
+                verdict => {
+                    flows::close(&scratch.key);
+                    // A connection is cut: whatever it might be now, it was not begun as that.
+                    let cut = scratch.header.protocol == TCP && !scratch.header.opens();
+                    if cut { Verdict::Refuse(Reason::Revoked) } else { verdict }
+                }
+            },
+        },
+    };
+    carry_out(skb, vm, scratch, verdict)
+}
+
+/// The rules' verdict. A function of its own, for the sake of the stack.
+#[inline(never)]
+fn decide(header: &Header, vm: &Vm) -> Verdict {
+    judge(header, vm, &Maps)
+}
+
+/// Another frame of a flow that is known and allowed.
+#[inline(always)]
+fn forward(skb: &Skb, vm: &Vm, scratch: &Scratch, flow: &mut Flow) -> i32 {
+    let tolerated = flow.state & FLOW_TOLERATED != 0;
+    if flows::note_out(flow, &scratch.header, skb) {
+        flows::close(&scratch.key);
+    }
+    pass(skb, vm, MARK_UPLINK, if tolerated { Reason::NoRule } else { Reason::Cidr })
+}
+
+#[inline(always)]
+fn carry_out(skb: &Skb, vm: &Vm, scratch: &mut Scratch, verdict: Verdict) -> i32 {
+    let header = &scratch.header;
+    match verdict {
+        Verdict::Gateway(reason) => pass(skb, vm, MARK_PROXY, reason),
+        Verdict::Answer => match sockets::connection(skb, header) {
+            Found::Connection | Found::TimeWait => pass(skb, vm, MARK_PROXY, Reason::Answer),
+            Found::Nothing => refuse(skb, vm, Reason::HostAddress),
+        },
+        Verdict::Proxy(listener, reason) => hand_over(skb, vm, header, listener, reason),
+        Verdict::Uplink(reason) => out(skb, vm, scratch, reason, false),
+        Verdict::Tolerate(reason) => out(skb, vm, scratch, reason, true),
+        Verdict::Drop(reason) => {
+            report::event(vm.slot, header, reason, EVENT_DENIED, skb);
+            drop(skb, vm, reason)
+        }
+        Verdict::Refuse(reason) => {
+            // One event for each attempt, not for what an attempt's remains still send.
+            if header.protocol != TCP || header.opens() || reason == Reason::Revoked {
+                report::event(vm.slot, header, reason, EVENT_DENIED, skb);
+            }
+            refuse(skb, vm, reason)
+        }
+    }
+}
+
+/// To a listener of the proxy. A connection that is there finds its socket by itself, on the local route that the mark
+/// leads to; what belongs to none gets the stack's reset.
+#[inline(always)]
+fn hand_over(skb: &Skb, vm: &Vm, header: &Header, listener: Listener, reason: Reason) -> i32 {
+    if header.protocol == TCP {
+        if !header.opens() || sockets::connection(skb, header) == Found::Connection {
+            return pass(skb, vm, MARK_PROXY, reason);
+        }
+    }
+    if sockets::assign(skb, listener) {
+        pass(skb, vm, MARK_PROXY, reason)
+    } else {
+        drop(skb, vm, Reason::Fault)
+    }
+}
+
+/// Out by the uplink, as a new flow.
+#[inline(always)]
+fn out(skb: &Skb, vm: &Vm, scratch: &mut Scratch, reason: Reason, tolerated: bool) -> i32 {
+    let header = &scratch.header;
+    if header.protocol == TCP {
+        // A connection that the proxy has from before a rule was added stays the proxy's.
+        if !header.opens() && sockets::connection(skb, header) == Found::Connection {
+            return pass(skb, vm, MARK_PROXY, reason);
+        }
+    } else if header.icmp != 0 && !header.pings() {
+        // A report of a failure is no flow.
+        return pass(skb, vm, MARK_UPLINK, reason);
+    }
+    match flows::open(vm, scratch, tolerated, skb.len()) {
+        Ok(()) => {
+            let verdict = if tolerated { EVENT_TOLERATED } else { EVENT_ALLOWED };
+            report::event(vm.slot, &scratch.header, reason, verdict, skb);
+            pass(skb, vm, MARK_UPLINK, reason)
+        }
+        Err(why) => {
+            report::event(vm.slot, &scratch.header, why, EVENT_DENIED, skb);
+            refuse(skb, vm, why)
+        }
+    }
+}
+
+#[inline(always)]
+fn pass(skb: &Skb, vm: &Vm, mark: u32, reason: Reason) -> i32 {
+    skb.set_mark(mark);
+    report::passed(vm.slot, reason, Way::Out, skb);
+    PASS
+}
+
+#[inline(always)]
+fn refuse(skb: &Skb, vm: &Vm, reason: Reason) -> i32 {
+    skb.set_mark(MARK_REJECT);
+    report::dropped(vm.slot, reason, Way::Out, skb);
+    PASS
+}
+
+#[inline(always)]
+fn drop(skb: &Skb, vm: &Vm, reason: Reason) -> i32 {
+    report::dropped(vm.slot, reason, Way::Out, skb);
+    DROP
+}

@@ -1,0 +1,91 @@
+//! The maps, by the names that user space knows them by.
+
+use aya_ebpf::{
+    bindings::BPF_F_NO_PREALLOC,
+    macros::map,
+    maps::{Array, HashMap, LpmTrie, PerCpuArray, PerCpuHashMap, RingBuf, SockMap, lpm_trie::Key},
+};
+use tapgate_ebpf_common::{
+    judge::Tables,
+    maps::{
+        Bucket, Config, Counters, Flow, FlowCount, FlowKey, LISTENERS as LISTENER_COUNT, MAX_FLOWS,
+        MAX_HOST_ADDRESSES, MAX_RULES, MAX_VMS, RING_BYTES, RuleKey, Vm,
+    },
+    packet::Header,
+};
+
+/// What all VMs share.
+#[map]
+pub static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
+/// Index of a tap → its VM.
+#[map]
+pub static VMS: HashMap<u32, Vm> = HashMap::with_max_entries(MAX_VMS, BPF_F_NO_PREALLOC);
+/// The `cidr` rules of every VM.
+#[map]
+pub static RULES: LpmTrie<RuleKey, u8> = LpmTrie::with_max_entries(MAX_RULES, 0);
+/// The host's own addresses.
+#[map]
+pub static HOST: HashMap<[u8; 16], u8> = HashMap::with_max_entries(MAX_HOST_ADDRESSES, BPF_F_NO_PREALLOC);
+/// The proxy's listeners.
+#[map]
+pub static LISTENERS: SockMap = SockMap::with_max_entries(LISTENER_COUNT, 0);
+/// Forwarded flows.
+#[map]
+pub static FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(MAX_FLOWS, BPF_F_NO_PREALLOC);
+/// Slot → flows that the programs made and ended.
+#[map]
+pub static FLOW_COUNTS: HashMap<u32, FlowCount> = HashMap::with_max_entries(MAX_VMS, BPF_F_NO_PREALLOC);
+/// Slot → flows that user space removed; written by user space alone.
+#[map]
+pub static FLOWS_EXPIRED: HashMap<u32, u64> = HashMap::with_max_entries(MAX_VMS, BPF_F_NO_PREALLOC);
+/// Slot → counters.
+#[map]
+pub static COUNTERS: PerCpuHashMap<u32, Counters> =
+    PerCpuHashMap::with_max_entries(MAX_VMS, BPF_F_NO_PREALLOC);
+/// Slot → what it may still report.
+#[map]
+pub static BUCKETS: HashMap<u32, Bucket> = HashMap::with_max_entries(MAX_VMS, BPF_F_NO_PREALLOC);
+/// What VMs tried and the proxy does not see.
+#[map]
+pub static EVENTS: RingBuf = RingBuf::with_byte_size(RING_BYTES, 0);
+
+/// What a run works on; too large for the stack.
+#[repr(C)]
+pub struct Scratch {
+    pub header: Header,
+    pub key: FlowKey,
+    pub flow: Flow,
+}
+/// Each processor's own; a run is never interrupted by another.
+#[map]
+static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
+
+/// This run's scratch.
+#[inline(always)]
+pub fn scratch() -> Option<&'static mut Scratch> {
+    let scratch = SCRATCH.get_ptr_mut(0)?;
+    // SAFETY: the programs run with interrupts of their own kind off, so there is one user on each processor.
+    Some(unsafe { &mut *scratch })
+}
+
+/// The judge's look-ups, answered from the maps.
+pub struct Maps;
+
+impl Tables for Maps {
+    #[inline(always)]
+    fn is_host(&self, address: &[u8; 16]) -> bool {
+        HOST.get_ptr(address).is_some()
+    }
+
+    #[inline(always)]
+    fn is_guest(&self, address: &[u8; 16], v6: bool) -> bool {
+        // Without a configuration no address is trusted to be outside.
+        let Some(config) = CONFIG.get(0) else { return true };
+        config.is_guest(address, v6)
+    }
+
+    #[inline(always)]
+    fn has_rule(&self, policy: u32, v6: bool, address: &[u8; 16]) -> bool {
+        RULES.get(Key::new(160, RuleKey::new(policy, v6, *address))).is_some()
+    }
+}

@@ -1,0 +1,121 @@
+//! Counts every frame and reports what the proxy does not see. A VM that floods uses up its own bucket only, and
+//! what is kept back is counted.
+
+use crate::{
+    maps::{BUCKETS, COUNTERS, EVENTS},
+    skb::Skb,
+};
+use aya_ebpf::helpers::bpf_ktime_get_coarse_ns;
+use tapgate_ebpf_common::{
+    Reason,
+    maps::{Counters, EVENT_BURST, EVENT_RATE, Event, NO_SLOT, REASONS},
+    packet::{Header, ICMP, ICMP6},
+};
+
+const SECOND: u64 = 1_000_000_000;
+
+/// Nanoseconds of the monotonic clock, as exact as the timer tick.
+#[inline(always)]
+pub fn now() -> u64 {
+    // SAFETY: the helper has no arguments and cannot fail.
+    unsafe { bpf_ktime_get_coarse_ns() }
+}
+
+#[inline(always)]
+fn counters(slot: u32) -> Option<&'static mut Counters> {
+    let counters = COUNTERS.get_ptr_mut(slot)?;
+    // SAFETY: the entry is this processor's own, and lives until after the program's run.
+    Some(unsafe { &mut *counters })
+}
+
+#[derive(Clone, Copy)]
+pub enum Way {
+    Out,
+    In,
+}
+
+/// Counts a frame that was let through.
+#[inline(always)]
+pub fn passed(slot: u32, reason: Reason, way: Way, skb: &Skb) {
+    let Some(counters) = counters(slot) else { return };
+    counters.passed[reason as usize & (REASONS - 1)] += 1;
+    add(counters, way, skb.len());
+}
+
+/// Counts a frame that was dropped or refused.
+#[inline(always)]
+pub fn dropped(slot: u32, reason: Reason, way: Way, skb: &Skb) {
+    let Some(counters) = counters(slot) else { return };
+    counters.dropped[reason as usize & (REASONS - 1)] += 1;
+    add(counters, way, skb.len());
+}
+
+#[inline(always)]
+fn add(counters: &mut Counters, way: Way, length: u32) {
+    match way {
+        Way::Out => {
+            counters.packets_out += 1;
+            counters.bytes_out += length as u64;
+        }
+        Way::In => {
+            counters.packets_in += 1;
+            counters.bytes_in += length as u64;
+        }
+    }
+}
+
+/// Counts a frame on a tap that no VM has.
+#[inline(always)]
+pub fn stray(way: Way, skb: &Skb) {
+    dropped(NO_SLOT, Reason::UnknownVm, way, skb);
+}
+
+/// Reports what the guest tried, as far as its bucket goes. A function of its own, for the sake of the stack.
+#[inline(never)]
+pub fn event(slot: u32, header: &Header, reason: Reason, verdict: u8, skb: &Skb) {
+    let time = now();
+    if !may_report(slot, time) {
+        return lost(slot);
+    }
+    let Some(mut entry) = EVENTS.reserve::<Event>(0) else { return lost(slot) };
+    let icmp = header.protocol == ICMP || header.protocol == ICMP6;
+    entry.write(Event {
+        time,
+        slot,
+        protocol: header.protocol,
+        verdict,
+        reason: reason as u8,
+        v6: header.v6 as u8,
+        source: header.source,
+        destination: header.destination,
+        source_port: header.source_port,
+        port: if icmp { header.icmp as u16 } else { header.port },
+        length: skb.len(),
+    });
+    entry.submit(0);
+}
+
+#[inline(always)]
+fn lost(slot: u32) {
+    if let Some(counters) = counters(slot) {
+        counters.events_lost += 1;
+    }
+}
+
+#[inline(always)]
+fn may_report(slot: u32, time: u64) -> bool {
+    let Some(bucket) = BUCKETS.get_ptr_mut(slot) else { return false };
+    // SAFETY: plain integers. Two processors may both take the last token; an event more does no harm.
+    let bucket = unsafe { &mut *bucket };
+    let gained = time.saturating_sub(bucket.filled) / (SECOND / EVENT_RATE);
+    if gained > 0 {
+        let tokens = bucket.tokens as u64 + gained;
+        bucket.tokens = if tokens > EVENT_BURST as u64 { EVENT_BURST } else { tokens as u32 };
+        bucket.filled = time;
+    }
+    if bucket.tokens == 0 {
+        return false;
+    }
+    bucket.tokens -= 1;
+    true
+}
