@@ -1,5 +1,5 @@
 //! Every example of the API reference, in its order: status, shape, values, codes.
-#![allow(missing_docs, reason = "tests")]
+#![allow(missing_docs, clippy::unwrap_used, reason = "tests")]
 
 mod common;
 

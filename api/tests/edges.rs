@@ -1,5 +1,5 @@
 //! What no example shows: the envelope on every wrong request, and accounts that never see each other.
-#![allow(missing_docs, reason = "tests")]
+#![allow(missing_docs, clippy::unwrap_used, reason = "tests")]
 
 mod common;
 

@@ -1,7 +1,7 @@
 //! The API as tests use it: the real router over a real store in a folder of its own, and an engine that is the test.
 //!
 //! Requests go through the router without a socket. Three kinds of caller: nobody, Alice, Bob.
-#![allow(dead_code, missing_docs, reason = "each test file uses a part of it")]
+#![allow(dead_code, missing_docs, clippy::unwrap_used, reason = "each test file uses a part of it")]
 
 use axum::Router;
 use axum::body::Body;
