@@ -4,6 +4,20 @@
 //! network namespace itself (that is `tapgate-netns`), or know of rules, secrets' values or users.
 #![deny(unsafe_code)]
 
+pub mod accel;
+pub mod cgroup;
+pub mod disk;
+mod driver;
 pub mod image;
+pub mod process;
+mod qemu;
+mod qmp;
 pub mod quote;
+pub mod ready;
 pub mod seed;
+mod spec;
+
+pub use driver::{BoxFuture, Running, Vmm};
+pub use qemu::{QemuDriver, QemuRunning, default_program, noted_handle, uid_of};
+pub use seed::Seed;
+pub use spec::{Exit, Handle, Observed, VmSpec, VmmError};
