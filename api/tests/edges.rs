@@ -7,6 +7,8 @@ use axum::body::Body;
 use axum::http::{Request, header};
 use common::{PUBLIC_KEY, TestApp};
 use serde_json::{Value, json};
+use tapgate::Settings;
+use tapgate::http::{Rate, Rates};
 
 /// Every route that needs a key, with a body that is right but for the ids in the path.
 const ROUTES: &[(&str, &str, &str)] = &[
@@ -232,7 +234,7 @@ async fn every_wrong_request_is_answered_in_the_envelope() {
 async fn quotas_are_conflicts() {
     let settings = tapgate::Settings::default();
     let quotas = tapgate::http::Quotas { vms: 1, rules: 1, secrets: 1, snapshots: 1, env: 1 };
-    let app = TestApp::with(tapgate::Settings { quotas, ..settings });
+    let app = TestApp::with(tapgate::Settings { quotas, rates: common::no_limits(), ..settings });
     let key = app.user("alice@example.com").await;
     app.vm(&key, "one").await;
     let two = json!({ "name": "two", "public_key": PUBLIC_KEY });
@@ -251,4 +253,51 @@ async fn quotas_are_conflicts() {
 #[tokio::test]
 async fn health_needs_no_key() {
     assert_eq!(TestApp::new().get("", "/healthz").await.is(200), json!({ "status": "ok" }));
+}
+
+fn strict(change: impl FnOnce(&mut Rates)) -> TestApp {
+    let mut rates = common::no_limits();
+    change(&mut rates);
+    TestApp::with(Settings { rates, ..Settings::default() })
+}
+
+#[track_caller]
+fn is_limited(answer: common::Answer) {
+    let wait: u64 = answer.headers[header::RETRY_AFTER].to_str().unwrap().parse().unwrap();
+    assert!((1..=61).contains(&wait), "{wait}");
+    assert_eq!(answer.error(429), "rate_limited");
+}
+
+#[tokio::test]
+async fn who_asks_too_often_is_told_when_to_come_back() {
+    let one = Rate { burst: 3, per_minute: 1 };
+    let app = strict(|rates| rates.key = one);
+    let (alice, bob) = (app.user("alice@example.com").await, app.user("bob@example.com").await);
+    for _ in 0..3 {
+        app.get(&alice, "/v1/vms").await.is(200);
+    }
+    is_limited(app.get(&alice, "/v1/vms").await);
+    app.get(&bob, "/v1/vms").await.is(200);
+
+    let app = strict(|rates| rates.refused = one);
+    let alice = app.user("alice@example.com").await;
+    for _ in 0..3 {
+        app.get("iron_live_guess", "/v1/vms").await.is(401);
+    }
+    is_limited(app.get("iron_live_guess", "/v1/vms").await);
+    is_limited(app.get(&alice, "/v1/vms").await);
+
+    let app = strict(|rates| rates.password = one);
+    let login = json!({ "email": "a@example.com", "password": "guess" });
+    for _ in 0..3 {
+        app.post("", "/v1/auth/login", login.clone()).await.is(401);
+    }
+    is_limited(app.post("", "/v1/auth/login", login).await);
+
+    let app = strict(|rates| rates.device = one);
+    for _ in 0..3 {
+        app.get("", "/v1/auth/device/poll?code=ABCD-1234").await.is(200);
+    }
+    is_limited(app.get("", "/v1/auth/device/poll?code=ABCD-1234").await);
+    is_limited(app.call("", "POST", "/v1/auth/device/code", None).await);
 }

@@ -10,6 +10,7 @@ use http_body_util::BodyExt as _;
 use serde_json::{Value, json};
 use std::sync::Arc;
 use tapgate::engine::{Command, Handle};
+use tapgate::http::{Rate, Rates};
 use tapgate::{AppState, Settings, router};
 use tapgate_model::{StatusDetail, VmId};
 use tapgate_store::{CaPem, SealKey, Store};
@@ -18,6 +19,12 @@ use tower::ServiceExt as _;
 
 pub const PUBLIC_KEY: &str =
     "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAILM+rvN+ot98qgEN796jTiQfZfG1KaT0PtFDJ/XFSqti alice@example.com";
+
+/// Tests ask faster than people.
+pub fn no_limits() -> Rates {
+    let rate = Rate { burst: 1_000_000, per_minute: 1_000_000 };
+    Rates { key: rate, refused: rate, password: rate, device: rate }
+}
 
 pub struct TestApp {
     pub router: Router,
@@ -64,6 +71,7 @@ impl TestApp {
         Self::with(Settings {
             public_host: "203.0.113.10".into(),
             ssh_ports: 2222..=2322,
+            rates: no_limits(),
             start_wait: std::time::Duration::from_secs(5),
             ..Settings::default()
         })
