@@ -99,7 +99,8 @@ fn attempts() -> Vec<Attempt> {
 pub fn held(stage: &mut Stage<'_>, step: &mut Step) -> Result<()> {
     let (before, journal) = (stage.world().counters()?, stage.world().journal().mark());
     let attempts = attempts();
-    let mut script = String::from("try() { out=$(eval \"$1\" 2>&1); code=$?; echo \"$code|\"$out; }\n");
+    let mut script =
+        String::from("set -f; try() { out=$(eval \"$1\" 2>&1); code=$?; echo \"$code|\"$out; }\n");
     for attempt in &attempts {
         script.push_str(&format!("try \"{}\"\n", attempt.command.replace('"', "\\\"")));
     }
