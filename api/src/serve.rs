@@ -11,13 +11,13 @@ use crate::{
     images,
 };
 use anyhow::{Context as _, bail};
-use std::{net::IpAddr, path::PathBuf, sync::Arc};
+use std::{path::PathBuf, sync::Arc};
 use tapgate_datapath::{Datapath, DatapathConfig};
 use tapgate_model::VmId;
 use tapgate_proxy::{Limits, Listeners, PolicyTable, Proxy, ProxyConfig, VmCa};
 use tapgate_store::{CaPem, Resources, SealKey, Store};
 use tapgate_vmm::{
-    NetnsDriver, QemuDriver, Vmm,
+    QemuDriver, Vmm,
     accel::{self, Accel},
     image::Image,
 };
@@ -95,8 +95,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         ProxyConfig { resolvers: config.resolvers.clone(), ..ProxyConfig::default() },
         table.clone(),
         Arc::new(store.audit().clone()),
-    )
-    .context("cannot set up the proxy")?;
+    );
     let (handle, commands) = engine::Handle::new();
     let notifier = handle.notifier();
     let state = AppState::new(store.clone(), handle, Arc::new(make_ca), api_settings(&config));
@@ -155,7 +154,7 @@ fn lock(config: &Config) -> anyhow::Result<nix::fcntl::Flock<std::fs::File>> {
 async fn open_driver(config: &Config) -> anyhow::Result<(Option<Image>, Arc<dyn Vmm>)> {
     if config.driver == DriverKind::Netns {
         tracing::warn!("driver `netns` runs workloads on the host itself: it isolates nothing but the network");
-        return Ok((None, Arc::new(NetnsDriver::new())));
+        bail!("this build has no netns driver");
     }
     let image = images::find(&config.image_dir, &config.image)?;
     let accel = match config.accel {
@@ -174,6 +173,17 @@ async fn open_driver(config: &Config) -> anyhow::Result<(Option<Image>, Arc<dyn 
     };
     tracing::info!(image = %image.dir().display(), ?accel, "serve.driver");
     Ok((Some(image), Arc::new(QemuDriver::new(accel))))
+}
+
+/// Hands the listeners of both families to the programs.
+fn hand_over(datapath: &Datapath, listeners: &Listeners) -> anyhow::Result<()> {
+    for (v6, fds) in [(false, Some(listeners.fds())), (true, listeners.fds_v6())] {
+        if let Some(fds) = fds {
+            let service = fds.service.context("the guest service's listener is gone")?;
+            datapath.set_listeners(v6, fds.tcp, fds.dns_udp, fds.dns_tcp, service)?;
+        }
+    }
+    Ok(())
 }
 
 fn make_ca(vm: &VmId) -> anyhow::Result<CaPem> {

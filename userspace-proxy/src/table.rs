@@ -218,6 +218,12 @@ impl PolicyTable {
         if guest { Err(Reason::OtherVm) } else { Ok(()) }
     }
 
+    /// The policy that is in force for the VM here.
+    pub fn policy(&self, vm: &VmId) -> Option<Arc<VmPolicy>> {
+        let state = self.state.load();
+        state.by_address.values().map(|entry| entry.policy.load_full()).find(|policy| policy.vm == *vm)
+    }
+
     /// How many connections of the VM are open.
     pub fn open_connections(&self, vm: &VmId) -> usize {
         let state = self.state.load();

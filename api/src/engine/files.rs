@@ -21,7 +21,7 @@ pub(super) async fn spec(shared: &Shared, record: &VmRecord) -> Result<VmSpec, S
     Ok(VmSpec {
         id: record.id.clone(),
         dir: dir(shared, &record.id),
-        image: shared.image.clone(),
+        image: shared.image.clone().ok_or("there is no image")?,
         guest_ns: guest_namespace(shared, record)?,
         vcpus: record.resources.vcpus,
         memory_mib: record.resources.memory_mib,

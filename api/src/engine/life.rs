@@ -3,7 +3,7 @@
 //! Each state is in the records before it is acted on, so after a crash the task goes on where the records say. What a
 //! user asks comes in by the records too; the waker only says that they changed.
 
-use super::{Shared, files, policy, ssh};
+use super::{Gated, Shared, files, policy, ssh};
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
@@ -87,7 +87,7 @@ async fn advance(shared: &Shared, vm: &VmId, to: S, failure: Option<String>) {
             }
         }
     }
-    shared.notifier.changed(vm);
+    shared.notifier.changed(vm.clone());
 }
 
 async fn step(
@@ -191,7 +191,8 @@ async fn serve(shared: &Shared, record: &VmRecord, gate: &Gate) -> Result<(), St
     let ca = files::ca(shared, record).await?;
     let policy = shared.policy_of(&record.id).await.map_err(|error| error.to_string())?;
     shared.table.insert(gate.net(), ca, Arc::new(policy));
-    shared.gates().insert(record.id.clone(), gate.net());
+    let gated = Gated { user: record.user.clone(), net: gate.net() };
+    shared.gates().insert(record.id.clone(), gated);
     // A change that came between reading and inserting would be lost without this.
     policy::install(shared, &record.id, gate.net()).await;
     Ok(())

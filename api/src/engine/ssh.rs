@@ -36,7 +36,7 @@ impl Forward {
     ///
     /// # Errors
     /// The port is taken, or may not be bound.
-    pub async fn open(vm: VmId, listen: SocketAddr, guest: Ipv4Addr, egress: Arc<Netns>) -> io::Result<Self> {
+    pub async fn open(vm: VmId, listen: SocketAddr, guest: Ipv4Addr, egress: Netns) -> io::Result<Self> {
         let listener = TcpListener::bind(listen).await?;
         Ok(Self { task: tokio::spawn(accept(vm, listener, guest, egress)) })
     }
@@ -48,7 +48,7 @@ impl Drop for Forward {
     }
 }
 
-async fn accept(vm: VmId, listener: TcpListener, guest: Ipv4Addr, egress: Arc<Netns>) {
+async fn accept(vm: VmId, listener: TcpListener, guest: Ipv4Addr, egress: Netns) {
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     // Dropped with this task, and every connection with it.
     let mut connections = tokio::task::JoinSet::new();
