@@ -65,7 +65,7 @@ fn attempts() -> Vec<Attempt> {
         attempt(
             "plain TCP to an address",
             format!(
-                "timeout 20 bash -c 'exec 3<>/dev/tcp/{}/7 && printf x >&3 && head -c 1 <&3 | grep x'",
+                "timeout 20 bash -c 'exec 3<>/dev/tcp/{}/7 && head -c 8 /dev/zero >&3 && printf x >&3 && head -c 9 <&3 | grep -a x'",
                 files.v4
             ),
             End::Fails,
