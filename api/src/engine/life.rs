@@ -3,7 +3,7 @@
 //! Each state is in the records before it is acted on, so after a crash the task goes on where the records say. What a
 //! user asks comes in by the records too; the waker only says that they changed.
 
-use super::{Shared, files, policy, ssh};
+use super::{Gated, Shared, files, policy, ssh};
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
@@ -87,7 +87,7 @@ async fn advance(shared: &Shared, vm: &VmId, to: S, failure: Option<String>) {
             }
         }
     }
-    shared.notifier.changed(vm);
+    shared.notifier.changed(vm.clone());
 }
 
 async fn step(
@@ -155,7 +155,10 @@ async fn step(
 /// Gate first, then the machine.
 async fn boot(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> {
     let spec = files::spec(shared, record).await?;
-    let policy = shared.policy_of(&record.id).await.map_err(|error| format!("cannot read the egress policy: {error}"))?;
+    let policy = shared
+        .policy_of(&record.id)
+        .await
+        .map_err(|error| format!("cannot read the egress policy: {error}"))?;
     let net = shared.net(record);
     let gate = match &spec.guest_ns {
         None => shared.datapath.attach_tap(&record.id, net, &policy).await,
@@ -179,8 +182,11 @@ async fn adopt(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> 
     let handle: Handle = serde_json::from_str(handle).map_err(|error| error.to_string())?;
     let spec = files::spec(shared, record).await?;
     let policy = shared.policy_of(&record.id).await.map_err(|error| error.to_string())?;
-    let gate =
-        shared.datapath.adopt(&record.id, shared.net(record), &policy).await.map_err(|error| error.to_string())?;
+    let gate = shared
+        .datapath
+        .adopt(&record.id, shared.net(record), &policy)
+        .await
+        .map_err(|error| error.to_string())?;
     serve(shared, record, &gate).await?;
     let machine = shared.driver.adopt(&spec, &handle, gate).await.map_err(|error| error.to_string())?;
     Ok(Live { machine, _forward: forward(shared, record).await? })
@@ -191,7 +197,8 @@ async fn serve(shared: &Shared, record: &VmRecord, gate: &Gate) -> Result<(), St
     let ca = files::ca(shared, record).await?;
     let policy = shared.policy_of(&record.id).await.map_err(|error| error.to_string())?;
     shared.table.insert(gate.net(), ca, Arc::new(policy));
-    shared.gates().insert(record.id.clone(), gate.net());
+    let gated = Gated { user: record.user.clone(), net: gate.net() };
+    shared.gates().insert(record.id.clone(), gated);
     // A change that came between reading and inserting would be lost without this.
     policy::install(shared, &record.id, gate.net()).await;
     Ok(())
@@ -215,14 +222,13 @@ async fn forward(shared: &Shared, record: &VmRecord) -> Result<ssh::Forward, Str
 }
 
 /// Waits for SSH to answer, then for the machine to end or the records to change.
-async fn watch(shared: &Shared, record: &VmRecord, live: &mut Live, waker: &Notify) -> Result<Next, String> {
+async fn watch(shared: &Shared, record: &VmRecord, live: &Live, waker: &Notify) -> Result<Next, String> {
     let starting = record.detail == S::Running;
-    let net = shared.net(record);
     let ready = async {
         if !starting {
             return std::future::pending().await;
         }
-        tokio::time::timeout(READY_TIMEOUT, tapgate_vmm::ready::ssh(shared.datapath.egress(), &net)).await
+        tokio::time::timeout(READY_TIMEOUT, live.machine.ready(shared.datapath.egress())).await
     };
     tokio::select! {
         exit = live.machine.wait() => match exit {

@@ -22,12 +22,19 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 use tapgate_datapath::Datapath;
-use tapgate_model::{GuestNet, VmId, VmPolicy};
+use tapgate_model::{GuestNet, UserId, VmId, VmPolicy};
 use tapgate_proxy::PolicyTable;
 use tapgate_store::{Store, StoreError, VmRecord};
 use tapgate_vmm::{Vmm, image::Image};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+/// A VM that has a gate now.
+#[derive(Clone, Debug)]
+struct Gated {
+    user: UserId,
+    net: GuestNet,
+}
 
 /// Everything that a VM's task needs.
 pub(crate) struct Shared {
@@ -41,7 +48,7 @@ pub(crate) struct Shared {
     pub notifier: Notifier,
     pub stop: CancellationToken,
     /// The VMs that have a gate now.
-    gates: Mutex<HashMap<VmId, GuestNet>>,
+    gates: Mutex<HashMap<VmId, Gated>>,
     /// Rises with every change of an environment.
     news: watch::Sender<u64>,
 }
@@ -57,13 +64,13 @@ impl Shared {
         self.store.effective_policy(vm, self.config.secrets_over_http).await
     }
 
-    fn gates(&self) -> MutexGuard<'_, HashMap<VmId, GuestNet>> {
+    fn gates(&self) -> MutexGuard<'_, HashMap<VmId, Gated>> {
         self.gates.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The VM whose gate has this slot.
     fn vm_of_slot(&self, slot: u32) -> Option<VmId> {
-        self.gates().iter().find(|(_, net)| net.slot == slot).map(|(vm, _)| vm.clone())
+        self.gates().iter().find(|(_, gated)| gated.net.slot == slot).map(|(vm, _)| vm.clone())
     }
 }
 
@@ -86,7 +93,18 @@ impl Engine {
         notifier: Notifier,
         stop: CancellationToken,
     ) -> Self {
-        let shared = Shared { config, store, datapath, table, driver, image, notifier, stop, gates: Mutex::default(), news: watch::Sender::new(0) };
+        let shared = Shared {
+            config,
+            store,
+            datapath,
+            table,
+            driver,
+            image,
+            notifier,
+            stop,
+            gates: Mutex::default(),
+            news: watch::Sender::new(0),
+        };
         Self { shared: Arc::new(shared), tasks: TaskTracker::new(), wakers: HashMap::new() }
     }
 

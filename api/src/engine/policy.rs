@@ -9,24 +9,15 @@ use tapgate_model::{GuestNet, VmId, VmPolicy};
 
 /// Installs what the records now say, for every VM in the scope that has a gate.
 pub(super) async fn refresh(shared: &Shared, scope: &Scope) {
-    let vms: Vec<(VmId, GuestNet)> = {
-        let gates = shared.gates.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        gates.iter().map(|(vm, net)| (vm.clone(), *net)).collect()
-    };
-    let in_scope: Vec<_> = match scope {
-        Scope::Vm(vm) => vms.into_iter().filter(|(id, _)| id == vm).collect(),
-        Scope::User(user) => {
-            let mut owned = Vec::new();
-            for (vm, net) in vms {
-                // A VM whose owner cannot be read is refreshed too: better once too often than not closed.
-                match shared.store.owner_of(&vm).await {
-                    Ok(owner) if owner != *user => {}
-                    _ => owned.push((vm, net)),
-                }
-            }
-            owned
-        }
-    };
+    let in_scope: Vec<(VmId, GuestNet)> = shared
+        .gates()
+        .iter()
+        .filter(|(vm, gated)| match scope {
+            Scope::Vm(wanted) => *vm == wanted,
+            Scope::User(user) => gated.user == *user,
+        })
+        .map(|(vm, gated)| (vm.clone(), gated.net))
+        .collect();
     for (vm, net) in in_scope {
         install(shared, &vm, net).await;
     }

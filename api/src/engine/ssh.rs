@@ -36,7 +36,7 @@ impl Forward {
     ///
     /// # Errors
     /// The port is taken, or may not be bound.
-    pub async fn open(vm: VmId, listen: SocketAddr, guest: Ipv4Addr, egress: Arc<Netns>) -> io::Result<Self> {
+    pub async fn open(vm: VmId, listen: SocketAddr, guest: Ipv4Addr, egress: Netns) -> io::Result<Self> {
         let listener = TcpListener::bind(listen).await?;
         Ok(Self { task: tokio::spawn(accept(vm, listener, guest, egress)) })
     }
@@ -48,7 +48,7 @@ impl Drop for Forward {
     }
 }
 
-async fn accept(vm: VmId, listener: TcpListener, guest: Ipv4Addr, egress: Arc<Netns>) {
+async fn accept(vm: VmId, listener: TcpListener, guest: Ipv4Addr, egress: Netns) {
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     // Dropped with this task, and every connection with it.
     let mut connections = tokio::task::JoinSet::new();
@@ -88,5 +88,7 @@ pub async fn dial(guest: Ipv4Addr, egress: &Netns) -> io::Result<TcpStream> {
     let socket = egress.run(TcpSocket::new_v4).map_err(io::Error::other)??;
     socket.bind(SocketAddr::new(IpAddr::from(GATEWAY_V4), 0))?;
     let connect = socket.connect(SocketAddr::V4(SocketAddrV4::new(guest, 22)));
-    tokio::time::timeout(CONNECT_TIMEOUT, connect).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
+    tokio::time::timeout(CONNECT_TIMEOUT, connect)
+        .await
+        .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
 }

@@ -8,6 +8,7 @@ use crate::time::now_us;
 use crate::users::id;
 use rusqlite::types::Value;
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
+use tapgate_model::secret::PLACEHOLDER_PREFIX;
 use tapgate_model::{HostPattern, SecretBinding, SecretId, SecretValue, UserId};
 
 /// A secret to be made.
@@ -136,6 +137,24 @@ pub(crate) fn bindings(store: &Store, db: &Connection, user: &UserId) -> Result<
 }
 
 impl Store {
+    /// What guests of the user get for the user's secrets: variable and placeholder, oldest first.
+    pub async fn placeholders(&self, user: &UserId) -> Result<Vec<(String, String)>> {
+        let user = user.clone();
+        self.db
+            .read(move |db| {
+                let mut statement =
+                    db.prepare_cached("SELECT env_var, name FROM secrets WHERE user = ?1 ORDER BY seq")?;
+                let found = statement
+                    .query_map([user.as_str()], |row| {
+                        let name: String = row.get("name")?;
+                        Ok((row.get("env_var")?, format!("{PLACEHOLDER_PREFIX}{name}")))
+                    })?
+                    .collect::<rusqlite::Result<_>>()?;
+                Ok(found)
+            })
+            .await
+    }
+
     /// Makes a secret.
     pub async fn secret_create(&self, user: &UserId, new: NewSecret, limit: u32) -> Result<SecretRecord> {
         let (user, key) = (user.clone(), self.key.clone());

@@ -265,8 +265,16 @@ pub enum Listener {
     Service = 3,
 }
 
-/// How many listeners there are.
-pub const LISTENERS: u32 = 4;
+/// How many listeners there are: four for IPv4, then the same four for IPv6.
+pub const LISTENERS: u32 = 8;
+
+impl Listener {
+    /// The listener's place in the map: a socket takes packets of its own family only.
+    #[inline(always)]
+    pub const fn index(self, v6: bool) -> u32 {
+        self as u32 + if v6 { LISTENERS / 2 } else { 0 }
+    }
+}
 
 #[cfg(feature = "user")]
 mod pod {

@@ -103,9 +103,11 @@ impl Datapath {
         &self.shared.egress
     }
 
-    /// Hands the proxy's listeners to the programs. They must be bound inside the egress namespace, transparent.
+    /// Hands the proxy's listeners of one family to the programs. They must be bound inside the egress namespace,
+    /// transparent.
     pub fn set_listeners(
         &self,
+        v6: bool,
         tcp: BorrowedFd<'_>,
         dns_udp: BorrowedFd<'_>,
         dns_tcp: BorrowedFd<'_>,
@@ -118,7 +120,7 @@ impl Datapath {
             (Listener::DnsTcp, dns_tcp),
             (Listener::Service, service),
         ] {
-            state.tables.set_listener(listener, fd)?;
+            state.tables.set_listener(listener, v6, fd)?;
         }
         Ok(())
     }

@@ -79,8 +79,8 @@ fn lookup(skb: &Skb, tuple: *mut bpf_sock_tuple, size: u32) -> Found {
 
 /// Assigns the frame to a listener. Says whether that worked: without a listener it does not, and the frame must go.
 #[inline(always)]
-pub fn assign(skb: &Skb, listener: Listener) -> bool {
-    let index = listener as u32;
+pub fn assign(skb: &Skb, listener: Listener, v6: bool) -> bool {
+    let index = listener.index(v6);
     // SAFETY: the map lives as long as the program; the key is a `u32` as the map wants it.
     let socket = unsafe {
         bpf_map_lookup_elem((&raw const LISTENERS).cast::<c_void>().cast_mut(), (&raw const index).cast())

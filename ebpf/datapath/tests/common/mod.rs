@@ -281,6 +281,7 @@ pub fn listeners(datapath: &Datapath) -> Listeners {
 pub fn hand_over(datapath: &Datapath, listeners: &Listeners) {
     datapath
         .set_listeners(
+            false,
             listeners.tcp.as_fd(),
             listeners.dns_udp.as_fd(),
             listeners.dns_tcp.as_fd(),
