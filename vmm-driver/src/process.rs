@@ -160,6 +160,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_process_is_found_again_waited_for_and_never_mistaken() {
+        #[expect(clippy::zombie_processes, reason = "the pidfd reaps it")]
         let child = Command::new("sleep").arg("1000").spawn().unwrap();
         let identity = ProcessRef::of(child.id() as i32).unwrap();
         let process = Process::open(&identity).unwrap().expect("alive");

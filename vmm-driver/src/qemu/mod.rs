@@ -82,6 +82,7 @@ impl QemuDriver {
             .create(&spec.dir)
             .map_err(VmmError::io(spec.dir.display().to_string()))?;
         let image = spec.image.as_ref().ok_or_else(|| VmmError::Disk("the VM has no image".into()))?;
+        let image = &disk::origin(&spec.dir, image)?;
         let disk = disk::prepare(&spec.dir, image, spec.disk_bytes)?;
         let seed = spec.dir.join(file::SEED);
         spec.seed.write(&seed)?;

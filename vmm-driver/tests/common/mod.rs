@@ -22,15 +22,6 @@ static NEXT: AtomicU32 = AtomicU32::new(0);
 /// Under TCG on a busy machine a boot takes its time.
 pub const PATIENCE: Duration = Duration::from_secs(180);
 
-/// Real VMs are booted where this is set.
-pub fn wanted() -> bool {
-    let wanted = std::env::var_os("TAPGATE_TEST_VM").is_some();
-    if !wanted {
-        eprintln!("skipped: set TAPGATE_TEST_VM=1 to boot real VMs");
-    }
-    wanted
-}
-
 /// The base image, built once.
 pub fn debian() -> Image {
     image::build_debian12(&image::default_cache()).unwrap()
@@ -90,6 +81,10 @@ impl World {
     }
 
     pub fn spec(&self, id: &VmId, slot: u32, env: Vec<(String, String)>) -> VmSpec {
+        VmSpec { image: Some(debian()), ..self.spec_without_image(id, slot, env) }
+    }
+
+    pub fn spec_without_image(&self, id: &VmId, slot: u32, env: Vec<(String, String)>) -> VmSpec {
         let net = net(slot);
         let seed = Seed {
             instance_id: id.to_string(),
@@ -104,7 +99,7 @@ impl World {
         VmSpec {
             id: id.clone(),
             dir: self.dir.path().join(id.as_str()),
-            image: Some(debian()),
+            image: None,
             vcpus: 1,
             memory_mib: 512,
             disk_bytes: 4 << 30,
