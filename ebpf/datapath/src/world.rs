@@ -79,6 +79,12 @@ pub(crate) async fn open(config: &DatapathConfig, host: &Netns) -> Result<Netns,
             egress.sysctl(key, value)?;
         }
     }
+    if has_v6 {
+        // Without a range for guests the namespace speaks no IPv6 at all.
+        let off = if config.guest_v6.is_some() { "0" } else { "1" };
+        egress.sysctl("ipv6/conf/all/disable_ipv6", off)?;
+        egress.sysctl("ipv6/conf/default/disable_ipv6", off)?;
+    }
     let inside = Rtnl::connect(&egress)?;
     let outside = Rtnl::connect(host)?;
     let loopback = inside.link("lo").await?;
