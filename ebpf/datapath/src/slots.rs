@@ -130,10 +130,13 @@ impl Slots {
         if let Some((link, _)) = entry {
             fine(tables.vms.remove(&link), "VMS")?;
         }
-        let flows: Vec<_> =
-            tables.flows.keys().filter_map(Result::ok).filter(|key| key.slot == slot).collect();
-        for key in flows {
-            fine(tables.flows.remove(&key), "FLOWS")?;
+        // A slot that was never used has no flows to look for.
+        if tables.flow_counts.get(&slot, 0).is_ok() {
+            let flows: Vec<_> =
+                tables.flows.keys().filter_map(Result::ok).filter(|key| key.slot == slot).collect();
+            for key in flows {
+                fine(tables.flows.remove(&key), "FLOWS")?;
+            }
         }
         fine(tables.flow_counts.remove(&slot), "FLOW_COUNTS")?;
         fine(tables.flows_expired.remove(&slot), "FLOWS_EXPIRED")?;

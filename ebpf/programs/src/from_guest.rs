@@ -106,7 +106,7 @@ fn hand_over(skb: &Skb, vm: &Vm, header: &Header, listener: Listener, reason: Re
             return pass(skb, vm, MARK_PROXY, reason);
         }
     }
-    if sockets::assign(skb, listener) {
+    if sockets::assign(skb, listener, header.v6) {
         pass(skb, vm, MARK_PROXY, reason)
     } else {
         drop(skb, vm, Reason::Fault)
