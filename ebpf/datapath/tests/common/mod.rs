@@ -364,9 +364,12 @@ impl Wire {
     }
 
     pub fn send(&mut self, frame: &[u8]) {
-        let mut packet = vec![0; tapgate_netns::tap::VNET_HEADER];
-        packet.extend_from_slice(frame);
-        self.0.write_all(&packet).unwrap();
+        self.send_with(&[0; tapgate_netns::tap::VNET_HEADER], frame);
+    }
+
+    /// With the header that says what is left to the host: checksum, segmentation.
+    pub fn send_with(&mut self, header: &[u8; tapgate_netns::tap::VNET_HEADER], frame: &[u8]) {
+        self.0.write_all(&[header, frame].concat()).unwrap();
     }
 
     /// The next frame that the condition holds for, if one comes in time.
