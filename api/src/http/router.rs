@@ -37,6 +37,7 @@ pub fn router(state: AppState) -> Router {
         .route("/v1/egress/rules", get(egress::rules).post(egress::create_rule))
         .route("/v1/egress/rules/{rule_id}", delete(egress::delete_rule))
         .route("/v1/audit/egress", get(audit::list))
+        .route("/v1/audit/egress/export", get(audit::export))
         .route("/v1/secrets", get(secrets::list).post(secrets::create))
         .route("/v1/secrets/{secret_id}", patch(secrets::update).get(secrets::show).delete(secrets::remove))
         .route("/v1/snapshots", get(snapshots::list))
