@@ -6,11 +6,10 @@
 use axum::{
     Json, Router,
     extract::{ConnectInfo, State},
-    http::{HeaderMap, HeaderName, StatusCode, header},
+    http::{HeaderMap, StatusCode, header},
     response::{IntoResponse, Response},
     routing::get,
 };
-use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 use tapgate_proxy::ServiceListeners;
@@ -21,19 +20,12 @@ use crate::engine::Guests;
 /// How long a question that waits for news is held.
 const HOLD: Duration = Duration::from_secs(30);
 
-/// `GET /v1/environment`
-#[derive(Serialize)]
-struct Environment {
-    /// Variables and secrets' placeholders, sorted by name.
-    environment: Vec<(String, String)>,
-}
-
 /// The service's routes.
 pub(crate) fn router(guests: Guests) -> Router {
     Router::new()
-        .route("/v1/environment", get(environment))
+        .route("/v1/user-data", get(user_data))
         .route("/v1/vm", get(vm))
-        .fallback(|| async { (StatusCode::NOT_FOUND, "the guest service has /v1/vm and /v1/environment\n") })
+        .fallback(|| async { (StatusCode::NOT_FOUND, "the guest service has /v1/vm and /v1/user-data\n") })
         .with_state(Arc::new(guests))
 }
 
@@ -71,8 +63,8 @@ async fn vm(State(guests): State<Arc<Guests>>, ConnectInfo(peer): ConnectInfo<So
     }
 }
 
-/// The environment as it is now. With `If-None-Match` the answer waits until it differs, 30 s at most, then 304.
-async fn environment(
+/// The seed's user-data as it would be now. With `If-None-Match` the answer waits until it differs, 30 s at most, then 304.
+async fn user_data(
     State(guests): State<Arc<Guests>>,
     ConnectInfo(peer): ConnectInfo<SocketAddr>,
     headers: HeaderMap,
@@ -83,22 +75,24 @@ async fn environment(
     let deadline = tokio::time::Instant::now() + HOLD;
     loop {
         news.mark_unchanged();
-        let environment = match guests.environment(&vm).await {
-            Ok(environment) => environment,
+        let text = match guests.user_data(&vm).await {
+            Ok(text) => text,
             Err(error) => {
-                tracing::error!(%vm, %error, "guest_service.environment_unreadable");
+                tracing::error!(%vm, %error, "guest_service.user_data_unreadable");
                 return StatusCode::SERVICE_UNAVAILABLE.into_response();
             }
         };
-        let body = Environment { environment };
-        let text = serde_json::to_vec(&body.environment).unwrap_or_default();
         let tag: String = Sha256::digest(&text).iter().take(16).map(|byte| format!("{byte:02x}")).collect();
         let tag = format!("\"{tag}\"");
-        let headers: [(HeaderName, String); 1] = [(header::ETAG, tag.clone())];
+        let headers = [(header::ETAG, tag.clone())];
         if known.as_ref() != Some(&tag) {
-            return (headers, Json(body)).into_response();
+            return (headers, text).into_response();
         }
-        if !matches!(tokio::time::timeout_at(deadline, news.changed()).await, Ok(Ok(()))) {
+        let changed = tokio::select! {
+            () = guests.stopped() => false,
+            changed = tokio::time::timeout_at(deadline, news.changed()) => matches!(changed, Ok(Ok(()))),
+        };
+        if !changed {
             return (StatusCode::NOT_MODIFIED, headers).into_response();
         }
     }

@@ -12,8 +12,6 @@ pub struct ProxyConfig {
     pub extra_roots: Vec<CertificateDer<'static>>,
     /// How long to wait for what.
     pub timeouts: Timeouts,
-    /// How much one VM may have.
-    pub limits: Limits,
 }
 
 /// Deadlines.

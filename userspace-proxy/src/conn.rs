@@ -64,7 +64,7 @@ pub(crate) async fn handle(shared: Arc<Shared>, accepted: Accepted) {
         return reset(&stream);
     };
     let policy = entry.policy.load_full();
-    let slot = entry.admit(&shared.config.limits);
+    let slot = entry.admit();
     let mut conn = Conn { shared, entry: entry.clone(), policy, stream, to, started };
     if slot.is_none() {
         let _record = conn.record(Protocol::Tcp, Verdict::Deny { reason: Reason::Limit }, None);
@@ -72,7 +72,11 @@ pub(crate) async fn handle(shared: Arc<Shared>, accepted: Accepted) {
     }
     let _ = conn.stream.set_nodelay(true);
     let timeouts = conn.shared.config.timeouts;
-    match peek::peek(&mut conn.stream, timeouts.hello, timeouts.server_first).await {
+    // A short wait is for servers that speak first, where that may happen at all: a slow client of any other
+    // connection has as long for its first byte as for the rest.
+    let server_first = !matches!(to.port(), 80 | 443) && conn.unnamed().verdict.passes();
+    let silence = if server_first { timeouts.server_first } else { timeouts.hello };
+    match peek::peek(&mut conn.stream, timeouts.hello, silence).await {
         Ok((first, raw)) => conn.dispatch(first, raw).await,
         Err(_) => conn.dispatch(First::Closed, Bytes::new()).await,
     }

@@ -25,6 +25,9 @@ use zeroize::Zeroizing;
 /// A range of addresses that guests have.
 pub type HostPrefix = Cidr;
 
+/// Patterns, and the secrets that they were made of.
+type Made = (Arc<[SecretBinding]>, Option<Arc<Patterns>>);
+
 /// One VM as the proxy sees it.
 pub(crate) struct VmEntry {
     /// Its addresses.
@@ -38,9 +41,10 @@ pub(crate) struct VmEntry {
     /// Its live connections.
     pub live: Arc<Registry>,
     /// What to look for in answers, and the secrets that it was made of.
-    patterns: ArcSwapOption<(Arc<[SecretBinding]>, Option<Arc<Patterns>>)>,
+    patterns: ArcSwapOption<Made>,
     /// Questions being answered.
     pub dns: Arc<Semaphore>,
+    limits: Limits,
     /// Sockets accepted from it and not yet closed.
     open: AtomicUsize,
     /// New connections: tokens left, and when they were counted last.
@@ -87,7 +91,8 @@ impl VmEntry {
     }
 
     /// A place for a new connection, unless the VM has too many or opens them too fast.
-    pub(crate) fn admit(self: &Arc<Self>, limits: &Limits) -> Option<Slot> {
+    pub(crate) fn admit(self: &Arc<Self>) -> Option<Slot> {
+        let limits = self.limits;
         if self.open.fetch_add(1, Ordering::Relaxed) >= limits.connections {
             self.open.fetch_sub(1, Ordering::Relaxed);
             return None;
@@ -153,6 +158,7 @@ impl PolicyTable {
             live: Arc::default(),
             patterns: ArcSwapOption::empty(),
             dns: Arc::new(Semaphore::new(limits.dns_in_flight)),
+            limits: *limits,
             open: AtomicUsize::new(0),
             arrivals: Mutex::new((f64::from(limits.new_per_second) * 2.0, Instant::now())),
         });
@@ -218,7 +224,7 @@ impl PolicyTable {
         if guest { Err(Reason::OtherVm) } else { Ok(()) }
     }
 
-    /// The policy that is in force for the VM here.
+    /// The policy that is in force for the VM, if it is served.
     pub fn policy(&self, vm: &VmId) -> Option<Arc<VmPolicy>> {
         let state = self.state.load();
         state.by_address.values().map(|entry| entry.policy.load_full()).find(|policy| policy.vm == *vm)

@@ -5,6 +5,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::time::Duration;
 use tapgate_datapath::Gate;
+use tapgate_netns::Netns;
 use tokio::sync::watch;
 
 /// A boxed future, so that drivers can be chosen at run time.
@@ -46,6 +47,11 @@ pub trait Running: Send + Sync {
 
     /// Ends it at once.
     fn kill(&self) -> BoxFuture<'_, Result<Exit, VmmError>>;
+
+    /// Comes back when its SSH server answers, asked from the egress namespace. Never gives up: the caller sets the limit.
+    fn ready<'a>(&'a self, egress: &'a Netns) -> BoxFuture<'a, ()> {
+        Box::pin(async move { crate::ready::ssh(egress, &self.gate().net()).await })
+    }
 
     /// Waits for its end.
     fn wait(&self) -> BoxFuture<'_, Exit> {

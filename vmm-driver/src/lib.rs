@@ -9,6 +9,7 @@ pub mod cgroup;
 pub mod disk;
 mod driver;
 pub mod image;
+mod netns_driver;
 pub mod process;
 mod qemu;
 mod qmp;
@@ -18,6 +19,7 @@ pub mod seed;
 mod spec;
 
 pub use driver::{BoxFuture, Running, Vmm};
+pub use netns_driver::{NetnsDriver, NetnsRunning, exec as netns_exec};
 pub use qemu::{QemuDriver, QemuRunning, default_program, noted_handle, uid_of};
 pub use seed::Seed;
 pub use spec::{Exit, Handle, Observed, VmSpec, VmmError};

@@ -122,6 +122,7 @@ impl Seed {
             "write_files": [
                 file("/etc/profile.d/tapgate.sh", "0644", quote::profile(&env)),
                 file("/root/.ssh/environment", "0600", quote::ssh_environment(&env)),
+                file(quote::SESSION, "0644", quote::session(&env)),
                 file("/etc/systemd/system.conf.d/50-tapgate.conf", "0644", quote::systemd(&env)),
                 file("/etc/ssh/sshd_config.d/10-tapgate.conf", "0644", "PermitUserEnvironment yes\n".into()),
             ],
@@ -140,7 +141,17 @@ impl Seed {
 
     /// The trust variables and then the VM's own, a later one of the same name in an earlier one's stead.
     pub fn environment(&self) -> Vec<(String, String)> {
-        let trust = TRUST.iter().filter(|_| !self.ca_pem.is_empty()).map(|(n, v)| ((*n).to_owned(), (*v).to_owned()));
+        self.environment_with(BUNDLE, OWN_CA)
+    }
+
+    /// The same, for a place where the trusted certificates lie elsewhere.
+    pub(crate) fn environment_with(&self, bundle: &str, own_ca: &str) -> Vec<(String, String)> {
+        let place = |value: &str| match value {
+            BUNDLE => bundle.to_owned(),
+            OWN_CA => own_ca.to_owned(),
+            other => other.to_owned(),
+        };
+        let trust = TRUST.iter().filter(|_| !self.ca_pem.is_empty()).map(|(n, v)| ((*n).to_owned(), place(v)));
         let mut all: Vec<(String, String)> = Vec::new();
         for (name, value) in trust.chain(self.env.iter().cloned()) {
             match all.iter_mut().find(|(known, _)| *known == name) {
@@ -307,7 +318,7 @@ mod tests {
             Seed { hostname: String::new(), ..seed() },
             Seed { ssh_keys: vec!["a\nb".into()], ..seed() },
             Seed { env: vec![("A\nB".into(), "x".into())], ..seed() },
-            Seed { env: vec![("A".into(), "x\ny".into())], ..seed() },
+            Seed { env: vec![("A".into(), "x\0y".into())], ..seed() },
         ];
         for seed in broken {
             assert!(seed.user_data().is_err(), "{seed:?}");

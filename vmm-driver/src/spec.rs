@@ -17,8 +17,8 @@ pub struct VmSpec {
     pub id: VmId,
     /// Its own folder, which the driver makes if it is not there: disk, seed, logs, control socket.
     pub dir: PathBuf,
-    /// What it boots.
-    pub image: Image,
+    /// What it boots; the namespace driver needs none.
+    pub image: Option<Image>,
     /// Virtual CPUs.
     pub vcpus: u32,
     /// Memory in MiB.

@@ -21,7 +21,7 @@ pub(super) async fn spec(shared: &Shared, record: &VmRecord) -> Result<VmSpec, S
     Ok(VmSpec {
         id: record.id.clone(),
         dir: dir(shared, &record.id),
-        image: shared.image.clone().ok_or("there is no image")?,
+        image: shared.image.clone(),
         guest_ns: guest_namespace(shared, record)?,
         vcpus: record.resources.vcpus,
         memory_mib: record.resources.memory_mib,
@@ -39,7 +39,7 @@ pub(super) async fn spec(shared: &Shared, record: &VmRecord) -> Result<VmSpec, S
 }
 
 /// Variables and secrets' placeholders; a secret's variable stands before a plain one of the same name.
-pub(super) async fn environment(shared: &Shared, user: &UserId) -> Result<Vec<(String, String)>, String> {
+async fn environment(shared: &Shared, user: &UserId) -> Result<Vec<(String, String)>, String> {
     let failed = |error: tapgate_store::StoreError| format!("cannot read the environment: {error}");
     let mut env: BTreeMap<String, String> = shared
         .store

@@ -1,4 +1,4 @@
-//! What the guest service may ask of the engine: who has an address, and that VM's environment.
+//! What the guest service may ask of the engine: who has an address, and that VM's user-data.
 
 use super::{Shared, files};
 use std::{net::IpAddr, sync::Arc};
@@ -19,10 +19,15 @@ impl Guests {
         self.0.gates().iter().find(|(_, gated)| gated.net.has(address)).map(|(vm, _)| vm.clone())
     }
 
-    /// The VM's variables and placeholders as of now.
-    pub(crate) async fn environment(&self, vm: &VmId) -> Result<Vec<(String, String)>, String> {
+    /// The VM's user-data as of now: keys, certificate, variables and placeholders.
+    pub(crate) async fn user_data(&self, vm: &VmId) -> Result<String, String> {
         let record = self.0.store.vm_any(vm).await.map_err(|error| error.to_string())?;
-        files::environment(&self.0, &record.user).await
+        files::spec(&self.0, &record).await?.seed.user_data().map_err(|error| error.to_string())
+    }
+
+    /// Comes back when the daemon stops.
+    pub(crate) async fn stopped(&self) {
+        self.0.stop.cancelled().await;
     }
 
     /// Changes whenever some environment did.

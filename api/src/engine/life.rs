@@ -222,14 +222,13 @@ async fn forward(shared: &Shared, record: &VmRecord) -> Result<ssh::Forward, Str
 }
 
 /// Waits for SSH to answer, then for the machine to end or the records to change.
-async fn watch(shared: &Shared, record: &VmRecord, live: &mut Live, waker: &Notify) -> Result<Next, String> {
+async fn watch(shared: &Shared, record: &VmRecord, live: &Live, waker: &Notify) -> Result<Next, String> {
     let starting = record.detail == S::Running;
-    let net = shared.net(record);
     let ready = async {
         if !starting {
             return std::future::pending().await;
         }
-        tokio::time::timeout(READY_TIMEOUT, tapgate_vmm::ready::ssh(shared.datapath.egress(), &net)).await
+        tokio::time::timeout(READY_TIMEOUT, live.machine.ready(shared.datapath.egress())).await
     };
     tokio::select! {
         exit = live.machine.wait() => match exit {

@@ -19,7 +19,7 @@ const MAX_QUESTION: usize = 4096;
 pub(crate) async fn serve(shared: Arc<Shared>, accepted: Accepted) {
     let Accepted { mut stream, guest, destination } = accepted;
     let Some(entry) = shared.table.by_address(guest.ip()) else { return };
-    let Some(_slot) = entry.admit(&shared.config.limits) else { return };
+    let Some(_slot) = entry.admit() else { return };
     let to = SocketAddr::new(destination.ip().to_canonical(), destination.port());
     let talk = async {
         for _ in 0..MOST {

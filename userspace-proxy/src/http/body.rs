@@ -37,7 +37,7 @@ pub(crate) struct Outgoing {
 }
 
 impl Outgoing {
-    pub(crate) fn new(inner: hyper::body::Incoming, count: Arc<crate::audit::Counters>) -> Body {
+    pub(crate) fn wrap(inner: hyper::body::Incoming, count: Arc<crate::audit::Counters>) -> Body {
         Self { inner, count }.boxed_unsync()
     }
 }
@@ -85,7 +85,7 @@ pub(crate) struct Incoming {
 }
 
 impl Incoming {
-    pub(crate) fn new(inner: Body, record: Record, ticket: Option<Ticket>) -> Body {
+    pub(crate) fn wrap(inner: Body, record: Record, ticket: Option<Ticket>) -> Body {
         let revoked = ticket.as_ref().map(|ticket| Box::pin(ticket.revoked.clone().cancelled_owned()));
         Self { inner, record: Some(record), revoked, _ticket: ticket }.boxed_unsync()
     }
@@ -134,7 +134,7 @@ pub(crate) struct Cleaned {
 }
 
 impl Cleaned {
-    pub(crate) fn new(inner: Body, patterns: Arc<Patterns>) -> Body {
+    pub(crate) fn wrap(inner: Body, patterns: Arc<Patterns>) -> Body {
         let cleaner = Some(Cleaner::new(patterns.clone()));
         Self { inner, patterns, cleaner, after: None }.boxed_unsync()
     }
@@ -210,7 +210,7 @@ mod tests {
         let frames = ["a VA", "LUE b VAL"].map(|text| Ok::<_, BoxError>(Frame::data(Bytes::from(text))));
         let frames = frames.into_iter().chain([Ok(Frame::trailers(trailers))]);
         let body = StreamBody::new(futures_util::stream::iter(frames)).boxed_unsync();
-        let all = Cleaned::new(body, patterns).collect().await.unwrap();
+        let all = Cleaned::wrap(body, patterns).collect().await.unwrap();
         assert_eq!(all.trailers().unwrap()["x-sum"], "IRONSH_PROXY_s");
         assert_eq!(all.to_bytes(), "a IRONSH_PROXY_s b VAL");
     }

@@ -105,8 +105,12 @@ impl HttpConn {
         *self.parked.lock().unwrap_or_else(PoisonError::into_inner) = Some(upstream);
     }
 
+    /// The connection used before; one that takes many requests at a time stays for others.
     fn unpark(&self) -> Option<Upstream> {
-        self.parked.lock().unwrap_or_else(PoisonError::into_inner).take()
+        let mut parked = self.parked.lock().unwrap_or_else(PoisonError::into_inner);
+        let upstream = parked.take()?;
+        *parked = upstream.share();
+        Some(upstream)
     }
 
     /// Answers one request.
@@ -203,7 +207,7 @@ impl HttpConn {
         record.secrets(outcome.injected.into_iter().collect(), outcome.withheld.into_iter().collect());
         let patterns = self.entry.patterns(&policy, outcome.credentials);
         let method = parts.method.clone();
-        let request = Request::from_parts(parts, Outgoing::new(body, record.counters.clone()));
+        let request = Request::from_parts(parts, Outgoing::wrap(body, record.counters.clone()));
         let key = Key::new(self.tls.clone(), decision.route.clone(), self.to);
         let sent = tokio::select! {
             biased;
@@ -215,6 +219,7 @@ impl HttpConn {
         let (response, upstream) = match sent {
             Ok(sent) => sent,
             Err(error) => {
+                eprintln!("DBG {error:?}");
                 tracing::debug!(vm = %policy.vm, host = ?host, %error, "no answer from the upstream");
                 return self.deny(record, error.reason(), host, None, &asked);
             }
@@ -241,7 +246,7 @@ impl HttpConn {
                     // What follows on this connection was announced as another protocol.
                     response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
                 }
-                response.map(|body| Incoming::new(body, record, Some(ticket)))
+                response.map(|body| Incoming::wrap(body, record, Some(ticket)))
             }
             Err(error) => {
                 drop(ticket);
@@ -354,8 +359,11 @@ impl HttpConn {
         let response = Denial { reason, host, event: record.id(), detail }.response(accept);
         record.verdict(Verdict::Deny { reason });
         record.status(response.status().as_u16());
-        let mut response = response.map(|text| Incoming::new(body::full(text), record, None));
-        if reason == Reason::BadRequest && self.alpn == Alpn::Http1 {
+        let mut response = response.map(|text| Incoming::wrap(body::full(text), record, None));
+        let form =
+            [Reason::BadRequest, Reason::BadName, Reason::NameMismatch, Reason::Tunnel].contains(&reason);
+        if form && self.alpn == Alpn::Http1 {
+            // Who writes such heads is not trusted to have written the next.
             response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         response

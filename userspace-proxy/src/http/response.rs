@@ -62,7 +62,7 @@ pub(crate) fn fit(
     for digest in ["content-md5", "digest", "content-digest", "repr-digest"] {
         parts.headers.remove(digest);
     }
-    Ok(Response::from_parts(parts, Cleaned::new(body, patterns)))
+    Ok(Response::from_parts(parts, Cleaned::wrap(body, patterns)))
 }
 
 fn decoded(codings: Vec<&'static str>, body: Body) -> Body {

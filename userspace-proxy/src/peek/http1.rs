@@ -23,7 +23,8 @@ pub(crate) enum Line {
 /// Tells whether a connection begins with an HTTP/1 request line.
 pub(crate) fn first_line(bytes: &[u8]) -> Line {
     let method = bytes.iter().position(|b| !is_token(*b)).unwrap_or(bytes.len());
-    if method == 0 || method > 32 {
+    // Every method in use is in capitals; a lower-case word is some other protocol's, and not made to wait.
+    if method == 0 || method > 32 || !bytes[0].is_ascii_uppercase() {
         return Line::Unlike;
     }
     if method < bytes.len() && bytes[method] != b' ' {

@@ -80,7 +80,8 @@ impl QemuDriver {
             .mode(0o700)
             .create(&spec.dir)
             .map_err(VmmError::io(spec.dir.display().to_string()))?;
-        let disk = disk::prepare(&spec.dir, &spec.image, spec.disk_bytes)?;
+        let image = spec.image.as_ref().ok_or_else(|| VmmError::Disk("the VM has no image".into()))?;
+        let disk = disk::prepare(&spec.dir, image, spec.disk_bytes)?;
         let seed = spec.dir.join(file::SEED);
         spec.seed.write(&seed)?;
         let _ = fs::remove_file(spec.dir.join(file::VMM));
@@ -89,10 +90,10 @@ impl QemuDriver {
             (tap, fd::TAP),
             (launch::control_socket(&control)?, fd::QMP),
             (launch::open(&disk.path, true)?, fd::DISK),
-            (launch::open(&spec.image.disk(), false)?, fd::BASE),
+            (launch::open(&image.disk(), false)?, fd::BASE),
             (launch::open(&seed, false)?, fd::SEED),
-            (launch::open(&spec.image.kernel(), false)?, fd::KERNEL),
-            (launch::open(&spec.image.initrd(), false)?, fd::INITRD),
+            (launch::open(&image.kernel(), false)?, fd::KERNEL),
+            (launch::open(&image.initrd(), false)?, fd::INITRD),
         ];
         if self.accel == Accel::Kvm {
             descriptors.push((open_kvm().map_err(VmmError::io("/dev/kvm"))?, fd::KVM));
@@ -104,7 +105,7 @@ impl QemuDriver {
             memory_mib: spec.memory_mib,
             disk: disk.format,
             net: spec.net,
-            cmdline: &spec.image.manifest().cmdline,
+            cmdline: &image.manifest().cmdline,
         };
         let mut notes = vec![format!("accel={:?}", self.accel).to_lowercase()];
         let cgroup = self.enclose(spec, &mut notes);
