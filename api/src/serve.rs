@@ -163,7 +163,9 @@ fn lock(config: &Config) -> anyhow::Result<nix::fcntl::Flock<std::fs::File>> {
 
 async fn open_driver(config: &Config) -> anyhow::Result<(Option<Image>, Arc<dyn Vmm>)> {
     if config.driver == DriverKind::Netns {
-        tracing::warn!("driver `netns` runs workloads on the host itself: it isolates nothing but the network");
+        tracing::warn!(
+            "driver `netns` runs workloads on the host itself: it isolates nothing but the network"
+        );
         return Ok((None, Arc::new(NetnsDriver::new())));
     }
     let image = images::find(&config.image_dir, &config.image)?;
