@@ -72,10 +72,13 @@ pub(crate) async fn handle(shared: Arc<Shared>, accepted: Accepted) {
     }
     let _ = conn.stream.set_nodelay(true);
     let timeouts = conn.shared.config.timeouts;
-    // A short wait is for servers that speak first, where that may happen at all: a slow client of any other
-    // connection has as long for its first byte as for the rest.
-    let server_first = !matches!(to.port(), 80 | 443) && conn.unnamed().verdict.passes();
-    let silence = if server_first { timeouts.server_first } else { timeouts.hello };
+    // A short wait is for servers that speak first, where that may happen at all. Where a client speaks first, a slow
+    // one has as long for its first byte as for the rest; where nothing will come of silence, not quite as long.
+    let silence = match to.port() {
+        80 | 443 => timeouts.hello,
+        _ if conn.unnamed().verdict.passes() => timeouts.server_first,
+        _ => timeouts.server_first * 6,
+    };
     match peek::peek(&mut conn.stream, timeouts.hello, silence).await {
         Ok((first, raw)) => conn.dispatch(first, raw).await,
         Err(_) => conn.dispatch(First::Closed, Bytes::new()).await,
