@@ -124,7 +124,7 @@ impl Conn {
     }
 
     async fn http(self, alpn: Alpn, raw: Bytes) {
-        let conn = HttpConn::new(self.shared, self.entry, self.to, None, alpn);
+        let conn = HttpConn::new(self.shared, self.entry, self.to, None, alpn, alpn);
         serve(conn, Prefixed::new(raw, self.stream), CancellationToken::new()).await;
     }
 
@@ -211,7 +211,8 @@ impl Conn {
         // The record is handed over where the handshake fails; where it succeeds, each request has its own.
         let Ok((Ok(stream), record)) = accepted else { return };
         record.discard();
-        let conn = HttpConn::new(self.shared, self.entry, self.to, Some(name), alpn);
+        let offer = if offers_http2 { Alpn::Http2 } else { Alpn::Http1 };
+        let conn = HttpConn::new(self.shared, self.entry, self.to, Some(name), alpn, offer);
         if let Some(upstream) = upstream {
             conn.park(upstream);
         }
@@ -220,14 +221,15 @@ impl Conn {
 
     /// What HTTP the upstream speaks is known only from the upstream.
     async fn first_upstream(&self, name: &HostName, route: Route) -> Option<Upstream> {
-        let key = Key::new(Some(name.clone()), route, self.to);
+        let key = Key::new(Some(name.clone()), route, self.to, Alpn::Http2);
         let pooled = self.shared.pool.take(&self.policy.vm, &key);
         let dialer = &self.shared.connector.dialer;
         if let Some(upstream) = pooled.filter(|up| dialer.admits(&self.policy, up.address.ip()).is_ok()) {
             return Some(upstream);
         }
         // A failure is told to the guest as the answer to its first request.
-        self.shared.connector.connect(&self.policy, key, Alpn::Http2).await.ok()
+        let connected = self.shared.connector.connect(&self.policy, key).await;
+        connected.inspect_err(|error| tracing::debug!(%name, %error, "no upstream yet")).ok()
     }
 
     /// Passes the bytes through as they are.
