@@ -41,22 +41,20 @@ pub fn profile(env: &[(String, String)]) -> String {
 }
 
 /// For SSH sessions: `~/.ssh/environment`, whose lines are taken as they are. A value of several lines has no way to be
-/// in it; [`session`] brings those, by the variable that tells bash to read a file first.
+/// in it; [`session`] brings those.
 pub fn ssh_environment(env: &[(String, String)]) -> String {
     let mut text = String::new();
     for (name, value) in env.iter().filter(|(_, value)| !is_long(value)) {
         let _ = writeln!(text, "{name}={value}");
     }
-    if env.iter().any(|(_, value)| is_long(value)) && !env.iter().any(|(name, _)| name == "BASH_ENV") {
-        let _ = writeln!(text, "BASH_ENV={SESSION}");
-    }
     text
 }
 
-/// Where [`session`]'s text lies in the guest.
+/// Where [`session`]'s text lies in the guest. The base image's `/etc/bash.bashrc`, which bash reads for every command
+/// that comes by SSH, reads it.
 pub const SESSION: &str = "/etc/tapgate/session.sh";
 
-/// Values of several lines for commands over SSH, each only where it is not set yet: bash reads this for every script.
+/// Values of several lines for commands over SSH, each only where it is not set yet.
 pub fn session(env: &[(String, String)]) -> String {
     let mut text = String::new();
     for (name, value) in env.iter().filter(|(_, value)| is_long(value)) {
@@ -114,7 +112,7 @@ mod tests {
     #[test]
     fn long_values_reach_ssh_sessions_without_replacing_what_is_set() {
         let env = [("X".to_owned(), LINES.to_owned()), ("Y".to_owned(), NASTY.to_owned())];
-        assert_eq!(ssh_environment(&env), format!("Y={NASTY}\nBASH_ENV={SESSION}\n"));
+        assert_eq!(ssh_environment(&env), format!("Y={NASTY}\n"));
         assert_eq!(sh(&format!("{}printf %s \"$X\"", session(&env))), LINES);
         assert_eq!(sh(&format!("X=mine\n{}printf %s \"$X\"", session(&env))), "mine");
     }

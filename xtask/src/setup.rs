@@ -64,6 +64,8 @@ pub fn command(check: bool, packages_only: bool) -> Result<()> {
         }
     }
     if !packages_only {
+        // Without the packages they would not build.
+        let check = check || !advice.is_empty();
         advice.extend(bpf::linker(&machine, check)?);
         advice.extend(cargo_tools::install(&machine, check)?);
     }

@@ -4,13 +4,25 @@ use super::Options;
 use super::exit::{Done, Exit, Failure};
 use super::profile::Profile;
 use serde_json::Value;
+use std::sync::Arc;
 use std::time::Duration;
+use ureq::tls::{Certificate, RootCerts, TlsConfig};
 use url::Url;
 use url::form_urlencoded::Serializer;
 
 const DEFAULT_URL: &str = "http://127.0.0.1:7070";
 /// `start` waits up to thirty seconds on the server.
 const TIMEOUT: Duration = Duration::from_secs(60);
+
+/// TLS as everywhere in tapgate: one provider of cryptography, and the authorities that this machine trusts.
+fn tls() -> TlsConfig {
+    let trusted: Vec<_> = rustls_native_certs::load_native_certs().certs;
+    let roots: Vec<_> = trusted.iter().map(|der| Certificate::from_der(der).to_owned()).collect();
+    TlsConfig::builder()
+        .root_certs(RootCerts::new_with_certs(&roots))
+        .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
+        .build()
+}
 
 /// A connection to the API.
 pub(super) struct Api {
@@ -38,6 +50,7 @@ impl Api {
             .http_status_as_error(false)
             .max_redirects(0)
             .timeout_global(Some(TIMEOUT))
+            .tls_config(tls())
             .user_agent(concat!("tapgate/", env!("CARGO_PKG_VERSION")))
             .build();
         Ok(Self {

@@ -65,7 +65,7 @@ fn attempts() -> Vec<Attempt> {
         attempt(
             "plain TCP to an address",
             format!(
-                "timeout 20 bash -c 'exec 3<>/dev/tcp/{}/7 && printf x >&3 && head -c 1 <&3 | grep x'",
+                "timeout 20 bash -c 'exec 3<>/dev/tcp/{}/7 && head -c 8 /dev/zero >&3 && printf x >&3 && head -c 9 <&3 | grep -a x'",
                 files.v4
             ),
             End::Fails,
@@ -99,7 +99,8 @@ fn attempts() -> Vec<Attempt> {
 pub fn held(stage: &mut Stage<'_>, step: &mut Step) -> Result<()> {
     let (before, journal) = (stage.world().counters()?, stage.world().journal().mark());
     let attempts = attempts();
-    let mut script = String::from("try() { out=$(eval \"$1\" 2>&1); code=$?; echo \"$code|\"$out; }\n");
+    let mut script =
+        String::from("set -f; try() { out=$(eval \"$1\" 2>&1); code=$?; echo \"$code|\"$out; }\n");
     for attempt in &attempts {
         script.push_str(&format!("try \"{}\"\n", attempt.command.replace('"', "\\\"")));
     }

@@ -17,15 +17,14 @@ pub fn given(stage: &mut Stage<'_>, step: &mut Step) -> Result<()> {
     let placeholder = stage.api().secret(NAME, VARIABLE, REAL, &[echo])?;
     stage.api().secret("git-token", "GIT_TOKEN", GIT_TOKEN, &[git])?;
     stage.secrets.extend([REAL.to_owned(), GIT_TOKEN.to_owned()]);
-    let guest = stage.guest()?;
-    let held = || guest.expect(&format!("printf '%s %s' \"${VARIABLE}\" \"$GIT_TOKEN\""));
-    let mut environment = held()?;
-    for _ in 0..60 {
-        if !environment.is_empty() {
+    let held = format!("printf '%s %s' \"${VARIABLE}\" \"$GIT_TOKEN\"");
+    let mut environment = String::new();
+    for _ in 0..40 {
+        environment = stage.guest()?.expect(&held)?;
+        if !environment.trim().is_empty() {
             break;
         }
         thread::sleep(Duration::from_millis(500));
-        environment = held()?;
     }
     let wanted = format!("{placeholder} IRONSH_PROXY_git-token");
     step.check(
@@ -34,6 +33,7 @@ pub fn given(stage: &mut Stage<'_>, step: &mut Step) -> Result<()> {
         environment == wanted,
     );
 
+    let guest = stage.guest()?;
     let journal = stage.world().journal().mark();
     let request =
         format!("curl -sS --max-time 60 -v -H \"Authorization: Bearer ${VARIABLE}\" https://{echo}/echo");

@@ -4,7 +4,7 @@
 //! (fast, changes with the agent or a file). Half-built things live under temporary names and never under a final one.
 
 use super::manifest::{self, FileSeal, Manifest, hex};
-use super::rootfs::{FILES, MASKED, PACKAGES, furnish};
+use super::rootfs::{BASHRC, FILES, MASKED, PACKAGES, furnish};
 use super::{GUEST_AGENT, Image, ImageError, cpio::Archive, modules, open};
 use sha2::{Digest as _, Sha256};
 use std::ffi::OsStr;
@@ -37,6 +37,7 @@ pub fn recipe_hash() -> String {
         add(content.as_bytes());
     }
     MASKED.iter().chain(modules::WANTED).for_each(|name| add(name.as_bytes()));
+    add(BASHRC.as_bytes());
     add(GUEST_AGENT);
     hex(&hasher.finalize())
 }

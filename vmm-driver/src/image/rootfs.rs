@@ -118,6 +118,9 @@ pub const MASKED: &[&str] = &[
     "dev-mqueue.mount",
 ];
 
+/// Goes before all else in bash's start file for SSH commands, which ends early for what is not interactive.
+pub const BASHRC: &str = "[ ! -r /etc/tapgate/session.sh ] || . /etc/tapgate/session.sh\n";
+
 const ENABLED: &[&str] = &["ssh.service", "tapgate-guest-agent.service"];
 
 /// Puts all of it into an unpacked root file system, and takes out what must not be the same in two machines.
@@ -127,6 +130,9 @@ pub fn furnish(root: &Path) -> Result<(), ImageError> {
         write(&root.join(name), content.as_bytes(), 0o644)?;
     }
     write(&root.join("usr/lib/tapgate/guest-agent"), GUEST_AGENT, 0o755)?;
+    let bashrc = root.join("etc/bash.bashrc");
+    let debian = fs::read_to_string(&bashrc).map_err(ImageError::io(&bashrc))?;
+    write(&bashrc, format!("{BASHRC}{debian}").as_bytes(), 0o644)?;
     for unit in MASKED {
         link("/dev/null", &units.join(unit))?;
     }
