@@ -17,6 +17,7 @@ pub mod quote;
 pub mod ready;
 pub mod seed;
 mod spec;
+mod tsc;
 
 pub use driver::{BoxFuture, Running, Vmm};
 pub use netns_driver::{NetnsDriver, NetnsRunning, exec as netns_exec};

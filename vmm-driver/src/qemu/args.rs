@@ -48,6 +48,8 @@ pub struct Plan<'a> {
     pub net: GuestNet,
     /// The image's part of the kernel command line.
     pub cmdline: &'a str,
+    /// The rate of an emulated guest's time stamp counter, if known.
+    pub tsc_khz: Option<u32>,
 }
 
 /// The arguments after the program's name.
@@ -68,7 +70,11 @@ pub fn build(plan: &Plan<'_>) -> Vec<OsString> {
     add(&["-smp", &plan.vcpus.to_string(), "-m", &format!("{}M", plan.memory_mib)]);
     let inherited = |number: i32| format!("/proc/self/fd/{number}");
     add(&["-kernel", &inherited(fd::KERNEL), "-initrd", &inherited(fd::INITRD)]);
-    add(&["-append", &format!("console=ttyS0 panic=-1 {}", plan.cmdline)]);
+    let mut cmdline = format!("console=ttyS0 panic=-1 {}", plan.cmdline);
+    if let (Accel::Tcg, Some(khz)) = (plan.accel, plan.tsc_khz) {
+        cmdline.push_str(&format!(" tsc_early_khz={khz}"));
+    }
+    add(&["-append", &cmdline]);
     disks(plan.disk, &mut add);
     add(&["-netdev", &format!("tap,id=net,fd={}", fd::TAP)]);
     let mac = plan.net.mac.map(|byte| format!("{byte:02x}")).join(":");
@@ -112,7 +118,16 @@ mod tests {
     fn words(accel: Accel, disk: Format) -> Vec<String> {
         let id = "vm_abc".parse().unwrap();
         let net = GuestNet::new(6, Ipv4Addr::new(192, 0, 2, 0), None);
-        let plan = Plan { id: &id, accel, vcpus: 2, memory_mib: 512, disk, net, cmdline: "root=/dev/vda rw" };
+        let plan = Plan {
+            id: &id,
+            accel,
+            vcpus: 2,
+            memory_mib: 512,
+            disk,
+            net,
+            cmdline: "root=/dev/vda rw",
+            tsc_khz: Some(7),
+        };
         build(&plan).into_iter().map(|word| word.into_string().unwrap()).collect()
     }
 
@@ -140,6 +155,12 @@ mod tests {
         assert_eq!(after(&words, "-netdev"), ["tap,id=net,fd=3"]);
         assert!(after(&words, "-blockdev")[0].contains("\"backing\""));
         assert!(after(&words, "-blockdev")[1].contains("\"read-only\":true"));
+    }
+
+    #[test]
+    fn an_emulated_guest_is_told_the_rate_of_its_counter() {
+        let told = |accel| after(&words(accel, Format::Raw), "-append")[0].ends_with(" tsc_early_khz=7");
+        assert!(told(Accel::Tcg) && !told(Accel::Kvm));
     }
 
     #[test]

@@ -16,6 +16,7 @@ use crate::driver::{BoxFuture, Running, Vmm};
 use crate::process::{Process, ProcessRef};
 use crate::qmp::Qmp;
 use crate::spec::{Exit, Handle, Observed, TapFd, VmSpec, VmmError};
+use crate::tsc;
 use args::{Plan, fd};
 use serde_json::Value;
 use std::fs;
@@ -106,6 +107,7 @@ impl QemuDriver {
             disk: disk.format,
             net: spec.net,
             cmdline: &image.manifest().cmdline,
+            tsc_khz: if self.accel == Accel::Tcg { tsc::khz() } else { None },
         };
         let mut notes = vec![format!("accel={:?}", self.accel).to_lowercase()];
         let cgroup = self.enclose(spec, &mut notes);
