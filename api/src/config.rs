@@ -196,8 +196,24 @@ impl Settings {
     pub fn or(self, other: Self) -> Self {
         macro_rules! merge { ($($key:ident),+) => { Self { $($key: self.$key.or(other.$key)),+ } } }
         merge!(
-            data_dir, listen, listen_without_tls, driver, accel, public_host, guest_v4, guest_v6, resolvers,
-            ssh_ports, instance, image, image_dir, vcpus, memory_mib, disk_gib, secrets_over_http, log
+            data_dir,
+            listen,
+            listen_without_tls,
+            driver,
+            accel,
+            public_host,
+            guest_v4,
+            guest_v6,
+            resolvers,
+            ssh_ports,
+            instance,
+            image,
+            image_dir,
+            vcpus,
+            memory_mib,
+            disk_gib,
+            secrets_over_http,
+            log
         )
     }
 
@@ -208,18 +224,22 @@ impl Settings {
             return Err(value("data_dir", "must be an absolute path"));
         }
         let listen = self.listen.unwrap_or_else(|| "127.0.0.1:7070".into());
-        let listen: SocketAddr = listen
-            .parse()
-            .map_err(|_| value("listen", format!("`{listen}` is not an address and port such as 127.0.0.1:7070")))?;
+        let listen: SocketAddr = listen.parse().map_err(|_| {
+            value("listen", format!("`{listen}` is not an address and port such as 127.0.0.1:7070"))
+        })?;
         if !listen.ip().is_loopback() && self.listen_without_tls != Some(true) {
             return Err(value(
                 "listen",
-                format!("{} is not loopback and API keys would cross the network in clear text; listen on 127.0.0.1 behind a TLS proxy, or set listen_without_tls = true", listen.ip()),
+                format!(
+                    "{} is not loopback and API keys would cross the network in clear text; listen on 127.0.0.1 behind a TLS proxy, or set listen_without_tls = true",
+                    listen.ip()
+                ),
             ));
         }
         let guest_v4 = self.guest_v4.unwrap_or_else(|| "10.214.0.0/16".into());
-        let guest_v4: Ipv4Net =
-            guest_v4.parse().map_err(|_| value("guest_v4", format!("`{guest_v4}` is not a range such as 10.214.0.0/16")))?;
+        let guest_v4: Ipv4Net = guest_v4
+            .parse()
+            .map_err(|_| value("guest_v4", format!("`{guest_v4}` is not a range such as 10.214.0.0/16")))?;
         if !(8..=29).contains(&guest_v4.prefix_len()) || !guest_v4.network().is_private() {
             return Err(value("guest_v4", "must be a private range (RFC 1918) from /8 to /29"));
         }
@@ -227,7 +247,10 @@ impl Settings {
             "off" => None,
             text => {
                 let net: Ipv6Net = text.parse().map_err(|_| {
-                    value("guest_v6", format!("`{text}` is neither a range such as fd74:6761:7465::/64 nor `off`"))
+                    value(
+                        "guest_v6",
+                        format!("`{text}` is neither a range such as fd74:6761:7465::/64 nor `off`"),
+                    )
                 })?;
                 if net.prefix_len() > 112 {
                     return Err(value("guest_v6", "must be a /112 or larger"));
@@ -241,7 +264,9 @@ impl Settings {
             .map(|text| {
                 text.parse::<SocketAddr>()
                     .or_else(|_| text.parse().map(|ip| SocketAddr::new(ip, 53)))
-                    .map_err(|_| value("resolvers", format!("`{text}` is not an address such as 192.0.2.53:53")))
+                    .map_err(|_| {
+                        value("resolvers", format!("`{text}` is not an address such as 192.0.2.53:53"))
+                    })
             })
             .collect::<Result<Vec<_>, _>>()?;
         let ssh_ports = port_range(self.ssh_ports.as_deref().unwrap_or("22000-22999"))?;
@@ -254,11 +279,17 @@ impl Settings {
             return Err(value("instance", "must be 1 to 8 lower-case letters and digits"));
         }
         let public_host = self.public_host.unwrap_or_else(|| "127.0.0.1".into());
-        if public_host.parse::<std::net::IpAddr>().is_err() && tapgate_model::HostName::parse(&public_host).is_err() {
-            return Err(value("public_host", format!("`{public_host}` is neither an address nor a host name")));
+        if public_host.parse::<std::net::IpAddr>().is_err()
+            && tapgate_model::HostName::parse(&public_host).is_err()
+        {
+            return Err(value(
+                "public_host",
+                format!("`{public_host}` is neither an address nor a host name"),
+            ));
         }
         let image = self.image.unwrap_or_else(|| "debian-12".into());
-        if image.is_empty() || !image.chars().all(|c| plain(c) || "-._".contains(c)) || image.starts_with('.') {
+        if image.is_empty() || !image.chars().all(|c| plain(c) || "-._".contains(c)) || image.starts_with('.')
+        {
             return Err(value("image", "must be a plain name such as debian-12"));
         }
         let bounded = |key, number: Option<u32>, default, range: RangeInclusive<u32>| {
@@ -321,9 +352,11 @@ impl Config {
 }
 
 fn port_range(text: &str) -> Result<RangeInclusive<u16>, ConfigError> {
-    let error = || value("ssh_ports", format!("`{text}` is not a range of ports above 1023 such as 22000-22999"));
+    let error =
+        || value("ssh_ports", format!("`{text}` is not a range of ports above 1023 such as 22000-22999"));
     let (first, last) = text.split_once('-').ok_or_else(error)?;
-    let (first, last) = (first.trim().parse().map_err(|_| error())?, last.trim().parse().map_err(|_| error())?);
+    let (first, last) =
+        (first.trim().parse().map_err(|_| error())?, last.trim().parse().map_err(|_| error())?);
     if first < 1024 || last < first {
         return Err(error());
     }

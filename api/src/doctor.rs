@@ -35,7 +35,12 @@ impl Check {
     fn ok(name: &'static str, found: impl Into<String>) -> Self {
         Self { name, outcome: Outcome::Ok, found: found.into(), remedy: None }
     }
-    fn bad(outcome: Outcome, name: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Self {
+    fn bad(
+        outcome: Outcome,
+        name: &'static str,
+        found: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Self {
         Self { name, outcome, found: found.into(), remedy: Some(remedy.into()) }
     }
 }
@@ -56,7 +61,9 @@ pub fn checks(config: &Config) -> Vec<Check> {
 fn root() -> Check {
     match nix::unistd::geteuid().is_root() {
         true => Check::ok("root", "running as root"),
-        false => Check::bad(Outcome::Fail, "root", "not root", "run with sudo: namespaces, taps and BPF need it"),
+        false => {
+            Check::bad(Outcome::Fail, "root", "not root", "run with sudo: namespaces, taps and BPF need it")
+        }
     }
 }
 
@@ -70,14 +77,24 @@ fn kernel() -> Check {
     } else if version >= (6, 1) {
         Check::ok("kernel", format!("{release}: programs attach by clsact (TCX needs 6.6)"))
     } else {
-        Check::bad(Outcome::Fail, "kernel", release, "tapgate needs Linux 6.1 or later; on Debian 12 install linux-image-amd64")
+        Check::bad(
+            Outcome::Fail,
+            "kernel",
+            release,
+            "tapgate needs Linux 6.1 or later; on Debian 12 install linux-image-amd64",
+        )
     }
 }
 
 fn btf() -> Check {
     match Path::new("/sys/kernel/btf/vmlinux").exists() {
         true => Check::ok("btf", "/sys/kernel/btf/vmlinux"),
-        false => Check::bad(Outcome::Warn, "btf", "the kernel has no BTF", "use a kernel built with CONFIG_DEBUG_INFO_BTF=y"),
+        false => Check::bad(
+            Outcome::Warn,
+            "btf",
+            "the kernel has no BTF",
+            "use a kernel built with CONFIG_DEBUG_INFO_BTF=y",
+        ),
     }
 }
 
@@ -128,14 +145,18 @@ fn program(name: &'static str, package: &str) -> Check {
             format!("`{name} --version` ended with {}", output.status),
             format!("reinstall it: `apt-get install --reinstall {package}`"),
         ),
-        Err(_) => Check::bad(Outcome::Fail, name, "not found", format!("install it: `apt-get install {package}`")),
+        Err(_) => {
+            Check::bad(Outcome::Fail, name, "not found", format!("install it: `apt-get install {package}`"))
+        }
     }
 }
 
 fn image(config: &Config) -> Check {
     match crate::images::find(&config.image_dir, &config.image) {
         Ok(image) => Check::ok("image", image.dir().display().to_string()),
-        Err(error) => Check::bad(Outcome::Fail, "image", error.to_string(), "build it: `tapgate image build`"),
+        Err(error) => {
+            Check::bad(Outcome::Fail, "image", error.to_string(), "build it: `tapgate image build`")
+        }
     }
 }
 

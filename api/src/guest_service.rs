@@ -34,7 +34,8 @@ pub(crate) async fn serve(listeners: ServiceListeners, router: Router, stop: Can
     let serve = |listener: std::net::TcpListener| {
         let (router, stop) = (router.clone(), stop.clone());
         async move {
-            let listener = listener.set_nonblocking(true).and_then(|()| tokio::net::TcpListener::from_std(listener));
+            let listener =
+                listener.set_nonblocking(true).and_then(|()| tokio::net::TcpListener::from_std(listener));
             let served = match listener {
                 Ok(listener) => {
                     let service = router.into_make_service_with_connect_info::<SocketAddr>();

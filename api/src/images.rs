@@ -21,7 +21,9 @@ pub fn find(folder: &Path, name: &str) -> anyhow::Result<Image> {
     });
     match found.first() {
         Some(newest) => Ok(image::open(newest)?),
-        None => bail!("there is no image `{name}` in {}; build it with `tapgate image build`", folder.display()),
+        None => {
+            bail!("there is no image `{name}` in {}; build it with `tapgate image build`", folder.display())
+        }
     }
 }
 

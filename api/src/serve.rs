@@ -56,9 +56,14 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let config = args.config()?;
     crate::log::start(&config.log)?;
     if !nix::unistd::geteuid().is_root() {
-        bail!("tapgate serve needs root for namespaces, taps and BPF; run it with sudo or as a systemd service");
+        bail!(
+            "tapgate serve needs root for namespaces, taps and BPF; run it with sudo or as a systemd service"
+        );
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
     let result = runtime.block_on(serve(config));
     // What still blocks (a resolver's lookup) is not waited for.
     runtime.shutdown_background();
@@ -70,9 +75,12 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let api = tokio::net::TcpListener::bind(config.listen)
         .await
         .with_context(|| format!("cannot listen on {}; free the port or set `listen`", config.listen))?;
-    let key = SealKey::load_or_create(&config.data_dir.join("seal.key")).context("cannot open the sealing key")?;
+    let key =
+        SealKey::load_or_create(&config.data_dir.join("seal.key")).context("cannot open the sealing key")?;
     let data_dir = config.data_dir.clone();
-    let store = tokio::task::spawn_blocking(move || Store::open(&data_dir, key)).await?.context("cannot open the store")?;
+    let store = tokio::task::spawn_blocking(move || Store::open(&data_dir, key))
+        .await?
+        .context("cannot open the store")?;
     let (image, driver) = open_driver(&config).await?;
 
     let datapath = Datapath::open(DatapathConfig {
@@ -83,12 +91,14 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     })
     .await
     .context("cannot open the datapath")?;
-    let mut listeners = datapath.egress().run(Listeners::bind)?.context("cannot bind the proxy's listeners")?;
+    let mut listeners =
+        datapath.egress().run(Listeners::bind)?.context("cannot bind the proxy's listeners")?;
     hand_over(&datapath, &listeners).context("cannot hand the listeners to the datapath")?;
     let service = listeners.take_service().context("the guest service has no listener")?;
 
     let table = Arc::new(PolicyTable::new(Limits::default()));
-    table.set_guest_range(&[Some(config.guest_v4), config.guest_v6].into_iter().flatten().collect::<Vec<_>>());
+    table
+        .set_guest_range(&[Some(config.guest_v4), config.guest_v6].into_iter().flatten().collect::<Vec<_>>());
 
     let stop = CancellationToken::new();
     let proxy = Proxy::new(
@@ -107,9 +117,11 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let service = tokio::spawn(guest_service::serve(service, guests, stop.clone()));
     let engine = tokio::spawn(engine.run(commands));
     tracing::info!(listen = %config.listen, instance = config.instance, "serve.ready");
-    let server = axum::serve(api, router(state).into_make_service_with_connect_info::<std::net::SocketAddr>());
+    let server =
+        axum::serve(api, router(state).into_make_service_with_connect_info::<std::net::SocketAddr>());
     let signal = stop.clone();
-    let server = tokio::spawn(server.with_graceful_shutdown(async move { signal.cancelled().await }).into_future());
+    let server =
+        tokio::spawn(server.with_graceful_shutdown(async move { signal.cancelled().await }).into_future());
 
     let ended = tokio::select! {
         name = signalled() => { tracing::info!(signal = name, "serve.stopping"); Ok(()) }
@@ -133,11 +145,9 @@ fn lock(config: &Config) -> anyhow::Result<nix::fcntl::Flock<std::fs::File>> {
     use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
     let dir = &config.data_dir;
     // Unprivileged VMMs pass through to their own folders below; nothing else here is readable to them.
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o711)
-        .create(dir)
-        .with_context(|| format!("cannot make {}; set data_dir to a folder that root may write", dir.display()))?;
+    std::fs::DirBuilder::new().recursive(true).mode(0o711).create(dir).with_context(|| {
+        format!("cannot make {}; set data_dir to a folder that root may write", dir.display())
+    })?;
     let path = dir.join("lock");
     let file = std::fs::OpenOptions::new()
         .create(true)
@@ -166,7 +176,10 @@ async fn open_driver(config: &Config) -> anyhow::Result<(Option<Image>, Arc<dyn 
             })
             .await?;
             if choice == AccelChoice::Kvm && probe.accel == Accel::Tcg {
-                bail!("accel = \"kvm\", but KVM runs no guest here ({}); set accel = \"auto\" or \"tcg\"", probe.reason);
+                bail!(
+                    "accel = \"kvm\", but KVM runs no guest here ({}); set accel = \"auto\" or \"tcg\"",
+                    probe.reason
+                );
             }
             probe.accel
         }
@@ -209,7 +222,8 @@ fn api_settings(config: &Config) -> Settings {
 
 async fn signalled() -> &'static str {
     use tokio::signal::unix::{SignalKind, signal};
-    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
         return std::future::pending().await;
     };
     tokio::select! {

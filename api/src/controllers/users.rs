@@ -1,7 +1,7 @@
 //! Sign-up, and logging in by password.
 
 use super::keys::KeyView;
-use crate::http::{ApiError, AppState, Fields, Params, hash_password, time, verify_password};
+use crate::http::{ApiError, AppState, Fields, Params, Peer, hash_password, time, verify_password};
 use crate::http::{fields_at_most as at_most, fields_bounded as bounded};
 use axum::Json;
 use axum::extract::State;
@@ -42,6 +42,7 @@ pub(crate) struct SignedUp {
 
 pub(crate) async fn create(
     State(state): State<AppState>,
+    peer: Peer,
     params: Params,
     mut fields: Fields,
 ) -> Result<(StatusCode, Json<SignedUp>), ApiError> {
@@ -55,6 +56,7 @@ pub(crate) async fn create(
     bounded("last_name", &last_name, 100, false)?;
     check_email(&email)?;
     check_password(&password)?;
+    state.limits().password.take(&peer)?;
     let password = hash_password(password).await?;
     let new = NewUser { first_name, last_name, email, password };
     let (user, key) = state.store().user_create(new, "CLI").await?;
@@ -64,6 +66,7 @@ pub(crate) async fn create(
 /// Another key for an account, by its password. An extension of the contract, whose only other way is a device code.
 pub(crate) async fn login(
     State(state): State<AppState>,
+    peer: Peer,
     params: Params,
     mut fields: Fields,
 ) -> Result<(StatusCode, Json<SignedUp>), ApiError> {
@@ -74,6 +77,7 @@ pub(crate) async fn login(
     fields.finish()?;
     bounded("name", &name, 64, false)?;
     at_most("password", &password, 1024, true)?;
+    state.limits().password.take(&peer)?;
     let found = state.store().user_by_email(&email).await?;
     let (user, hash) = found.unzip();
     let right = verify_password(password, hash).await?;

@@ -4,9 +4,9 @@ use super::Shared;
 use crate::config::DriverKind;
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 use tapgate_model::{UserId, VmId};
+use tapgate_netns::Netns;
 use tapgate_proxy::VmCa;
 use tapgate_store::VmRecord;
-use tapgate_netns::Netns;
 use tapgate_vmm::{Seed, VmSpec};
 
 /// The VM's folder.
@@ -41,8 +41,14 @@ pub(super) async fn spec(shared: &Shared, record: &VmRecord) -> Result<VmSpec, S
 /// Variables and secrets' placeholders; a secret's variable stands before a plain one of the same name.
 async fn environment(shared: &Shared, user: &UserId) -> Result<Vec<(String, String)>, String> {
     let failed = |error: tapgate_store::StoreError| format!("cannot read the environment: {error}");
-    let mut env: BTreeMap<String, String> =
-        shared.store.env_all(user).await.map_err(failed)?.into_iter().map(|var| (var.key, var.value)).collect();
+    let mut env: BTreeMap<String, String> = shared
+        .store
+        .env_all(user)
+        .await
+        .map_err(failed)?
+        .into_iter()
+        .map(|var| (var.key, var.value))
+        .collect();
     env.extend(shared.store.placeholders(user).await.map_err(failed)?);
     Ok(env.into_iter().collect())
 }
@@ -64,7 +70,9 @@ fn namespace_name(shared: &Shared, record: &VmRecord) -> String {
 /// The VM's CA, for the proxy.
 pub(super) async fn ca(shared: &Shared, record: &VmRecord) -> Result<Arc<VmCa>, String> {
     let pem = shared.store.vm_ca(&record.id).await.map_err(|error| error.to_string())?;
-    VmCa::from_pem(&pem.cert, &pem.key).map(Arc::new).map_err(|error| format!("the VM's CA is unusable: {error}"))
+    VmCa::from_pem(&pem.cert, &pem.key)
+        .map(Arc::new)
+        .map_err(|error| format!("the VM's CA is unusable: {error}"))
 }
 
 /// Makes the folder; the driver fills it. Doing it again after a crash is no error.
@@ -86,4 +94,3 @@ pub(super) async fn remove(shared: &Shared, record: &VmRecord) -> Result<(), Str
         _ => Ok(()),
     }
 }
-

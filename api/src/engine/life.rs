@@ -155,7 +155,10 @@ async fn step(
 /// Gate first, then the machine.
 async fn boot(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> {
     let spec = files::spec(shared, record).await?;
-    let policy = shared.policy_of(&record.id).await.map_err(|error| format!("cannot read the egress policy: {error}"))?;
+    let policy = shared
+        .policy_of(&record.id)
+        .await
+        .map_err(|error| format!("cannot read the egress policy: {error}"))?;
     let net = shared.net(record);
     let gate = match &spec.guest_ns {
         None => shared.datapath.attach_tap(&record.id, net, &policy).await,
@@ -179,8 +182,11 @@ async fn adopt(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> 
     let handle: Handle = serde_json::from_str(handle).map_err(|error| error.to_string())?;
     let spec = files::spec(shared, record).await?;
     let policy = shared.policy_of(&record.id).await.map_err(|error| error.to_string())?;
-    let gate =
-        shared.datapath.adopt(&record.id, shared.net(record), &policy).await.map_err(|error| error.to_string())?;
+    let gate = shared
+        .datapath
+        .adopt(&record.id, shared.net(record), &policy)
+        .await
+        .map_err(|error| error.to_string())?;
     serve(shared, record, &gate).await?;
     let machine = shared.driver.adopt(&spec, &handle, gate).await.map_err(|error| error.to_string())?;
     Ok(Live { machine, _forward: forward(shared, record).await? })

@@ -93,7 +93,18 @@ impl Engine {
         notifier: Notifier,
         stop: CancellationToken,
     ) -> Self {
-        let shared = Shared { config, store, datapath, table, driver, image, notifier, stop, gates: Mutex::default(), news: watch::Sender::new(0) };
+        let shared = Shared {
+            config,
+            store,
+            datapath,
+            table,
+            driver,
+            image,
+            notifier,
+            stop,
+            gates: Mutex::default(),
+            news: watch::Sender::new(0),
+        };
         Self { shared: Arc::new(shared), tasks: TaskTracker::new(), wakers: HashMap::new() }
     }
 

@@ -88,5 +88,7 @@ pub async fn dial(guest: Ipv4Addr, egress: &Netns) -> io::Result<TcpStream> {
     let socket = egress.run(TcpSocket::new_v4).map_err(io::Error::other)??;
     socket.bind(SocketAddr::new(IpAddr::from(GATEWAY_V4), 0))?;
     let connect = socket.connect(SocketAddr::V4(SocketAddrV4::new(guest, 22)));
-    tokio::time::timeout(CONNECT_TIMEOUT, connect).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
+    tokio::time::timeout(CONNECT_TIMEOUT, connect)
+        .await
+        .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
 }

@@ -1,6 +1,6 @@
 //! Who is calling: the bearer token of each request.
 
-use super::{ApiError, AppState};
+use super::{ApiError, AppState, Peer};
 use axum::extract::FromRequestParts;
 use axum::http::header::AUTHORIZATION;
 use axum::http::request::Parts;
@@ -38,13 +38,22 @@ impl FromRequestParts<AppState> for Account {
         if let Some(account) = parts.extensions.get::<Self>() {
             return Ok(account.clone());
         }
-        match state.store().authenticate(bearer(parts)?).await? {
+        let Ok(peer) = Peer::from_request_parts(parts, state).await;
+        let limits = state.limits();
+        // Who guesses keys is stopped before the database is asked.
+        limits.refused.peek(&peer)?;
+        let token = bearer(parts).inspect_err(|_| drop(limits.refused.take(&peer)))?;
+        match state.store().authenticate(token).await? {
             Some(Caller { user, key }) => {
+                limits.key.take(&key)?;
                 let account = Self { user, key };
                 parts.extensions.insert(account.clone());
                 Ok(account)
             }
-            None => Err(ApiError::unauthorized("The API key is not valid or was revoked")),
+            None => {
+                limits.refused.take(&peer)?;
+                Err(ApiError::unauthorized("The API key is not valid or was revoked"))
+            }
         }
     }
 }

@@ -1,5 +1,6 @@
 //! What every request needs: the store, the engine, and the settings.
 
+use super::limits::{Limits, Rates};
 use crate::engine::Handle;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -50,6 +51,8 @@ pub struct Settings {
     pub base_image: String,
     /// How many of each an account may have.
     pub quotas: Quotas,
+    /// How often who may ask.
+    pub rates: Rates,
     /// How long `start` waits for the VM.
     pub start_wait: Duration,
 }
@@ -65,6 +68,7 @@ impl Default for Settings {
             max_resources: Resources { vcpus: 16, memory_mib: 64 * 1024, disk_bytes: 512 << 30 },
             base_image: "debian-12".into(),
             quotas: Quotas::default(),
+            rates: Rates::default(),
             start_wait: Duration::from_secs(30),
         }
     }
@@ -75,6 +79,7 @@ struct Inner {
     engine: Handle,
     ca: CaMaker,
     settings: Settings,
+    limits: Limits,
 }
 
 /// Shared by every request.
@@ -84,7 +89,8 @@ pub struct AppState(Arc<Inner>);
 impl AppState {
     /// Puts the parts together.
     pub fn new(store: Store, engine: Handle, ca: CaMaker, settings: Settings) -> Self {
-        Self(Arc::new(Inner { store, engine, ca, settings }))
+        let limits = Limits::new(settings.rates);
+        Self(Arc::new(Inner { store, engine, ca, settings, limits }))
     }
 
     /// The store.
@@ -100,6 +106,11 @@ impl AppState {
     /// The settings.
     pub fn settings(&self) -> &Settings {
         &self.0.settings
+    }
+
+    /// Who asked how often.
+    pub(crate) fn limits(&self) -> &Limits {
+        &self.0.limits
     }
 
     /// Makes a VM's certificate authority.

@@ -1,5 +1,5 @@
 //! The audit log: every filter alone and together, cursors, drops, tampering, retention.
-#![allow(missing_docs, reason = "tests")]
+#![allow(missing_docs, clippy::unwrap_used, reason = "tests")]
 
 mod common;
 

@@ -1,5 +1,5 @@
 //! The store on real files: what is written is there, sealed, unique, paged, and one account's alone.
-#![allow(missing_docs, reason = "tests")]
+#![allow(missing_docs, clippy::unwrap_used, reason = "tests")]
 
 mod common;
 

@@ -7,7 +7,7 @@ use crate::{
     Reason,
     maps::{Listener, VM_IPV6, VM_SECRETS, VM_WARN, Vm, mapped},
     net::{DNS_PORT, GATEWAY_MAC, GATEWAY_V4, GATEWAY_V6, GUEST_SERVICE_PORT, GUEST_SERVICE_V4},
-    packet::{self, ETHERNET, Ethertype, Header, ICMP, ICMP6, Packet, TCP, UDP},
+    packet::{self, ETHERNET, Ethertype, Header, ICMP, ICMP6, IPV6, Packet, TCP, UDP},
     range::{Class, classify_v4, classify_v6},
 };
 
@@ -109,7 +109,8 @@ fn arp(packet: &(impl Packet + ?Sized), vm: &Vm) -> Verdict {
 /// solicitations and advertisements, redirects and group reports go nowhere.
 #[inline(always)]
 fn discovery(packet: &(impl Packet + ?Sized), header: &Header, vm: &Vm) -> Verdict {
-    let (Some(hops), Some(body)) = (packet.read::<1>(ETHERNET + 7), packet.read::<24>(header.offset)) else {
+    let (Some(hops), Some(body)) = (packet.read::<1>(ETHERNET + 7), packet.read::<24>(ETHERNET + IPV6))
+    else {
         return Verdict::Drop(Reason::Neighbour);
     };
     if hops != [255] || header.icmp != 135 {
@@ -118,11 +119,11 @@ fn discovery(packet: &(impl Packet + ?Sized), header: &Header, vm: &Vm) -> Verdi
     let mut target = [0; 16];
     target.copy_from_slice(&body[8..24]);
     // The option with the sender's link-layer address must say the truth: it becomes a neighbour entry.
-    let option = packet.read::<8>(header.offset + 24);
+    let option = packet.read::<8>(ETHERNET + IPV6 + 24);
     let honest = match option {
         Some([1, 1, mac @ ..]) => mac == vm.mac,
         Some(_) => false,
-        None => packet.length() <= header.offset + 24,
+        None => packet.length() <= ETHERNET + IPV6 + 24,
     };
     if target != GATEWAY_V6 || !honest {
         return Verdict::Drop(Reason::Neighbour);

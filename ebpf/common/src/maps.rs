@@ -5,8 +5,8 @@
 
 /// Rises with every change of this file or of what the programs expect of the maps: names the pin directory.
 pub const VERSION: u32 = 1;
-/// Most VMs that the maps hold.
-pub const MAX_VMS: u32 = 16_384;
+/// Most VMs that the maps hold; slots are below it.
+pub const MAX_VMS: u32 = 8192;
 /// Most `cidr` rules of all VMs together, both generations of a change counted.
 pub const MAX_RULES: u32 = 4_000_000;
 /// Most forwarded flows of all VMs together.
@@ -193,14 +193,18 @@ pub struct Bucket {
     pub pad: u32,
 }
 
-/// Counters of a VM, one set for each processor.
+/// How many of the reasons, from the first, let frames through.
+pub const PASSING: usize = 8;
+
+const _: () =
+    assert!((crate::Reason::NoRule as usize) < PASSING && (crate::Reason::Answer as usize) < PASSING);
+
+/// What every frame is counted in, by slot, one set for each processor: small and quick to find.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Counters {
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
     /// Frames that were let through, by reason.
-    pub passed: [u64; REASONS],
-    /// Frames that were dropped or refused, by reason.
-    pub dropped: [u64; REASONS],
+    pub passed: [u64; PASSING],
     /// Frames from the guest.
     pub packets_out: u64,
     /// Octets from the guest.
@@ -209,6 +213,14 @@ pub struct Counters {
     pub packets_in: u64,
     /// Octets to the guest.
     pub bytes_in: u64,
+}
+
+/// What frames that go nowhere are counted in, by slot, one set for each processor.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Drops {
+    /// Frames that were dropped or refused, by reason.
+    pub dropped: [u64; REASONS],
     /// Events that the token bucket or a full ring buffer kept back.
     pub events_lost: u64,
 }
@@ -291,6 +303,6 @@ mod pod {
 
     plain! {
         Vm = 40, Config = 48, RuleKey = 20, FlowKey = 28, Flow = 64, FlowCount = 16, Bucket = 16,
-        Counters = 1064, Event = 56,
+        Traffic = 96, Drops = 520, Event = 56,
     }
 }

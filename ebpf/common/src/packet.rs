@@ -7,6 +7,10 @@ use crate::{Reason, maps::mapped};
 
 /// Octets of an Ethernet header.
 pub const ETHERNET: usize = 14;
+/// Octets of the only IPv4 header that is read.
+pub const IPV4: usize = 20;
+/// Octets of an IPv6 header.
+pub const IPV6: usize = 40;
 /// IP protocol numbers that are told apart.
 pub const ICMP: u8 = 1;
 /// TCP.
@@ -99,13 +103,11 @@ pub struct Header {
     pub acknowledged: u32,
     /// Octets of TCP payload.
     pub payload: u32,
-    /// Where the transport header begins.
-    pub offset: usize,
 }
 
 impl Header {
     #[inline(always)]
-    fn begin(&mut self, v6: bool, protocol: u8, offset: usize) {
+    fn begin(&mut self, v6: bool, protocol: u8) {
         self.v6 = v6;
         self.protocol = protocol;
         self.flags = 0;
@@ -115,7 +117,6 @@ impl Header {
         self.sequence = 0;
         self.acknowledged = 0;
         self.payload = 0;
-        self.offset = offset;
     }
 
     /// Whether it asks for a new connection.
@@ -175,10 +176,10 @@ pub fn ipv4(packet: &(impl Packet + ?Sized), header: &mut Header) -> Result<(), 
     if fragment & 0x3fff != 0 {
         return Err(Reason::Fragment);
     }
-    header.begin(false, h[9], ETHERNET + 20);
+    header.begin(false, h[9]);
     header.source = mapped([h[12], h[13], h[14], h[15]]);
     header.destination = mapped([h[16], h[17], h[18], h[19]]);
-    transport(packet, header, total - 20)
+    transport(packet, header, ETHERNET + IPV4, total - IPV4)
 }
 
 /// Reads an IPv6 packet: no extension header of any kind, lengths that agree.
@@ -198,21 +199,26 @@ pub fn ipv6(packet: &(impl Packet + ?Sized), header: &mut Header) -> Result<(), 
         0 | 43 | 50 | 51 | 59 | 60 | 135 | 139 | 140 | 253 | 254 => return Err(Reason::Ipv6Extension),
         _ => {}
     }
-    header.begin(true, h[6], ETHERNET + 40);
+    header.begin(true, h[6]);
     header.source.copy_from_slice(&h[8..24]);
     header.destination.copy_from_slice(&h[24..40]);
-    transport(packet, header, length)
+    transport(packet, header, ETHERNET + IPV6, length)
 }
 
 /// Reads the transport header; `length` is what the IP header says is left.
 #[inline(always)]
-fn transport(packet: &(impl Packet + ?Sized), header: &mut Header, length: usize) -> Result<(), Reason> {
+fn transport(
+    packet: &(impl Packet + ?Sized),
+    header: &mut Header,
+    offset: usize,
+    length: usize,
+) -> Result<(), Reason> {
     match header.protocol {
         TCP => {
             if length < 20 {
                 return Err(Reason::Malformed);
             }
-            let h: [u8; 20] = packet.read(header.offset).ok_or(Reason::Malformed)?;
+            let h: [u8; 20] = packet.read(offset).ok_or(Reason::Malformed)?;
             let own = (h[12] >> 4) as usize * 4;
             let flags = h[13];
             // No flag that means anything, or a SYN that ends at once: scanners' frames, nobody's connection.
@@ -232,7 +238,7 @@ fn transport(packet: &(impl Packet + ?Sized), header: &mut Header, length: usize
             if length < 8 {
                 return Err(Reason::Malformed);
             }
-            let h: [u8; 8] = packet.read(header.offset).ok_or(Reason::Malformed)?;
+            let h: [u8; 8] = packet.read(offset).ok_or(Reason::Malformed)?;
             let own = u16::from_be_bytes([h[4], h[5]]) as usize;
             // A segmented send (UDP GSO) says the length of one datagram, so `own` may be less, never more.
             if own < 8 || own > length {
@@ -241,8 +247,8 @@ fn transport(packet: &(impl Packet + ?Sized), header: &mut Header, length: usize
             header.source_port = u16::from_be_bytes([h[0], h[1]]);
             header.port = u16::from_be_bytes([h[2], h[3]]);
         }
-        ICMP if !header.v6 => icmp(packet, header, length)?,
-        ICMP6 if header.v6 => icmp(packet, header, length)?,
+        ICMP if !header.v6 => icmp(packet, header, offset, length)?,
+        ICMP6 if header.v6 => icmp(packet, header, offset, length)?,
         _ => return Ok(()),
     }
     let ports = header.protocol == TCP || header.protocol == UDP;
@@ -253,11 +259,16 @@ fn transport(packet: &(impl Packet + ?Sized), header: &mut Header, length: usize
 }
 
 #[inline(always)]
-fn icmp(packet: &(impl Packet + ?Sized), header: &mut Header, length: usize) -> Result<(), Reason> {
+fn icmp(
+    packet: &(impl Packet + ?Sized),
+    header: &mut Header,
+    offset: usize,
+    length: usize,
+) -> Result<(), Reason> {
     if length < 8 {
         return Err(Reason::Malformed);
     }
-    let h: [u8; 8] = packet.read(header.offset).ok_or(Reason::Malformed)?;
+    let h: [u8; 8] = packet.read(offset).ok_or(Reason::Malformed)?;
     header.icmp = h[0];
     if matches!((header.protocol, h[0]), (ICMP, 0 | 8) | (ICMP6, 128 | 129)) {
         header.source_port = u16::from_be_bytes([h[4], h[5]]);

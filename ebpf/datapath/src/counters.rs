@@ -2,13 +2,13 @@
 
 use tapgate_ebpf_common::{
     Reason,
-    maps::{Counters as Raw, REASONS},
+    maps::{Drops, PASSING, REASONS, Traffic},
 };
 
 /// A VM's counters since it was attached.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Counters {
-    passed: [u64; REASONS],
+    passed: [u64; PASSING],
     dropped: [u64; REASONS],
     /// Frames from the guest.
     pub packets_out: u64,
@@ -23,9 +23,12 @@ pub struct Counters {
 }
 
 impl Counters {
-    pub(crate) fn sum<'a>(all: impl Iterator<Item = &'a Raw>) -> Self {
+    pub(crate) fn sum<'a>(
+        traffic: impl Iterator<Item = &'a Traffic>,
+        drops: impl Iterator<Item = &'a Drops>,
+    ) -> Self {
         let mut sum = Self {
-            passed: [0; REASONS],
+            passed: [0; PASSING],
             dropped: [0; REASONS],
             packets_out: 0,
             bytes_out: 0,
@@ -33,17 +36,19 @@ impl Counters {
             bytes_in: 0,
             events_lost: 0,
         };
-        for one in all {
+        for one in traffic {
             for (to, from) in sum.passed.iter_mut().zip(one.passed) {
-                *to += from;
-            }
-            for (to, from) in sum.dropped.iter_mut().zip(one.dropped) {
                 *to += from;
             }
             sum.packets_out += one.packets_out;
             sum.bytes_out += one.bytes_out;
             sum.packets_in += one.packets_in;
             sum.bytes_in += one.bytes_in;
+        }
+        for one in drops {
+            for (to, from) in sum.dropped.iter_mut().zip(one.dropped) {
+                *to += from;
+            }
             sum.events_lost += one.events_lost;
         }
         sum
@@ -51,7 +56,7 @@ impl Counters {
 
     /// Frames that were let through for this reason, both ways.
     pub fn passed(&self, reason: Reason) -> u64 {
-        self.passed[reason as usize]
+        self.passed.get(reason as usize).copied().unwrap_or(0)
     }
 
     /// Frames that were dropped or refused for this reason, both ways.

@@ -57,6 +57,14 @@ pub enum DatapathError {
         /// The limit.
         limit: u32,
     },
+    /// There are not so many slots.
+    #[error("there is no slot {slot}; the datapath holds {limit} VMs")]
+    NoSuchSlot {
+        /// Which.
+        slot: u32,
+        /// The limit.
+        limit: u32,
+    },
     /// The slot is in use.
     #[error("slot {0} has a VM already; detach it first")]
     Attached(u32),

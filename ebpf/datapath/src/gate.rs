@@ -72,8 +72,8 @@ impl Datapath {
         let index = inside.add_veth(&veth).await?;
         let done = async {
             inside.configure_link(index, None, world::MTU).await?;
-            self.gate(&inside, index, &net, policy).await?;
-            configure_guest(guest, &net).await
+            configure_guest(guest, &net).await?;
+            self.gate(&inside, index, &net, policy).await
         };
         self.close_on_failure(done.await, net).await?;
         Ok(Gate { vm: vm.clone(), net, tap: None })
@@ -87,6 +87,12 @@ impl Datapath {
         let Some(index) = inside.find_link(&net.link()).await? else {
             return Err(DatapathError::NotAdoptable { slot, why: format!("its tap {} is gone", net.link()) });
         };
+        if !inside.is_up(&net.link()).await? {
+            return Err(DatapathError::NotAdoptable {
+                slot,
+                why: format!("its tap {} is half made", net.link()),
+            });
+        }
         {
             let mut state = self.shared.state();
             let State { programs, tables, slots } = &mut *state;
@@ -160,7 +166,7 @@ impl Datapath {
         Ok(Rtnl::connect(&self.shared.egress)?)
     }
 
-    /// Entries, programs, routes, and only then up.
+    /// Entries, programs, and only then up: a link that is up is whole but for its routes, which adoption makes anew.
     async fn gate(
         &self,
         inside: &Rtnl,

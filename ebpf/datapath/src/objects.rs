@@ -4,7 +4,7 @@ use crate::{Counters, DatapathError, bpffs, error::map_error};
 use aya::{
     Ebpf, EbpfLoader,
     maps::{
-        Array, HashMap, Map, MapData, MapError, PerCpuHashMap, PerCpuValues, SockMap,
+        Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues, SockMap,
         lpm_trie::{Key, LpmTrie},
     },
     programs::SchedClassifier,
@@ -16,15 +16,14 @@ use std::{
     path::Path,
 };
 use tapgate_ebpf_common::maps::{
-    Bucket, Config, Counters as RawCounters, Flow, FlowCount, FlowKey, Listener, NO_SLOT, REASONS, RuleKey,
-    Vm, mapped,
+    Bucket, Config, Drops, Flow, FlowCount, FlowKey, Listener, NO_SLOT, REASONS, RuleKey, Traffic, Vm, mapped,
 };
 
 /// The object, aligned as an ELF file wants it.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tapgate.o"));
 
 /// The maps that are pinned.
-const MAPS: [&str; 11] = [
+const MAPS: [&str; 12] = [
     "CONFIG",
     "VMS",
     "RULES",
@@ -33,7 +32,8 @@ const MAPS: [&str; 11] = [
     "FLOWS",
     "FLOW_COUNTS",
     "FLOWS_EXPIRED",
-    "COUNTERS",
+    "TRAFFIC",
+    "DROPS",
     "BUCKETS",
     "EVENTS",
 ];
@@ -52,7 +52,8 @@ pub(crate) struct Tables {
     pub flows: HashMap<MapData, FlowKey, Flow>,
     pub flow_counts: HashMap<MapData, u32, FlowCount>,
     pub flows_expired: HashMap<MapData, u32, u64>,
-    pub counters: PerCpuHashMap<MapData, u32, RawCounters>,
+    pub traffic: PerCpuArray<MapData, Traffic>,
+    pub drops: PerCpuHashMap<MapData, u32, Drops>,
     pub buckets: HashMap<MapData, u32, Bucket>,
 }
 
@@ -84,11 +85,12 @@ pub(crate) fn load(pins: &Path) -> Result<(Ebpf, Tables), DatapathError> {
             .map_err(map_error("open", "FLOW_COUNTS"))?,
         flows_expired: HashMap::try_from(take(&mut programs, "FLOWS_EXPIRED")?)
             .map_err(map_error("open", "FLOWS_EXPIRED"))?,
-        counters: PerCpuHashMap::try_from(take(&mut programs, "COUNTERS")?)
-            .map_err(map_error("open", "COUNTERS"))?,
+        traffic: PerCpuArray::try_from(take(&mut programs, "TRAFFIC")?)
+            .map_err(map_error("open", "TRAFFIC"))?,
+        drops: PerCpuHashMap::try_from(take(&mut programs, "DROPS")?).map_err(map_error("open", "DROPS"))?,
         buckets: HashMap::try_from(take(&mut programs, "BUCKETS")?).map_err(map_error("open", "BUCKETS"))?,
     };
-    if tables.counters.get(&NO_SLOT, 0).is_err() {
+    if tables.drops.get(&NO_SLOT, 0).is_err() {
         tables.zero_counters(NO_SLOT)?;
     }
     Ok((programs, tables))
@@ -156,35 +158,32 @@ impl Tables {
     }
 
     pub(crate) fn zero_counters(&mut self, slot: u32) -> Result<(), DatapathError> {
-        let zero = RawCounters {
-            passed: [0; REASONS],
-            dropped: [0; REASONS],
-            packets_out: 0,
-            bytes_out: 0,
-            packets_in: 0,
-            bytes_in: 0,
-            events_lost: 0,
-        };
-        let processors = aya::util::nr_cpus().map_err(|(_, source)| DatapathError::Pins {
+        let failed = |source| DatapathError::Pins {
             what: "read the number of processors from",
             path: "/sys/devices/system/cpu/possible".into(),
             source,
-        })?;
-        let values =
-            PerCpuValues::try_from(vec![zero; processors]).map_err(|source| DatapathError::Pins {
-                what: "read the number of processors from",
-                path: "/sys/devices/system/cpu/possible".into(),
-                source,
-            })?;
-        self.counters.insert(slot, values, 0).map_err(map_error("put counters", "COUNTERS"))
+        };
+        let processors = aya::util::nr_cpus().map_err(|(_, source)| failed(source))?;
+        if slot != NO_SLOT {
+            let zero = PerCpuValues::try_from(vec![Traffic::default(); processors]).map_err(failed)?;
+            self.traffic.set(slot, zero, 0).map_err(map_error("put counters", "TRAFFIC"))?;
+        }
+        let zero = Drops { dropped: [0; REASONS], events_lost: 0 };
+        let zero = PerCpuValues::try_from(vec![zero; processors]).map_err(failed)?;
+        self.drops.insert(slot, zero, 0).map_err(map_error("put counters", "DROPS"))
     }
 
     pub(crate) fn counters(&self, slot: u32) -> Result<Counters, DatapathError> {
-        match self.counters.get(&slot, 0) {
-            Ok(values) => Ok(Counters::sum(values.iter())),
-            Err(error) if absent(&error) => Err(DatapathError::NotAttached(slot)),
-            Err(error) => Err(map_error("read counters", "COUNTERS")(error)),
+        let drops = match self.drops.get(&slot, 0) {
+            Ok(drops) => drops,
+            Err(error) if absent(&error) => return Err(DatapathError::NotAttached(slot)),
+            Err(error) => return Err(map_error("read counters", "DROPS")(error)),
+        };
+        if slot == NO_SLOT {
+            return Ok(Counters::sum([].iter(), drops.iter()));
         }
+        let traffic = self.traffic.get(&slot, 0).map_err(map_error("read counters", "TRAFFIC"))?;
+        Ok(Counters::sum(traffic.iter(), drops.iter()))
     }
 
     pub(crate) fn flows_held(&self, slot: u32) -> Result<u64, DatapathError> {

@@ -15,7 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 use tapgate_ebpf_common::maps::{
-    Bucket, EVENT_BURST, FlowCount, MAX_RULES, RuleKey, VM_IPV6, VM_SECRETS, VM_WARN, Vm,
+    Bucket, EVENT_BURST, FlowCount, MAX_RULES, MAX_VMS, RuleKey, VM_IPV6, VM_SECRETS, VM_WARN, Vm,
 };
 use tapgate_model::{GuestNet, Mode, VmPolicy};
 
@@ -78,6 +78,9 @@ impl Slots {
         fresh: bool,
     ) -> Result<(), DatapathError> {
         let slot = net.slot;
+        if slot >= MAX_VMS {
+            return Err(DatapathError::NoSuchSlot { slot, limit: MAX_VMS });
+        }
         if fresh {
             tables.zero_counters(slot)?;
             tables
@@ -130,14 +133,17 @@ impl Slots {
         if let Some((link, _)) = entry {
             fine(tables.vms.remove(&link), "VMS")?;
         }
-        let flows: Vec<_> =
-            tables.flows.keys().filter_map(Result::ok).filter(|key| key.slot == slot).collect();
-        for key in flows {
-            fine(tables.flows.remove(&key), "FLOWS")?;
+        // A slot that was never used has no flows to look for.
+        if tables.flow_counts.get(&slot, 0).is_ok() {
+            let flows: Vec<_> =
+                tables.flows.keys().filter_map(Result::ok).filter(|key| key.slot == slot).collect();
+            for key in flows {
+                fine(tables.flows.remove(&key), "FLOWS")?;
+            }
         }
         fine(tables.flow_counts.remove(&slot), "FLOW_COUNTS")?;
         fine(tables.flows_expired.remove(&slot), "FLOWS_EXPIRED")?;
-        fine(tables.counters.remove(&slot), "COUNTERS")?;
+        fine(tables.drops.remove(&slot), "DROPS")?;
         fine(tables.buckets.remove(&slot), "BUCKETS")?;
         match (known, entry) {
             (Some(slot), _) => self.retired.push((Instant::now(), slot.rules)),

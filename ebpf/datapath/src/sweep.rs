@@ -102,7 +102,6 @@ fn passes(key: &FlowKey, slot: &crate::slots::Slot, known: &Known<'_>) -> bool {
         sequence: 0,
         acknowledged: 0,
         payload: 0,
-        offset: 0,
     };
     matches!(judge(&header, &slot.vm, known), Verdict::Uplink(_) | Verdict::Tolerate(_))
 }

@@ -70,14 +70,25 @@ pub(crate) async fn open(config: &DatapathConfig, host: &Netns) -> Result<Netns,
         }
         Err(error) => return Err(error.into()),
     };
+    let has_v6 = host.read_sysctl("ipv6/conf/all/forwarding").is_ok();
+    if config.guest_v6.is_some() && !has_v6 {
+        return Err(DatapathError::Config(
+            "this kernel has no IPv6; leave the guests' IPv6 range out of the configuration".into(),
+        ));
+    }
     // The tables come first: there is no moment with routes and without them.
     nft::load(&egress, &egress_table())?;
     nft::load(host, &host_table(config))?;
-    let has_v6 = host.read_sysctl("ipv6/conf/all/forwarding").is_ok();
     for (key, value) in SETTINGS {
         if has_v6 || !key.starts_with("ipv6") {
             egress.sysctl(key, value)?;
         }
+    }
+    if has_v6 {
+        // Without a range for guests the namespace speaks no IPv6 at all.
+        let off = if config.guest_v6.is_some() { "0" } else { "1" };
+        egress.sysctl("ipv6/conf/all/disable_ipv6", off)?;
+        egress.sysctl("ipv6/conf/default/disable_ipv6", off)?;
     }
     let inside = Rtnl::connect(&egress)?;
     let outside = Rtnl::connect(host)?;
@@ -96,7 +107,7 @@ pub(crate) async fn open(config: &DatapathConfig, host: &Netns) -> Result<Netns,
     if v6 {
         outside.add_neighbour(host_end, UPLINK_V6.into(), UPLINK_MAC).await?;
         host.sysctl(&format!("ipv6/conf/{link}/accept_ra"), "0")?;
-        host.sysctl("ipv6/conf/all/forwarding", "1")?;
+        forward_v6(host, &outside).await?;
     }
     for to in config.ranges() {
         let via = if to.0.is_ipv4() { UPLINK_V4.into() } else { UPLINK_V6.into() };
@@ -112,6 +123,21 @@ pub(crate) async fn open(config: &DatapathConfig, host: &Netns) -> Result<Netns,
             .await?;
     }
     Ok(egress)
+}
+
+/// Lets the host forward IPv6. A host that forwards stops listening to its router's advertisements unless told
+/// otherwise: where it listened before, it goes on.
+async fn forward_v6(host: &Netns, outside: &Rtnl) -> Result<(), DatapathError> {
+    if host.read_sysctl("ipv6/conf/all/forwarding")? == "1" {
+        return Ok(());
+    }
+    for (name, _) in outside.links().await? {
+        let key = format!("ipv6/conf/{name}/accept_ra");
+        if host.read_sysctl(&key).is_ok_and(|value| value == "1") {
+            host.sysctl(&key, "2")?;
+        }
+    }
+    Ok(host.sysctl("ipv6/conf/all/forwarding", "1")?)
 }
 
 /// Makes the pair of devices that joins the namespaces, unless it is whole; answers both indexes.

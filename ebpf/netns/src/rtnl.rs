@@ -8,7 +8,7 @@ use rtnetlink::{
     Handle, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
     packet_route::{
         address::AddressAttribute,
-        link::{InfoData, InfoVeth, LinkAttribute},
+        link::{InfoData, InfoVeth, LinkAttribute, LinkFlags, LinkMessage},
         neighbour::NeighbourState,
         route::{RouteProtocol, RouteScope, RouteType},
         rule::RuleAction,
@@ -102,9 +102,18 @@ impl Rtnl {
 
     /// The link's index, if there is one of this name.
     pub async fn find_link(&self, name: &str) -> Result<Option<u32>, NetnsError> {
+        Ok(self.get_link(name).await?.map(|link| link.header.index))
+    }
+
+    /// Whether there is a link of this name that is set up.
+    pub async fn is_up(&self, name: &str) -> Result<bool, NetnsError> {
+        Ok(self.get_link(name).await?.is_some_and(|link| link.header.flags.contains(LinkFlags::Up)))
+    }
+
+    async fn get_link(&self, name: &str) -> Result<Option<LinkMessage>, NetnsError> {
         check_link_name(name)?;
         match self.handle.link().get().match_name(name).execute().try_next().await {
-            Ok(link) => Ok(link.map(|link| link.header.index)),
+            Ok(link) => Ok(link),
             Err(error) if errno(&error) == Some(libc::ENODEV) => Ok(None),
             Err(source) => Err(NetnsError::Netlink { what: format!("look up link `{name}`"), source }),
         }

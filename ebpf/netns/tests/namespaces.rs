@@ -1,4 +1,5 @@
 //! Real namespaces, links and taps. Needs root.
+#![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
 use std::{
     io::{Read as _, Write as _},

@@ -8,8 +8,8 @@ use aya_ebpf::{
 use tapgate_ebpf_common::{
     judge::Tables,
     maps::{
-        Bucket, Config, Counters, Flow, FlowCount, FlowKey, LISTENERS as LISTENER_COUNT, MAX_FLOWS,
-        MAX_HOST_ADDRESSES, MAX_RULES, MAX_VMS, RING_BYTES, RuleKey, Vm,
+        Bucket, Config, Drops, Flow, FlowCount, FlowKey, LISTENERS as LISTENER_COUNT, MAX_FLOWS,
+        MAX_HOST_ADDRESSES, MAX_RULES, MAX_VMS, RING_BYTES, RuleKey, Traffic, Vm,
     },
     packet::Header,
 };
@@ -38,10 +38,12 @@ pub static FLOW_COUNTS: HashMap<u32, FlowCount> = HashMap::with_max_entries(MAX_
 /// Slot → flows that user space removed; written by user space alone.
 #[map]
 pub static FLOWS_EXPIRED: HashMap<u32, u64> = HashMap::with_max_entries(MAX_VMS, BPF_F_NO_PREALLOC);
-/// Slot → counters.
+/// Slot → what every frame is counted in.
 #[map]
-pub static COUNTERS: PerCpuHashMap<u32, Counters> =
-    PerCpuHashMap::with_max_entries(MAX_VMS, BPF_F_NO_PREALLOC);
+pub static TRAFFIC: PerCpuArray<Traffic> = PerCpuArray::with_max_entries(MAX_VMS, 0);
+/// Slot → what frames that go nowhere are counted in.
+#[map]
+pub static DROPS: PerCpuHashMap<u32, Drops> = PerCpuHashMap::with_max_entries(MAX_VMS, BPF_F_NO_PREALLOC);
 /// Slot → what it may still report.
 #[map]
 pub static BUCKETS: HashMap<u32, Bucket> = HashMap::with_max_entries(MAX_VMS, BPF_F_NO_PREALLOC);

@@ -2,13 +2,13 @@
 //! what is kept back is counted.
 
 use crate::{
-    maps::{BUCKETS, COUNTERS, EVENTS},
+    maps::{BUCKETS, DROPS, EVENTS, TRAFFIC},
     skb::Skb,
 };
 use aya_ebpf::helpers::bpf_ktime_get_coarse_ns;
 use tapgate_ebpf_common::{
     Reason,
-    maps::{Counters, EVENT_BURST, EVENT_RATE, Event, NO_SLOT, REASONS},
+    maps::{Drops, EVENT_BURST, EVENT_RATE, Event, NO_SLOT, PASSING, REASONS, Traffic},
     packet::{Header, ICMP, ICMP6},
 };
 
@@ -22,10 +22,10 @@ pub fn now() -> u64 {
 }
 
 #[inline(always)]
-fn counters(slot: u32) -> Option<&'static mut Counters> {
-    let counters = COUNTERS.get_ptr_mut(slot)?;
+fn drops(slot: u32) -> Option<&'static mut Drops> {
+    let drops = DROPS.get_ptr_mut(slot)?;
     // SAFETY: the entry is this processor's own, and lives until after the program's run.
-    Some(unsafe { &mut *counters })
+    Some(unsafe { &mut *drops })
 }
 
 #[derive(Clone, Copy)]
@@ -37,31 +37,36 @@ pub enum Way {
 /// Counts a frame that was let through.
 #[inline(always)]
 pub fn passed(slot: u32, reason: Reason, way: Way, skb: &Skb) {
-    let Some(counters) = counters(slot) else { return };
-    counters.passed[reason as usize & (REASONS - 1)] += 1;
-    add(counters, way, skb.len());
+    if let Some(traffic) = add(slot, way, skb.len()) {
+        traffic.passed[reason as usize & (PASSING - 1)] += 1;
+    }
 }
 
 /// Counts a frame that was dropped or refused.
 #[inline(always)]
 pub fn dropped(slot: u32, reason: Reason, way: Way, skb: &Skb) {
-    let Some(counters) = counters(slot) else { return };
-    counters.dropped[reason as usize & (REASONS - 1)] += 1;
-    add(counters, way, skb.len());
+    add(slot, way, skb.len());
+    if let Some(drops) = drops(slot) {
+        drops.dropped[reason as usize & (REASONS - 1)] += 1;
+    }
 }
 
 #[inline(always)]
-fn add(counters: &mut Counters, way: Way, length: u32) {
+fn add(slot: u32, way: Way, length: u32) -> Option<&'static mut Traffic> {
+    let traffic = TRAFFIC.get_ptr_mut(slot)?;
+    // SAFETY: the entry is this processor's own.
+    let traffic = unsafe { &mut *traffic };
     match way {
         Way::Out => {
-            counters.packets_out += 1;
-            counters.bytes_out += length as u64;
+            traffic.packets_out += 1;
+            traffic.bytes_out += length as u64;
         }
         Way::In => {
-            counters.packets_in += 1;
-            counters.bytes_in += length as u64;
+            traffic.packets_in += 1;
+            traffic.bytes_in += length as u64;
         }
     }
+    Some(traffic)
 }
 
 /// Counts a frame on a tap that no VM has.
@@ -97,8 +102,8 @@ pub fn event(slot: u32, header: &Header, reason: Reason, verdict: u8, skb: &Skb)
 
 #[inline(always)]
 fn lost(slot: u32) {
-    if let Some(counters) = counters(slot) {
-        counters.events_lost += 1;
+    if let Some(drops) = drops(slot) {
+        drops.events_lost += 1;
     }
 }
 

@@ -58,6 +58,13 @@ impl Packet for Skb {
 
     #[inline(always)]
     fn read<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        // SAFETY: as above.
+        let (data, end) = unsafe { ((*self.0).data as usize, (*self.0).data_end as usize) };
+        if data + offset + N <= end {
+            // SAFETY: the verifier knows from the comparison that these octets are there.
+            return Some(unsafe { ((data + offset) as *const [u8; N]).read() });
+        }
+        // In the paged part, or not there at all.
         let mut bytes = MaybeUninit::<[u8; N]>::uninit();
         // SAFETY: the helper writes exactly `N` octets or fails.
         let failed =

@@ -4,7 +4,7 @@
 
 use crate::{maps::LISTENERS, skb::Skb};
 use aya_ebpf::{
-    bindings::bpf_sock_tuple,
+    bindings::{bpf_sock, bpf_sock_tuple},
     helpers::{bpf_map_lookup_elem, bpf_sk_assign, bpf_sk_release, bpf_skc_lookup_tcp},
 };
 use core::{ffi::c_void, mem::MaybeUninit};
@@ -13,6 +13,7 @@ use tapgate_ebpf_common::{maps::Listener, packet::Header};
 const THIS_NAMESPACE: u64 = u64::MAX;
 const TIME_WAIT: u32 = 6;
 const LISTEN: u32 = 10;
+const AF_INET6: u32 = 10;
 
 /// What a look-up of the frame's connection found.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -78,6 +79,7 @@ fn lookup(skb: &Skb, tuple: *mut bpf_sock_tuple, size: u32) -> Found {
 }
 
 /// Assigns the frame to a listener. Says whether that worked: without a listener it does not, and the frame must go.
+/// An IPv4 socket must never be given an IPv6 frame: the kernel does not check, and would read a part that it has not.
 #[inline(always)]
 pub fn assign(skb: &Skb, listener: Listener, v6: bool) -> bool {
     let index = listener.index(v6);
@@ -88,8 +90,14 @@ pub fn assign(skb: &Skb, listener: Listener, v6: bool) -> bool {
     if socket.is_null() {
         return false;
     }
-    // SAFETY: not null; released once after the use.
-    let failed = unsafe { bpf_sk_assign(skb.raw().cast(), socket, 0) };
+    // SAFETY: not null, and held until the release.
+    let family = unsafe { (*socket.cast::<bpf_sock>()).family };
+    let failed = if v6 && family != AF_INET6 {
+        1
+    } else {
+        // SAFETY: not null; released once after the use.
+        unsafe { bpf_sk_assign(skb.raw().cast(), socket, 0) }
+    };
     // SAFETY: looked up above and released once.
     unsafe { bpf_sk_release(socket) };
     failed == 0

@@ -10,7 +10,7 @@ use tapgate_ebpf_common::{
     Reason, Verdict,
     judge::judge,
     maps::{FlowKey, Vm, mapped},
-    packet::{self, Ethertype, Header, ICMP, ICMP6, Packet},
+    packet::{self, ETHERNET, Ethertype, Header, ICMP, ICMP6, IPV4, IPV6, Packet},
 };
 
 #[inline(always)]
@@ -102,26 +102,26 @@ fn still_allowed(vm: &Vm, key: &FlowKey, header: &mut Header) -> bool {
 /// The flow that an ICMP report of a failure is about: its payload begins with the guest's own packet.
 #[inline(always)]
 fn reported(skb: &Skb, vm: &Vm, header: &Header, key: &mut FlowKey) -> Option<()> {
-    let at = header.offset + 8;
-    let offset;
+    let ports: [u8; 8];
     if header.v6 {
-        let h: [u8; 40] = skb.read(at)?;
+        const AT: usize = ETHERNET + IPV6 + 8;
+        let h: [u8; 40] = skb.read(AT)?;
         if h[8..24] != vm.v6 {
             return None;
         }
         key.remote.copy_from_slice(&h[24..40]);
         key.protocol = h[6];
-        offset = at + 40;
+        ports = skb.read(AT + IPV6)?;
     } else {
-        let h: [u8; 20] = skb.read(at)?;
+        const AT: usize = ETHERNET + IPV4 + 8;
+        let h: [u8; 20] = skb.read(AT)?;
         if h[0] != 0x45 || h[12..16] != vm.v4 {
             return None;
         }
         key.remote = mapped([h[16], h[17], h[18], h[19]]);
         key.protocol = h[9];
-        offset = at + 20;
+        ports = skb.read(AT + IPV4)?;
     }
-    let ports: [u8; 8] = skb.read(offset)?;
     let ping = key.protocol == ICMP || key.protocol == ICMP6;
     key.slot = vm.slot;
     key.v6 = header.v6 as u8;

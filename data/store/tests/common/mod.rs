@@ -1,5 +1,5 @@
 //! A store in a folder of its own, with a user, for the tests of this crate.
-#![allow(dead_code, missing_docs, reason = "each test file uses a part of it")]
+#![allow(dead_code, missing_docs, clippy::unwrap_used, reason = "each test file uses a part of it")]
 
 use std::path::Path;
 use tapgate_model::{SecretValue, UserId, VmId};

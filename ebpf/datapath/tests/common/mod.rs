@@ -35,6 +35,11 @@ pub const ROUTER: &str = "192.0.2.2";
 pub const SERVER: &str = "198.51.100.1";
 pub const OTHER: &str = "203.0.113.1";
 
+pub const HOST_OUT_V6: &str = "2001:db8:ff::1";
+pub const ROUTER_V6: &str = "2001:db8:ff::2";
+pub const SERVER_V6: &str = "2001:db8:1::1";
+pub const OTHER_V6: &str = "2001:db8:2::1";
+
 pub fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
 }
@@ -73,6 +78,15 @@ impl Drop for World {
 
 /// Runs a test inside a new world, on threads of the host's namespace.
 pub fn in_world<F: Future<Output = ()>>(test: impl FnOnce(Arc<World>) -> F + Send) {
+    in_world_of(None, test);
+}
+
+/// The same with IPv6 for guests.
+pub fn in_world_v6<F: Future<Output = ()>>(test: impl FnOnce(Arc<World>) -> F + Send) {
+    in_world_of(Some("fd74:6761:7465::/64"), test);
+}
+
+fn in_world_of<F: Future<Output = ()>>(v6: Option<&str>, test: impl FnOnce(Arc<World>) -> F + Send) {
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     let instance = format!("t{}-{number}", std::process::id() % 1_000_000);
     let world = World {
@@ -82,7 +96,7 @@ pub fn in_world<F: Future<Output = ()>>(test: impl FnOnce(Arc<World>) -> F + Sen
             pin_root: PathBuf::from(format!("/sys/fs/bpf/tapgate-test-{instance}")),
             instance,
             guest_v4: "10.214.0.0/16".parse().unwrap(),
-            guest_v6: None,
+            guest_v6: v6.map(|range| range.parse().unwrap()),
         },
     };
     let world = Arc::new(world);
@@ -133,6 +147,7 @@ async fn connect_internet(world: &World) {
     })
     .await
     .unwrap();
+    connect_v6(&host, near, &internet, far, loopback).await;
     let counters = "table inet count {\n chain input {\n type filter hook prerouting priority -300; policy accept;\n \
                     iifname \"in0\" meta nfproto ipv4 counter name seen\n iifname \"in0\" meta nfproto ipv6 \
                     icmpv6 type != { 133, 134, 135, 136, 143 } counter name seen\n }\n counter seen {\n }\n}\n";
@@ -140,6 +155,34 @@ async fn connect_internet(world: &World) {
     let declared = "table inet count {\n counter seen {\n }\n}\n";
     nft::load(&world.internet.0, declared).unwrap();
     nft::load(&world.internet.0, &counters.replace("\n counter seen {\n }", "")).unwrap();
+}
+
+async fn connect_v6(host: &Rtnl, near: u32, internet: &Rtnl, far: u32, loopback: u32) {
+    for (rtnl, index, own) in [(host, near, HOST_OUT_V6), (internet, far, ROUTER_V6)] {
+        rtnl.add_address(index, ip(own), 64).await.unwrap();
+        let on_link = Route {
+            to: (ip("2001:db8:ff::"), 64),
+            kind: RouteKind::Unicast,
+            link: Some(index),
+            via: None,
+            source: None,
+            table: 254,
+        };
+        rtnl.add_route(&on_link).await.unwrap();
+    }
+    for address in [SERVER_V6, OTHER_V6] {
+        internet.add_address(loopback, ip(address), 128).await.unwrap();
+    }
+    host.add_route(&Route {
+        to: (ip("::"), 0),
+        kind: RouteKind::Unicast,
+        link: Some(near),
+        via: Some(ip(ROUTER_V6)),
+        source: None,
+        table: 254,
+    })
+    .await
+    .unwrap();
 }
 
 impl World {
@@ -204,10 +247,20 @@ pub struct Guest {
 }
 
 pub async fn guest(datapath: &Datapath, slot: u32, mode: Mode, cidrs: &[&str]) -> Guest {
+    guest_of(datapath, net(slot), mode, cidrs).await
+}
+
+/// With addresses of both families.
+pub async fn guest_v6(datapath: &Datapath, slot: u32, mode: Mode, cidrs: &[&str]) -> Guest {
+    let base = "fd74:6761:7465::".parse().unwrap();
+    guest_of(datapath, GuestNet::new(slot, Ipv4Addr::new(10, 214, 0, 0), Some(base)), mode, cidrs).await
+}
+
+async fn guest_of(datapath: &Datapath, net: GuestNet, mode: Mode, cidrs: &[&str]) -> Guest {
     let ns = Temporary::new("guest");
     let vm = VmId::generate();
-    let gate = datapath.attach_netns(&vm, net(slot), &policy(&vm, mode, cidrs), &ns.0).await.unwrap();
-    Guest { ns, vm, net: net(slot), gate }
+    let gate = datapath.attach_netns(&vm, net, &policy(&vm, mode, cidrs), &ns.0).await.unwrap();
+    Guest { ns, vm, net, gate }
 }
 
 impl Guest {
@@ -217,7 +270,11 @@ impl Guest {
     }
 
     pub fn udp(&self) -> UdpSocket {
-        let socket = self.ns.0.run(|| UdpSocket::bind("0.0.0.0:0").unwrap()).unwrap();
+        self.udp_at("0.0.0.0:0")
+    }
+
+    pub fn udp_at(&self, at: &str) -> UdpSocket {
+        let socket = self.ns.0.run(|| UdpSocket::bind(at).unwrap()).unwrap();
         socket.set_read_timeout(Some(PATIENCE)).unwrap();
         socket
     }
@@ -250,13 +307,22 @@ pub struct Listeners {
 }
 
 pub fn listeners(datapath: &Datapath) -> Listeners {
+    listeners_of(datapath, Domain::IPV4)
+}
+
+/// With `Domain::IPV6` they serve both families.
+pub fn listeners_of(datapath: &Datapath, domain: Domain) -> Listeners {
+    let any = move |number: u16| match domain {
+        Domain::IPV6 => SocketAddr::from((std::net::Ipv6Addr::UNSPECIFIED, number)),
+        _ => SocketAddr::from((Ipv4Addr::UNSPECIFIED, number)),
+    };
     let tcp = |number: u16| {
         datapath
             .egress()
             .run(|| {
-                let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP)).unwrap();
+                let socket = Socket::new(domain, Type::STREAM, Some(Protocol::TCP)).unwrap();
                 socket.set_ip_transparent_v4(true).unwrap();
-                socket.bind(&SocketAddr::from((Ipv4Addr::UNSPECIFIED, number)).into()).unwrap();
+                socket.bind(&any(number).into()).unwrap();
                 socket.listen(64).unwrap();
                 TcpListener::from(socket)
             })
@@ -265,9 +331,9 @@ pub fn listeners(datapath: &Datapath) -> Listeners {
     let dns_udp = datapath
         .egress()
         .run(|| {
-            let socket = Socket::new(Domain::IPV4, Type::DGRAM, Some(Protocol::UDP)).unwrap();
+            let socket = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP)).unwrap();
             socket.set_ip_transparent_v4(true).unwrap();
-            socket.bind(&SocketAddr::from((Ipv4Addr::UNSPECIFIED, port::DNS_UDP)).into()).unwrap();
+            socket.bind(&any(port::DNS_UDP).into()).unwrap();
             UdpSocket::from(socket)
         })
         .unwrap();
@@ -279,15 +345,18 @@ pub fn listeners(datapath: &Datapath) -> Listeners {
 }
 
 pub fn hand_over(datapath: &Datapath, listeners: &Listeners) {
-    datapath
-        .set_listeners(
-            false,
-            listeners.tcp.as_fd(),
-            listeners.dns_udp.as_fd(),
-            listeners.dns_tcp.as_fd(),
-            listeners.service.as_fd(),
-        )
-        .unwrap();
+    // Sockets of IPv6 that take IPv4 too: one set for both families.
+    for v6 in [false, true] {
+        datapath
+            .set_listeners(
+                v6,
+                listeners.tcp.as_fd(),
+                listeners.dns_udp.as_fd(),
+                listeners.dns_tcp.as_fd(),
+                listeners.service.as_fd(),
+            )
+            .unwrap();
+    }
 }
 
 /// A tap as a VMM holds it: whole frames in and out.
@@ -299,9 +368,12 @@ impl Wire {
     }
 
     pub fn send(&mut self, frame: &[u8]) {
-        let mut packet = vec![0; tapgate_netns::tap::VNET_HEADER];
-        packet.extend_from_slice(frame);
-        self.0.write_all(&packet).unwrap();
+        self.send_with(&[0; tapgate_netns::tap::VNET_HEADER], frame);
+    }
+
+    /// With the header that says what is left to the host: checksum, segmentation.
+    pub fn send_with(&mut self, header: &[u8; tapgate_netns::tap::VNET_HEADER], frame: &[u8]) {
+        self.0.write_all(&[header, frame].concat()).unwrap();
     }
 
     /// The next frame that the condition holds for, if one comes in time.

@@ -1,0 +1,94 @@
+//! The decision table, natively: crafted frames with the verdicts that the table names, and arbitrary bytes.
+#![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+
+mod frames;
+
+use frames::{Setup, cases, verdict};
+use tapgate_ebpf_common::Verdict;
+
+#[test]
+fn every_crafted_frame_gets_the_verdict_of_its_row() {
+    let cases = cases();
+    assert!(cases.len() >= 300, "{}", cases.len());
+    for case in &cases {
+        for (setup, expected) in
+            [Setup::Closed, Setup::Rules, Setup::Warn].into_iter().zip(case.expected.unwrap())
+        {
+            assert_eq!(verdict(&case.frame, setup).0, expected, "{} under {setup:?}", case.name);
+        }
+    }
+}
+
+#[test]
+fn a_secret_keeps_the_web_ports_with_the_proxy() {
+    use frames::*;
+    use tapgate_ebpf_common::{Reason, maps::Listener};
+    for port in [80, 443] {
+        let (verdict, _) = verdict(&ip("198.51.100.1", 6, &tcp(port, SYN)), Setup::Secrets);
+        assert_eq!(verdict, Verdict::Proxy(Listener::Tcp, Reason::Cidr));
+    }
+    let of = |frame: Vec<u8>| verdict(&frame, Setup::Secrets).0;
+    assert_eq!(of(ip("198.51.100.1", 17, &udp(443, b"x"))), Verdict::Refuse(Reason::Quic));
+    assert_eq!(of(ip("198.51.100.1", 6, &tcp(22, SYN))), Verdict::Uplink(Reason::Cidr));
+}
+
+#[test]
+fn without_its_own_address_a_vm_has_no_ipv6() {
+    for case in cases().iter().filter(|case| case.frame.get(12..14) == Some(&[0x86, 0xdd])) {
+        assert!(matches!(verdict(&case.frame, Setup::V4Only).0, Verdict::Drop(_)), "{}", case.name);
+    }
+}
+
+#[test]
+fn no_rule_opens_a_range_that_is_never_reached() {
+    use tapgate_ebpf_common::range::{Class, classify_v4, classify_v6};
+    for case in cases() {
+        let (verdict, header) = verdict(&case.frame, Setup::All);
+        if matches!(verdict, Verdict::Uplink(_) | Verdict::Tolerate(_)) {
+            let a = header.destination;
+            let class = if header.v6 { classify_v6(a) } else { classify_v4([a[12], a[13], a[14], a[15]]) };
+            assert!(!matches!(class, Class::Denied(_)), "{}", case.name);
+        }
+    }
+}
+
+/// A small generator of its own: the same bytes at every run.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+}
+
+#[test]
+fn arbitrary_bytes_never_leave_without_a_rule() {
+    let cases = cases();
+    let mut random = Random(0x7467_7467_7467_7467);
+    for round in 0..400_000u32 {
+        let mut frame = match round % 4 {
+            0 => (0..random.next() % 120).map(|_| random.next() as u8).collect(),
+            _ => cases[random.next() as usize % cases.len()].frame.clone(),
+        };
+        for _ in 0..random.next() % 6 {
+            if !frame.is_empty() {
+                let at = random.next() as usize % frame.len();
+                frame[at] = random.next() as u8;
+            }
+        }
+        if random.next() % 8 == 0 {
+            frame.truncate(random.next() as usize % (frame.len() + 1));
+        }
+        let (closed, _) = verdict(&frame, Setup::Closed);
+        assert!(!matches!(closed, Verdict::Uplink(_) | Verdict::Tolerate(_)), "{frame:x?}");
+        let (warned, header) = verdict(&frame, Setup::Warn);
+        assert!(!matches!(warned, Verdict::Uplink(_)), "{frame:x?}");
+        if let Verdict::Tolerate(_) = warned {
+            assert!(frame[6..12] == frames::MAC, "{frame:x?}");
+            assert!(header.protocol == 17 || header.pings(), "{frame:x?}");
+        }
+    }
+}
