@@ -17,16 +17,16 @@ pub fn given(stage: &mut Stage<'_>, step: &mut Step) -> Result<()> {
     let placeholder = stage.api().secret(NAME, VARIABLE, REAL, &[echo])?;
     stage.api().secret("git-token", "GIT_TOKEN", GIT_TOKEN, &[git])?;
     stage.secrets.extend([REAL.to_owned(), GIT_TOKEN.to_owned()]);
+    let wanted = format!("{placeholder} IRONSH_PROXY_git-token");
     let held = format!("printf '%s %s' \"${VARIABLE}\" \"$GIT_TOKEN\"");
     let mut environment = String::new();
     for _ in 0..40 {
         environment = stage.guest()?.expect(&held)?;
-        if !environment.trim().is_empty() {
+        if environment == wanted {
             break;
         }
         thread::sleep(Duration::from_millis(500));
     }
-    let wanted = format!("{placeholder} IRONSH_PROXY_git-token");
     step.check(
         format!("${VARIABLE} and $GIT_TOKEN in the guest"),
         environment.clone(),
