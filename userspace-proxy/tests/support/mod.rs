@@ -406,7 +406,6 @@ pub fn config(ca: &TestCa) -> ProxyConfig {
         resolvers: vec![SocketAddr::from((RESOLVER, 5300))],
         extra_roots: vec![ca.der.clone()],
         timeouts: Timeouts { server_first: std::time::Duration::from_millis(50), ..Timeouts::default() },
-        ..ProxyConfig::default()
     }
 }
 
