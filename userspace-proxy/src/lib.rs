@@ -34,6 +34,7 @@ pub use table::{HostPrefix, PolicyTable};
 /// What the fuzz targets and property tests reach of the parsers; no part of the interface.
 #[doc(hidden)]
 pub mod internal {
+    pub use crate::dns::answer::refuse_question;
     pub use crate::http::authority::{Authority, Named};
     pub use crate::http::guard::GuardedIo;
     pub use crate::peek::http1::{Framing, Head, check_head};
