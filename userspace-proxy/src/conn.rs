@@ -272,8 +272,15 @@ impl Conn {
         record.dialled(address.ip());
         upstream.write_all(&raw).await.map_err(DialError::Unreachable)?;
         let idle = self.shared.config.timeouts.idle;
-        let relayed =
-            splice::relay(&self.stream, &upstream, &self.shared.pipes, &record.counters, idle).await;
+        let relayed = splice::relay(
+            &self.stream,
+            &upstream,
+            &self.shared.pipes,
+            &record.counters,
+            &self.entry.throttle,
+            idle,
+        )
+        .await;
         if relayed.is_err() {
             // One side broke off; the other is told so.
             reset(&upstream);

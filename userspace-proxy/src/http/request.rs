@@ -211,7 +211,8 @@ impl HttpConn {
         record.secrets(outcome.injected.into_iter().collect(), outcome.withheld.into_iter().collect());
         let patterns = self.entry.patterns(&policy, outcome.credentials);
         let method = parts.method.clone();
-        let request = Request::from_parts(parts, Outgoing::wrap(body, record.counters.clone()));
+        let request =
+            Request::from_parts(parts, Outgoing::wrap(body, record.counters.clone(), self.entry.clone()));
         // Another protocol can follow on HTTP/1.1 alone.
         let offer = if guest_upgrade.is_some() { Alpn::Http1 } else { self.offer };
         let key = Key::new(self.tls.clone(), decision.route.clone(), self.to, offer);
@@ -233,7 +234,9 @@ impl HttpConn {
         record.status(response.status().as_u16());
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
             return match guest_upgrade {
-                Some(guest) => super::serve::switch(response, guest, record, ticket, patterns),
+                Some(guest) => {
+                    super::serve::switch(response, guest, record, ticket, patterns, self.entry.clone())
+                }
                 None => self.deny(
                     record,
                     Reason::Tunnel,
@@ -251,7 +254,7 @@ impl HttpConn {
                     // What follows on this connection was announced as another protocol.
                     response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
                 }
-                response.map(|body| Incoming::wrap(body, record, Some(ticket)))
+                response.map(|body| Incoming::wrap(body, record, Some(ticket), self.entry.clone()))
             }
             Err(error) => {
                 drop(ticket);
@@ -370,7 +373,8 @@ impl HttpConn {
         let response = Denial { reason, host, event: record.id(), detail }.response(accept);
         record.verdict(Verdict::Deny { reason });
         record.status(response.status().as_u16());
-        let mut response = response.map(|text| Incoming::wrap(body::full(text), record, None));
+        let mut response =
+            response.map(|text| Incoming::wrap(body::full(text), record, None, self.entry.clone()));
         let form =
             [Reason::BadRequest, Reason::BadName, Reason::NameMismatch, Reason::Tunnel].contains(&reason);
         if form && self.alpn == Alpn::Http1 {

@@ -198,7 +198,13 @@ impl Zone {
             response.metadata.response_code = ResponseCode::NXDomain;
             return response.to_vec().unwrap();
         };
-        if query.query_type() == RecordType::A {
+        if query.query_type() == RecordType::AAAA {
+            for address in &turns[0] {
+                let IpAddr::V6(v6) = address else { continue };
+                let owner = Name::from_ascii(format!("{name}.")).unwrap();
+                response.add_answer(Record::from_rdata(owner, 0, RData::AAAA(rdata::AAAA(*v6))));
+            }
+        } else if query.query_type() == RecordType::A {
             let addresses = if turns.len() > 1 { turns.remove(0) } else { turns[0].clone() };
             for address in addresses {
                 let IpAddr::V4(v4) = address else { continue };
@@ -406,7 +412,6 @@ pub fn config(ca: &TestCa) -> ProxyConfig {
         resolvers: vec![SocketAddr::from((RESOLVER, 5300))],
         extra_roots: vec![ca.der.clone()],
         timeouts: Timeouts { server_first: std::time::Duration::from_millis(50), ..Timeouts::default() },
-        ..ProxyConfig::default()
     }
 }
 
