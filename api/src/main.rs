@@ -1,2 +1,43 @@
-//! .
-fn main() {}
+//! The `tapgate` command: the daemon and its client in one binary.
+#![forbid(unsafe_code)]
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+use tapgate::{cli, doctor, images, serve};
+
+/// Runs untrusted code in microVMs and decides what may leave them.
+#[derive(Parser)]
+#[command(name = "tapgate", version, propagate_version = true, after_help = cli::EXIT_CODES)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the daemon
+    Serve(serve::Args),
+    /// Test what this host can do, and say how to mend what is missing
+    Doctor(doctor::Args),
+    /// Build the images that VMs boot from
+    #[command(subcommand)]
+    Image(images::Args),
+    #[command(flatten)]
+    Client(cli::Command),
+}
+
+fn main() -> ExitCode {
+    let done = match Arguments::parse().command {
+        Command::Serve(args) => serve::run(args),
+        Command::Doctor(args) => doctor::run(args),
+        Command::Image(args) => images::run(args),
+        Command::Client(command) => return cli::run(command),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("tapgate: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

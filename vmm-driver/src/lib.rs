@@ -1,1 +1,25 @@
-//! .
+//! Virtual machines: images, disks, seeds and the drivers that boot them behind their gate.
+//!
+//! Owns processes and files of VMs. Must never start a guest without a `tapgate_datapath::Gate`, touch netlink or a
+//! network namespace itself (that is `tapgate-netns`), or know of rules, secrets' values or users.
+#![deny(unsafe_code)]
+
+pub mod accel;
+pub mod cgroup;
+pub mod disk;
+mod driver;
+pub mod image;
+mod netns_driver;
+pub mod process;
+mod qemu;
+mod qmp;
+pub mod quote;
+pub mod ready;
+pub mod seed;
+mod spec;
+
+pub use driver::{BoxFuture, Running, Vmm};
+pub use netns_driver::{NetnsDriver, NetnsRunning, exec as netns_exec};
+pub use qemu::{QemuDriver, QemuRunning, default_program, noted_handle, uid_of};
+pub use seed::Seed;
+pub use spec::{Exit, Handle, Observed, VmSpec, VmmError};

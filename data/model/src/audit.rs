@@ -23,6 +23,14 @@ pub enum Protocol {
 }
 
 impl Protocol {
+    /// Every protocol. The position is what the audit database stores: add at the end.
+    pub const ALL: [Self; 6] = [Self::Dns, Self::Http, Self::Icmp, Self::Tcp, Self::Tls, Self::Udp];
+
+    /// The protocol with this word.
+    pub fn from_word(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|protocol| protocol.word() == word)
+    }
+
     /// The word of the API and the database.
     pub const fn word(self) -> &'static str {
         match self {

@@ -8,6 +8,7 @@ pub mod cidr;
 pub mod guest;
 pub mod host;
 pub mod id;
+pub mod lifecycle;
 pub mod policy;
 pub mod secret;
 pub mod vm;

@@ -27,6 +27,11 @@ impl Mode {
             Self::Warn => "warn",
         }
     }
+
+    /// The mode with this word.
+    pub fn from_word(word: &str) -> Option<Self> {
+        [Self::Enforce, Self::Warn].into_iter().find(|mode| mode.word() == word)
+    }
 }
 
 /// What a rule lets a VM reach.

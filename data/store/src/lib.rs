@@ -1,1 +1,43 @@
-//! .
+//! State in SQLite: typed, transactional, sealed where it is secret. Owns every SQL statement of tapgate.
+//!
+//! Two files in one folder: `tapgate.db` holds what users made (each commit is on disk before it is acknowledged),
+//! `audit.db` holds what their VMs tried (written in batches, never acknowledged, so a power cut may cost the last
+//! batch but a killed process costs nothing). Each has one writing thread; readers never wait for it (WAL).
+//! Must never speak HTTP, nor let SQL or a rusqlite type out.
+#![forbid(unsafe_code)]
+
+mod agents;
+pub mod audit;
+mod device;
+mod env;
+mod error;
+mod keys;
+mod page;
+mod policy;
+mod pool;
+mod rules;
+mod schema;
+mod seal;
+mod secrets;
+mod snapshots;
+mod store;
+mod time;
+mod users;
+mod vms;
+
+pub use agents::{AgentFilter, AgentRecord, AgentStatus, NewAgent};
+pub use audit::{AuditFilter, AuditLog, AuditRecord};
+pub use device::{DeviceCode, DeviceState};
+pub use env::EnvRecord;
+pub use error::{Conflict, Kind, StoreError};
+pub use keys::{ApiKeyRecord, Caller, IssuedKey};
+pub use page::{Order, Page, PageRequest};
+pub use policy::{AccountPolicy, VmEgress};
+pub use rules::{NewRule, RuleFilter, RuleRecord, RuleSort};
+pub use seal::{SealError, SealKey};
+pub use secrets::{NewSecret, SecretChange, SecretFilter, SecretRecord, SecretSort};
+pub use snapshots::{SnapshotRecord, SnapshotStatus};
+pub use store::Store;
+pub use time::now_us;
+pub use users::{NewUser, UserRecord};
+pub use vms::{CaPem, Desired, NewVm, Resources, VmFilter, VmRecord, VmSort};

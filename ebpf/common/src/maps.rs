@@ -4,7 +4,7 @@
 //! IPv6 (the ranges deny it), so the two families never meet.
 
 /// Rises with every change of this file or of what the programs expect of the maps: names the pin directory.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Most VMs that the maps hold; slots are below it.
 pub const MAX_VMS: u32 = 8192;
 /// Most `cidr` rules of all VMs together, both generations of a change counted.
@@ -277,8 +277,16 @@ pub enum Listener {
     Service = 3,
 }
 
-/// How many listeners there are.
-pub const LISTENERS: u32 = 4;
+/// How many listeners there are: four for IPv4, then the same four for IPv6.
+pub const LISTENERS: u32 = 8;
+
+impl Listener {
+    /// The listener's place in the map: a socket takes packets of its own family only.
+    #[inline(always)]
+    pub const fn index(self, v6: bool) -> u32 {
+        self as u32 + if v6 { LISTENERS / 2 } else { 0 }
+    }
+}
 
 #[cfg(feature = "user")]
 mod pod {

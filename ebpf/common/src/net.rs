@@ -33,8 +33,8 @@ pub const TABLE_GUESTS: u32 = 7703;
 pub mod port {
     /// TCP of guests that is not for a gateway service.
     pub const TCP: u16 = 7710;
-    /// DNS over UDP.
-    pub const DNS_UDP: u16 = 7711;
+    /// DNS over UDP: the port that guests ask, for a datagram's answer must come from there.
+    pub const DNS_UDP: u16 = super::DNS_PORT;
     /// DNS over TCP.
     pub const DNS_TCP: u16 = 7712;
     /// The guest service.

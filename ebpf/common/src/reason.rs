@@ -118,4 +118,6 @@ reasons! {
     Tunnel = 39 => "tunnel",
     /// A lookup or a hand-over in the datapath failed; the frame is dropped (fail closed).
     Fault = 40 => "fault",
+    /// The guest did not accept the certificate under which its TLS was opened.
+    Untrusted = 41 => "untrusted",
 }

@@ -147,6 +147,7 @@ impl Datapath {
         for &slot in &found {
             self.detach_slot(slot).await?;
         }
+        crate::bpffs::remove_other_versions(&self.shared.pins)?;
         Ok(found)
     }
 

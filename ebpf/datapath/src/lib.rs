@@ -127,9 +127,11 @@ impl Datapath {
         self.shared.attachment
     }
 
-    /// Hands the proxy's listeners to the programs. They must be bound inside the egress namespace, transparent.
+    /// Hands the proxy's listeners of one family to the programs. They must be bound inside the egress namespace,
+    /// transparent.
     pub fn set_listeners(
         &self,
+        v6: bool,
         tcp: BorrowedFd<'_>,
         dns_udp: BorrowedFd<'_>,
         dns_tcp: BorrowedFd<'_>,
@@ -142,7 +144,7 @@ impl Datapath {
             (Listener::DnsTcp, dns_tcp),
             (Listener::Service, service),
         ] {
-            state.tables.set_listener(listener, fd)?;
+            state.tables.set_listener(listener, v6, fd)?;
         }
         Ok(())
     }

@@ -133,10 +133,11 @@ impl Tables {
     pub(crate) fn set_listener(
         &mut self,
         listener: Listener,
+        v6: bool,
         fd: BorrowedFd<'_>,
     ) -> Result<(), DatapathError> {
         self.listeners
-            .set(listener as u32, &fd.as_raw_fd(), 0)
+            .set(listener.index(v6), &fd.as_raw_fd(), 0)
             .map_err(map_error("put a listener", "LISTENERS"))
     }
 

@@ -376,3 +376,32 @@ fn filters_of_clsact_hold_and_are_adopted_as_on_older_kernels() {
         datapath.teardown().await.unwrap();
     });
 }
+
+#[test]
+fn a_daemon_with_other_maps_takes_over_live_taps() {
+    in_world(|world| async move {
+        let datapath = world.open().await;
+        let a = guest(&datapath, 0, Mode::Enforce, &["198.51.100.0/24"]).await;
+        let server = echo(listen(&world.internet.0, "198.51.100.1:5000"));
+        let mut stream = a.connect("198.51.100.1:5000").unwrap();
+        round_trip(&mut stream).unwrap();
+        drop(datapath);
+        // As a daemon of another version left it.
+        let own = format!("maps-{}", tapgate_ebpf_common::maps::VERSION);
+        std::fs::rename(world.pins().join(&own), world.pins().join("maps-0")).unwrap();
+        let datapath = world.open().await;
+        round_trip(&mut stream).expect("the other version's programs and maps still work");
+        let policy = policy(&a.vm, Mode::Enforce, &["198.51.100.0/24"]);
+        datapath.adopt(&a.vm, a.net, &policy).await.unwrap();
+        round_trip(&mut stream).expect("a connection that the new maps have not seen goes on");
+        assert!(datapath.counters(0).unwrap().packets_out > 0, "the new maps count");
+        datapath.detach_others(&[a.net]).await.unwrap();
+        let left: Vec<_> =
+            std::fs::read_dir(world.pins()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert!(!left.contains(&"maps-0".into()), "{left:?}");
+        round_trip(&mut stream).unwrap();
+        drop(stream);
+        server.join().unwrap();
+        datapath.teardown().await.unwrap();
+    });
+}

@@ -1,2 +1,43 @@
-//! .
-fn main() {}
+//! The guest agent: one small static binary inside the base image, in three roles.
+//!
+//! - `init`: the initramfs' PID 1. Loads the virtio modules, mounts the root disk, applies the seed, becomes systemd.
+//! - `apply`: reads the NoCloud seed and applies it; what `init` does, for images with an initramfs of their own.
+//! - `serve`: stays. Answers the power button and takes changes of the seed from the guest service.
+//!
+//! Everything it reads is data: nothing from a seed ever reaches a shell or a format that it was not quoted for.
+#![deny(unsafe_code)]
+
+mod apply;
+mod files;
+mod identity;
+mod init;
+mod net;
+mod power;
+mod seed;
+mod service;
+mod trust;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let role = std::env::args().nth(1);
+    // As the initramfs' /init the kernel passes its own command line's leftovers as arguments.
+    if std::process::id() == 1 {
+        return init::run();
+    }
+    let result = match role.as_deref() {
+        Some("apply") => apply::run(),
+        Some("serve") => service::run(),
+        _ => {
+            eprintln!("usage: tapgate-guest-agent apply|serve");
+            return ExitCode::from(2);
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("tapgate-guest-agent: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! `tapgate snapshot`.
+
+use super::exit::Done;
+use super::output::{json, line, one, rows};
+use super::{Api, Options};
+use serde_json::{Value, json as value};
+
+const COLUMNS: &[(&str, &str)] = &[
+    ("ID", "id"),
+    ("LABEL", "label"),
+    ("VM", "source_virtual_machine_id"),
+    ("STATUS", "status"),
+    ("BYTES", "size_bytes"),
+    ("CREATED", "created_at"),
+];
+
+/// `tapgate snapshot`.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    options: Options,
+}
+
+#[derive(clap::Subcommand, Debug)]
+enum Command {
+    /// Take one of a running VM
+    Create {
+        /// ID or name of the VM
+        vm: String,
+        /// What to call it
+        #[arg(long)]
+        label: Option<String>,
+    },
+    /// List them
+    #[command(visible_alias = "ls")]
+    List {
+        /// Of this VM (ID or name)
+        #[arg(long)]
+        vm: Option<String>,
+    },
+    /// Show one
+    Show {
+        /// Its ID
+        snapshot: String,
+    },
+    /// Remove one
+    #[command(visible_alias = "rm")]
+    Delete {
+        /// Its ID
+        snapshot: String,
+    },
+}
+
+impl Args {
+    pub(super) fn run(self) -> Done {
+        let api = Api::new(&self.options)?;
+        match self.command {
+            Command::Create { vm, label } => {
+                let path = format!("/v1/vms/{}/snapshots", api.vm_id(&vm)?);
+                let made = api.send("POST", &path, Some(value!({ "label": label })))?;
+                one(api.json, COLUMNS, &made["data"])
+            }
+            Command::List { vm } => {
+                let path = match vm {
+                    Some(vm) => format!("/v1/vms/{}/snapshots", api.vm_id(&vm)?),
+                    None => "/v1/snapshots".to_owned(),
+                };
+                rows(api.json, COLUMNS, api.list(&path, &[], 200, usize::MAX)?)
+            }
+            Command::Show { snapshot } => {
+                one(api.json, COLUMNS, &api.get(&format!("/v1/snapshots/{snapshot}"), &[])?["data"])
+            }
+            Command::Delete { snapshot } => {
+                api.send("DELETE", &format!("/v1/snapshots/{snapshot}"), None)?;
+                if api.json { json(&Value::Null) } else { line(&format!("{snapshot} is deleted")) }
+            }
+        }
+    }
+}

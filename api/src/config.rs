@@ -1,0 +1,434 @@
+//! The daemon's configuration: one TOML file, each key also a flag and a `TAPGATE_` variable.
+//!
+//! Owns reading, merging (flag, then variable, then file, then default) and checking. Unknown keys are errors; every
+//! message names the key and says what to write instead. Nothing is started here.
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use serde::Deserialize;
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    ops::RangeInclusive,
+    path::{Path, PathBuf},
+};
+use tapgate_model::{Cidr, policy::SecretsOverHttp};
+
+/// Which program runs the guests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum DriverKind {
+    /// A network namespace instead of a VM: for tests and trying it out. Isolates nothing but the network.
+    Netns,
+    /// QEMU's microvm machine, with KVM or TCG.
+    #[default]
+    Qemu,
+}
+
+/// What executes guest code.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum AccelChoice {
+    /// KVM where a probe shows that it runs guests, else TCG.
+    #[default]
+    Auto,
+    /// KVM, or an error.
+    Kvm,
+    /// Emulation.
+    Tcg,
+}
+
+/// When secrets may go out in clear-text HTTP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum OverHttp {
+    /// Wherever the secret's hosts match.
+    Always,
+    /// Only to hosts that the secret names, not through `*`.
+    Explicit,
+    /// Never.
+    Never,
+}
+
+/// The keys as written, before they are checked. One list for the file, the flags and the variables.
+#[derive(Clone, Debug, Default, Deserialize, clap::Args)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// Where all state lives [default: /var/lib/tapgate]
+    #[arg(long, env = "TAPGATE_DATA_DIR", value_name = "DIR")]
+    pub data_dir: Option<PathBuf>,
+    /// Address of the REST API [default: 127.0.0.1:7070]
+    #[arg(long, env = "TAPGATE_LISTEN", value_name = "IP:PORT")]
+    pub listen: Option<String>,
+    /// Listen on an address that is not loopback without TLS (a proxy in front has to add it)
+    #[arg(long, env = "TAPGATE_LISTEN_WITHOUT_TLS", num_args = 0..=1, default_missing_value = "true")]
+    pub listen_without_tls: Option<bool>,
+    /// What runs the guests [default: qemu]
+    #[arg(long, env = "TAPGATE_DRIVER")]
+    pub driver: Option<DriverKind>,
+    /// What executes guest code [default: auto]
+    #[arg(long, env = "TAPGATE_ACCEL")]
+    pub accel: Option<AccelChoice>,
+    /// Name or address that clients reach this host by, for SSH [default: 127.0.0.1]
+    #[arg(long, env = "TAPGATE_PUBLIC_HOST", value_name = "HOST")]
+    pub public_host: Option<String>,
+    /// Addresses for guests [default: 10.214.0.0/16]
+    #[arg(long, env = "TAPGATE_GUEST_V4", value_name = "CIDR")]
+    pub guest_v4: Option<String>,
+    /// Addresses for guests, or `off` [default: fd74:6761:7465::/64]
+    #[arg(long, env = "TAPGATE_GUEST_V6", value_name = "CIDR")]
+    pub guest_v6: Option<String>,
+    /// Name servers that guests' questions go to; the system's if not set
+    #[arg(long, env = "TAPGATE_RESOLVERS", value_name = "IP:PORT", value_delimiter = ',')]
+    pub resolvers: Option<Vec<String>>,
+    /// Host ports forwarded to guests' SSH [default: 22000-22999]
+    #[arg(long, env = "TAPGATE_SSH_PORTS", value_name = "FIRST-LAST")]
+    pub ssh_ports: Option<String>,
+    /// Name of this daemon among several on the host: its namespace, pins and tables [default: from data_dir]
+    #[arg(long, env = "TAPGATE_INSTANCE", value_name = "NAME")]
+    pub instance: Option<String>,
+    /// Base image [default: debian-12]
+    #[arg(long, env = "TAPGATE_IMAGE", value_name = "NAME")]
+    pub image: Option<String>,
+    /// Where base images are kept [default: /var/cache/tapgate/images]
+    #[arg(long, env = "TAPGATE_IMAGE_DIR", value_name = "DIR")]
+    pub image_dir: Option<PathBuf>,
+    /// Virtual CPUs of a VM [default: 1]
+    #[arg(long, env = "TAPGATE_VCPUS")]
+    pub vcpus: Option<u32>,
+    /// Memory of a VM in MiB [default: 512]
+    #[arg(long, env = "TAPGATE_MEMORY_MIB")]
+    pub memory_mib: Option<u32>,
+    /// Disk of a VM in GiB [default: 8]
+    #[arg(long, env = "TAPGATE_DISK_GIB")]
+    pub disk_gib: Option<u32>,
+    /// When secrets go out in clear-text HTTP [default: explicit]
+    #[arg(long, env = "TAPGATE_SECRETS_OVER_HTTP")]
+    pub secrets_over_http: Option<OverHttp>,
+    /// What to log, as in RUST_LOG [default: info]
+    #[arg(long, env = "TAPGATE_LOG", value_name = "FILTER")]
+    pub log: Option<String>,
+}
+
+/// The checked configuration.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where all state lives.
+    pub data_dir: PathBuf,
+    /// The API's address.
+    pub listen: SocketAddr,
+    /// What runs the guests.
+    pub driver: DriverKind,
+    /// What executes guest code.
+    pub accel: AccelChoice,
+    /// What SSH clients connect to.
+    pub public_host: String,
+    /// IPv4 addresses for guests.
+    pub guest_v4: Cidr,
+    /// IPv6 addresses for guests; `None` turns IPv6 off.
+    pub guest_v6: Option<Cidr>,
+    /// Name servers; empty means the system's.
+    pub resolvers: Vec<SocketAddr>,
+    /// Host ports for SSH.
+    pub ssh_ports: RangeInclusive<u16>,
+    /// Names the namespace, the pins and the tables.
+    pub instance: String,
+    /// The base image's name.
+    pub image: String,
+    /// Where base images are.
+    pub image_dir: PathBuf,
+    /// Default virtual CPUs.
+    pub vcpus: u32,
+    /// Default memory in MiB.
+    pub memory_mib: u32,
+    /// Default disk size in GiB.
+    pub disk_gib: u32,
+    /// Secrets in clear text.
+    pub secrets_over_http: SecretsOverHttp,
+    /// Log filter.
+    pub log: String,
+}
+
+/// What is wrong with the configuration, and what to write instead.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration {path}: {source}; check the path given to --config")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The file is not TOML, has an unknown key, or a value of the wrong type.
+    #[error("{path} is not a valid configuration: {message}")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// What the parser says, with the line.
+        message: String,
+    },
+    /// A value does not make sense.
+    #[error("configuration key `{key}`: {message}")]
+    Value {
+        /// The key.
+        key: &'static str,
+        /// What is wrong and what to write instead.
+        message: String,
+    },
+}
+
+fn value(key: &'static str, message: impl Into<String>) -> ConfigError {
+    ConfigError::Value { key, message: message.into() }
+}
+
+impl Settings {
+    /// Reads the file's keys.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        toml::from_str(&text).map_err(|error| ConfigError::Parse {
+            path: path.to_owned(),
+            message: error.to_string().trim_end().replace('\n', "; "),
+        })
+    }
+
+    /// These keys, and where one is not set the other's.
+    pub fn or(self, other: Self) -> Self {
+        macro_rules! merge { ($($key:ident),+) => { Self { $($key: self.$key.or(other.$key)),+ } } }
+        merge!(
+            data_dir,
+            listen,
+            listen_without_tls,
+            driver,
+            accel,
+            public_host,
+            guest_v4,
+            guest_v6,
+            resolvers,
+            ssh_ports,
+            instance,
+            image,
+            image_dir,
+            vcpus,
+            memory_mib,
+            disk_gib,
+            secrets_over_http,
+            log
+        )
+    }
+
+    /// Checks every key and fills in the defaults.
+    pub fn check(self) -> Result<Config, ConfigError> {
+        let data_dir = self.data_dir.unwrap_or_else(|| "/var/lib/tapgate".into());
+        if !data_dir.is_absolute() {
+            return Err(value("data_dir", "must be an absolute path"));
+        }
+        let listen = self.listen.unwrap_or_else(|| "127.0.0.1:7070".into());
+        let listen: SocketAddr = listen.parse().map_err(|_| {
+            value("listen", format!("`{listen}` is not an address and port such as 127.0.0.1:7070"))
+        })?;
+        if !listen.ip().is_loopback() && self.listen_without_tls != Some(true) {
+            return Err(value(
+                "listen",
+                format!(
+                    "{} is not loopback and API keys would cross the network in clear text; listen on 127.0.0.1 behind a TLS proxy, or set listen_without_tls = true",
+                    listen.ip()
+                ),
+            ));
+        }
+        let guest_v4 = self.guest_v4.unwrap_or_else(|| "10.214.0.0/16".into());
+        let guest_v4: Ipv4Net = guest_v4
+            .parse()
+            .map_err(|_| value("guest_v4", format!("`{guest_v4}` is not a range such as 10.214.0.0/16")))?;
+        if !(8..=29).contains(&guest_v4.prefix_len()) || !guest_v4.network().is_private() {
+            return Err(value("guest_v4", "must be a private range (RFC 1918) from /8 to /29"));
+        }
+        let guest_v6 = match self.guest_v6.as_deref().unwrap_or("fd74:6761:7465::/64") {
+            "off" => None,
+            text => {
+                let net: Ipv6Net = text.parse().map_err(|_| {
+                    value(
+                        "guest_v6",
+                        format!("`{text}` is neither a range such as fd74:6761:7465::/64 nor `off`"),
+                    )
+                })?;
+                if net.prefix_len() > 112 {
+                    return Err(value("guest_v6", "must be a /112 or larger"));
+                }
+                Some(net.trunc())
+            }
+        };
+        let resolvers = self.resolvers.unwrap_or_default();
+        let resolvers = resolvers
+            .iter()
+            .map(|text| {
+                text.parse::<SocketAddr>()
+                    .or_else(|_| text.parse().map(|ip| SocketAddr::new(ip, 53)))
+                    .map_err(|_| {
+                        value("resolvers", format!("`{text}` is not an address such as 192.0.2.53:53"))
+                    })
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        let ssh_ports = port_range(self.ssh_ports.as_deref().unwrap_or("22000-22999"))?;
+        let instance = match self.instance {
+            Some(name) => name,
+            None => default_instance(&data_dir),
+        };
+        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+        if instance.is_empty() || instance.len() > 8 || !instance.chars().all(plain) {
+            return Err(value("instance", "must be 1 to 8 lower-case letters and digits"));
+        }
+        let public_host = self.public_host.unwrap_or_else(|| "127.0.0.1".into());
+        if public_host.parse::<std::net::IpAddr>().is_err()
+            && tapgate_model::HostName::parse(&public_host).is_err()
+        {
+            return Err(value(
+                "public_host",
+                format!("`{public_host}` is neither an address nor a host name"),
+            ));
+        }
+        let image = self.image.unwrap_or_else(|| "debian-12".into());
+        if image.is_empty() || !image.chars().all(|c| plain(c) || "-._".contains(c)) || image.starts_with('.')
+        {
+            return Err(value("image", "must be a plain name such as debian-12"));
+        }
+        let bounded = |key, number: Option<u32>, default, range: RangeInclusive<u32>| {
+            let number = number.unwrap_or(default);
+            if range.contains(&number) {
+                Ok(number)
+            } else {
+                Err(value(key, format!("{number} is not in {}..={}", range.start(), range.end())))
+            }
+        };
+        Ok(Config {
+            listen,
+            driver: self.driver.unwrap_or_default(),
+            accel: self.accel.unwrap_or_default(),
+            public_host,
+            guest_v4: Cidr::from(IpNet::V4(guest_v4)),
+            guest_v6: guest_v6.map(|net| Cidr::from(IpNet::V6(net))),
+            resolvers,
+            ssh_ports,
+            instance,
+            image,
+            image_dir: self.image_dir.unwrap_or_else(|| "/var/cache/tapgate/images".into()),
+            vcpus: bounded("vcpus", self.vcpus, 1, 1..=64)?,
+            memory_mib: bounded("memory_mib", self.memory_mib, 512, 128..=262_144)?,
+            disk_gib: bounded("disk_gib", self.disk_gib, 8, 1..=4096)?,
+            secrets_over_http: match self.secrets_over_http {
+                Some(OverHttp::Always) => SecretsOverHttp::Always,
+                Some(OverHttp::Explicit) | None => SecretsOverHttp::Explicit,
+                Some(OverHttp::Never) => SecretsOverHttp::Never,
+            },
+            log: self.log.unwrap_or_else(|| "info".into()),
+            data_dir,
+        })
+    }
+}
+
+impl Config {
+    /// The base that guests' IPv4 addresses count from.
+    pub fn v4_base(&self) -> Ipv4Addr {
+        match self.guest_v4.network() {
+            IpAddr::V4(base) => base,
+            IpAddr::V6(_) => Ipv4Addr::UNSPECIFIED,
+        }
+    }
+
+    /// The base that guests' IPv6 addresses count from.
+    pub fn v6_base(&self) -> Option<Ipv6Addr> {
+        match self.guest_v6?.network() {
+            IpAddr::V6(base) => Some(base),
+            IpAddr::V4(_) => None,
+        }
+    }
+
+    /// How many VMs the address and port ranges hold.
+    pub fn slots(&self) -> u32 {
+        let addresses = (1u64 << (32 - u32::from(self.guest_v4.prefix_len()))) - 2;
+        let ports = self.ssh_ports.clone().count() as u64;
+        u32::try_from(addresses.min(ports)).unwrap_or(u32::MAX)
+    }
+}
+
+fn port_range(text: &str) -> Result<RangeInclusive<u16>, ConfigError> {
+    let error =
+        || value("ssh_ports", format!("`{text}` is not a range of ports above 1023 such as 22000-22999"));
+    let (first, last) = text.split_once('-').ok_or_else(error)?;
+    let (first, last) =
+        (first.trim().parse().map_err(|_| error())?, last.trim().parse().map_err(|_| error())?);
+    if first < 1024 || last < first {
+        return Err(error());
+    }
+    Ok(first..=last)
+}
+
+/// `main` for the default directory, else eight hexadecimal digits of its path's hash.
+fn default_instance(data_dir: &Path) -> String {
+    use sha2::{Digest as _, Sha256};
+    use std::os::unix::ffi::OsStrExt as _;
+    if data_dir == Path::new("/var/lib/tapgate") {
+        return "main".into();
+    }
+    let hash = Sha256::digest(data_dir.as_os_str().as_bytes());
+    hash.iter().take(4).map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, String> {
+        let settings: Settings = toml::from_str(text).map_err(|error| error.to_string())?;
+        settings.check().map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn an_empty_file_is_the_default() {
+        let config = parse("").unwrap();
+        assert_eq!(config.listen.to_string(), "127.0.0.1:7070");
+        assert_eq!(config.instance, "main");
+        assert_eq!(config.driver, DriverKind::Qemu);
+        assert_eq!(config.slots(), 1000);
+    }
+
+    #[test]
+    fn unknown_keys_are_named() {
+        assert!(parse("lisen = '127.0.0.1:1'").unwrap_err().contains("lisen"));
+    }
+
+    #[test]
+    fn bad_values_say_which_key_and_what_to_write() {
+        for (text, key) in [
+            ("listen = 'localhost'", "listen"),
+            ("listen = '0.0.0.0:7070'", "listen"),
+            ("guest_v4 = '192.0.2.0/24'", "guest_v4"),
+            ("guest_v4 = '10.0.0.0/30'", "guest_v4"),
+            ("guest_v6 = 'yes'", "guest_v6"),
+            ("ssh_ports = '22'", "ssh_ports"),
+            ("ssh_ports = '80-90'", "ssh_ports"),
+            ("instance = 'Has-Dash'", "instance"),
+            ("data_dir = 'relative'", "data_dir"),
+            ("image = '../x'", "image"),
+            ("public_host = 'a b'", "public_host"),
+            ("memory_mib = 1", "memory_mib"),
+            ("resolvers = ['dns']", "resolvers"),
+        ] {
+            let error = parse(text).unwrap_err();
+            assert!(error.contains(&format!("`{key}`")), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn flags_stand_before_the_file() {
+        let flags = Settings { vcpus: Some(2), ..Settings::default() };
+        let file = Settings { vcpus: Some(4), memory_mib: Some(1024), ..Settings::default() };
+        let config = flags.or(file).check().unwrap();
+        assert_eq!((config.vcpus, config.memory_mib), (2, 1024));
+    }
+
+    #[test]
+    fn two_data_directories_are_two_instances() {
+        assert_ne!(default_instance(Path::new("/a")), default_instance(Path::new("/b")));
+    }
+}

@@ -1,0 +1,138 @@
+//! Sign-up, and logging in by password.
+
+use super::keys::KeyView;
+use crate::http::{ApiError, AppState, Fields, Params, Peer, hash_password, time, verify_password};
+use crate::http::{fields_at_most as at_most, fields_bounded as bounded};
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+use serde::Serialize;
+use tapgate_model::HostName;
+use tapgate_store::{NewUser, UserRecord};
+use zeroize::Zeroizing;
+
+#[derive(Serialize)]
+pub(crate) struct UserView {
+    id: String,
+    first_name: String,
+    last_name: String,
+    email: String,
+    email_verified: bool,
+    created_at: String,
+}
+
+impl From<UserRecord> for UserView {
+    fn from(user: UserRecord) -> Self {
+        Self {
+            id: user.id.into(),
+            first_name: user.first_name,
+            last_name: user.last_name,
+            email: user.email,
+            email_verified: user.email_verified,
+            created_at: time(user.created_at),
+        }
+    }
+}
+
+#[derive(Serialize)]
+pub(crate) struct SignedUp {
+    api_key: KeyView,
+    user: UserView,
+}
+
+pub(crate) async fn create(
+    State(state): State<AppState>,
+    peer: Peer,
+    params: Params,
+    mut fields: Fields,
+) -> Result<(StatusCode, Json<SignedUp>), ApiError> {
+    params.finish()?;
+    let first_name = fields.text("first_name")?;
+    let last_name = fields.text("last_name")?;
+    let email = fields.text("email")?;
+    let password = Zeroizing::new(fields.text("password")?);
+    fields.finish()?;
+    bounded("first_name", &first_name, 100, false)?;
+    bounded("last_name", &last_name, 100, false)?;
+    check_email(&email)?;
+    check_password(&password)?;
+    state.limits().password.take(&peer)?;
+    let password = hash_password(password).await?;
+    let new = NewUser { first_name, last_name, email, password };
+    let (user, key) = state.store().user_create(new, "CLI").await?;
+    Ok((StatusCode::CREATED, Json(SignedUp { api_key: key.into(), user: user.into() })))
+}
+
+/// Another key for an account, by its password. An extension of the contract, whose only other way is a device code.
+pub(crate) async fn login(
+    State(state): State<AppState>,
+    peer: Peer,
+    params: Params,
+    mut fields: Fields,
+) -> Result<(StatusCode, Json<SignedUp>), ApiError> {
+    params.finish()?;
+    let email = fields.text("email")?;
+    let password = Zeroizing::new(fields.text("password")?);
+    let name = fields.optional_text("name")?.unwrap_or_else(|| "CLI".into());
+    fields.finish()?;
+    bounded("name", &name, 64, false)?;
+    at_most("password", &password, 1024, true)?;
+    state.limits().password.take(&peer)?;
+    let found = state.store().user_by_email(&email).await?;
+    let (user, hash) = found.unzip();
+    let right = verify_password(password, hash).await?;
+    match user {
+        Some(user) if right && !user.disabled => {
+            let key = state.store().key_create(&user.id, &name).await?;
+            Ok((StatusCode::CREATED, Json(SignedUp { api_key: key.into(), user: user.into() })))
+        }
+        _ => Err(ApiError::unauthorized("The email or the password is wrong")),
+    }
+}
+
+/// An address as mail servers take it: no quoting, no comments, a domain with at least two labels.
+fn check_email(email: &str) -> Result<(), ApiError> {
+    let wrong = || ApiError::validation("`email` must be an address like alice@example.com");
+    let (local, domain) = email.rsplit_once('@').ok_or_else(wrong)?;
+    let plain = |c: char| {
+        !c.is_whitespace()
+            && !c.is_control()
+            && !matches!(c, '@' | '"' | '(' | ')' | '<' | '>' | ',' | ';' | ':' | '\\')
+    };
+    let good = !local.is_empty() && local.len() <= 64 && email.len() <= 254 && local.chars().all(plain);
+    let domain = HostName::parse(domain).map_err(|_| wrong())?;
+    if good && domain.parent().is_some() { Ok(()) } else { Err(wrong()) }
+}
+
+fn check_password(password: &str) -> Result<(), ApiError> {
+    if password.chars().count() < 8 {
+        return Err(ApiError::validation("`password` must be at least 8 characters long"));
+    }
+    at_most("password", password, 1024, true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_checked_for_form() {
+        for good in ["alice@example.com", "a.b+c@sub.example.org", "x@b\u{fc}cher.example"] {
+            assert!(check_email(good).is_ok(), "{good}");
+        }
+        for bad in [
+            "",
+            "a",
+            "@example.com",
+            "a@",
+            "a@localhost",
+            "a b@example.com",
+            "a@b@example.com",
+            "a@[192.0.2.1]",
+            "a@192.0.2.1",
+            "a@example.com\r\nBcc: b@example.com",
+        ] {
+            assert!(check_email(bad).is_err(), "{bad}");
+        }
+    }
+}

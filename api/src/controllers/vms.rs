@@ -1,0 +1,252 @@
+//! VMs: create, list, show, start, stop, destroy, and how to reach them by SSH.
+
+use crate::http::{Account, ApiError, AppState, Fields, Id, List, Params, fields_bounded as bounded, time};
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+use serde::Serialize;
+use tapgate_model::lifecycle::{Call, Refusal};
+use tapgate_model::{SnapshotId, Status, StatusDetail, UserId, VmId};
+use tapgate_store::{NewVm, Resources, VmFilter, VmRecord, VmSort};
+use tokio::time::Instant;
+
+#[derive(Serialize)]
+pub(crate) struct VmView {
+    id: String,
+    name: String,
+    status: Status,
+    status_detail: StatusDetail,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    failure_reason: Option<String>,
+    created_at: String,
+    updated_at: String,
+}
+
+impl From<VmRecord> for VmView {
+    fn from(vm: VmRecord) -> Self {
+        Self {
+            id: vm.id.into(),
+            name: vm.name,
+            status: vm.detail.status(),
+            status_detail: vm.detail,
+            failure_reason: vm.failure,
+            created_at: time(vm.created_at),
+            updated_at: time(vm.updated_at),
+        }
+    }
+}
+
+#[derive(Serialize)]
+pub(crate) struct SshView {
+    host: String,
+    port: u16,
+    username: &'static str,
+    command: String,
+}
+
+pub(crate) async fn create(
+    State(state): State<AppState>,
+    account: Account,
+    params: Params,
+    mut fields: Fields,
+) -> Result<(StatusCode, Json<VmView>), ApiError> {
+    params.finish()?;
+    let name = fields.text("name")?;
+    let public_key = fields.text("public_key")?;
+    let snapshot = fields.optional_text("snapshot_id")?;
+    let resources = resources(&state, &mut fields)?;
+    fields.finish()?;
+    bounded("name", &name, 64, false)?;
+    let public_key = check_public_key(&public_key)?;
+    let snapshot = snapshot.map(|text| parse_snapshot(&text)).transpose()?;
+    let new = new_vm(&state, account.user, name, public_key, snapshot, resources).await?;
+    let vm = state.store().vm_create(new).await?;
+    state.engine().wake(vm.id.clone());
+    Ok((StatusCode::CREATED, Json(vm.into())))
+}
+
+/// A VM's share of the host, as the body asks for it.
+pub(super) fn resources(state: &AppState, fields: &mut Fields) -> Result<Resources, ApiError> {
+    let (default, max) = (state.settings().resources, state.settings().max_resources);
+    let vcpus = fields.optional_number("vcpus", 1, max.vcpus.into())?;
+    let memory_mib = fields.optional_number("memory_mib", 128, max.memory_mib.into())?;
+    let disk_gib = fields.optional_number("disk_gib", 1, max.disk_bytes >> 30)?;
+    let small = |number: u64| u32::try_from(number).unwrap_or(u32::MAX);
+    Ok(Resources {
+        vcpus: vcpus.map_or(default.vcpus, small),
+        memory_mib: memory_mib.map_or(default.memory_mib, small),
+        disk_bytes: disk_gib.map_or(default.disk_bytes, |gib| gib << 30),
+    })
+}
+
+pub(super) async fn new_vm(
+    state: &AppState,
+    user: UserId,
+    name: String,
+    public_key: String,
+    snapshot: Option<SnapshotId>,
+    resources: Resources,
+) -> Result<NewVm, ApiError> {
+    let id = VmId::generate();
+    let (maker, vm) = (state.clone(), id.clone());
+    let ca = tokio::task::spawn_blocking(move || maker.make_ca(&vm)).await;
+    let ca = ca.map_err(anyhow::Error::from).and_then(|made| made).map_err(|error| {
+        tracing::error!(%error, "a VM's certificate authority could not be made");
+        ApiError::internal()
+    })?;
+    let settings = state.settings();
+    Ok(NewVm {
+        id,
+        user,
+        name,
+        public_key,
+        snapshot,
+        resources,
+        ca,
+        ssh_ports: settings.ssh_ports.clone(),
+        slots: settings.slots,
+        quota: settings.quotas.vms,
+    })
+}
+
+fn parse_snapshot(text: &str) -> Result<SnapshotId, ApiError> {
+    text.parse().map_err(|_| {
+        let shown: String = text.chars().filter(|c| !c.is_control()).take(64).collect();
+        ApiError::not_found("snapshot_not_found", format!("No snapshot with ID {shown}"))
+    })
+}
+
+/// Reads an OpenSSH public key and writes it again: one line, nothing but type, key and comment.
+pub(super) fn check_public_key(text: &str) -> Result<String, ApiError> {
+    let text = text.trim();
+    if text.contains("PRIVATE KEY") {
+        return Err(ApiError::validation(
+            "`public_key` holds a private key; send the content of the .pub file, and replace that key",
+        ));
+    }
+    let wrong = "`public_key` must be an OpenSSH public key, like the content of ~/.ssh/id_ed25519.pub";
+    if text.len() > 16 * 1024 || text.chars().any(char::is_control) {
+        return Err(ApiError::validation(wrong));
+    }
+    let key = ssh_key::PublicKey::from_openssh(text).map_err(|_| ApiError::validation(wrong))?;
+    key.to_openssh().map_err(|_| ApiError::validation(wrong))
+}
+
+pub(crate) async fn list(
+    State(state): State<AppState>,
+    account: Account,
+    mut params: Params,
+) -> Result<Json<List<VmView>>, ApiError> {
+    let status =
+        params.parsed("status", "one of pending, running, stopped, destroyed, failed", Status::from_word)?;
+    let detail = params.parsed(
+        "status_detail",
+        "one of queued, creating, starting, running, ready, stopping, stopped, destroying, destroyed, failed",
+        StatusDetail::from_word,
+    )?;
+    let name = params.text("name");
+    let sort = params.parsed("sort", "one of created_at, updated_at, name", |text| match text {
+        "created_at" => Some(VmSort::Created),
+        "updated_at" => Some(VmSort::Updated),
+        "name" => Some(VmSort::Name),
+        _ => None,
+    })?;
+    let page = params.page(20, 100)?;
+    params.finish()?;
+    let filter = VmFilter { status, detail, name };
+    let page = state.store().vms(&account.user, filter, sort.unwrap_or_default(), page).await?;
+    Ok(Json(List::of(page, Into::into)))
+}
+
+pub(crate) async fn show(
+    State(state): State<AppState>,
+    account: Account,
+    Id(vm): Id<VmId>,
+    params: Params,
+) -> Result<Json<VmView>, ApiError> {
+    params.finish()?;
+    Ok(Json(find(&state, &account, &vm).await?.into()))
+}
+
+/// The VM, with the contract's message where there is none.
+pub(super) async fn find(state: &AppState, account: &Account, vm: &VmId) -> Result<VmRecord, ApiError> {
+    state.store().vm(&account.user, vm).await.map_err(|error| named(vm, error.into()))
+}
+
+pub(super) fn named(vm: &VmId, error: ApiError) -> ApiError {
+    match error.code {
+        "vm_not_found" => ApiError::not_found("vm_not_found", format!("No VM with ID {vm}")),
+        _ => error,
+    }
+}
+
+pub(crate) async fn start(
+    State(state): State<AppState>,
+    account: Account,
+    Id(vm): Id<VmId>,
+    params: Params,
+) -> Result<Json<VmView>, ApiError> {
+    params.finish()?;
+    let deadline = Instant::now() + state.settings().start_wait;
+    let mut watch = state.engine().watch(&vm);
+    let (mut record, _) = state
+        .store()
+        .vm_call(&account.user, &vm, Call::Start)
+        .await
+        .map_err(|error| named(&vm, error.into()))?;
+    state.engine().wake(vm.clone());
+    while record.detail.status() == Status::Pending && watch.changed(deadline).await {
+        record = find(&state, &account, &vm).await?;
+    }
+    Ok(Json(record.into()))
+}
+
+pub(crate) async fn stop(
+    State(state): State<AppState>,
+    account: Account,
+    Id(vm): Id<VmId>,
+    params: Params,
+) -> Result<Json<VmView>, ApiError> {
+    params.finish()?;
+    let (record, _) = state
+        .store()
+        .vm_call(&account.user, &vm, Call::Stop)
+        .await
+        .map_err(|error| named(&vm, error.into()))?;
+    state.engine().wake(vm);
+    Ok(Json(record.into()))
+}
+
+pub(crate) async fn destroy(
+    State(state): State<AppState>,
+    account: Account,
+    Id(vm): Id<VmId>,
+    params: Params,
+) -> Result<StatusCode, ApiError> {
+    params.finish()?;
+    let (_, changed) = state
+        .store()
+        .vm_call(&account.user, &vm, Call::Destroy)
+        .await
+        .map_err(|error| named(&vm, error.into()))?;
+    if changed {
+        state.engine().wake(vm);
+    }
+    Ok(StatusCode::NO_CONTENT)
+}
+
+pub(crate) async fn ssh(
+    State(state): State<AppState>,
+    account: Account,
+    Id(vm): Id<VmId>,
+    params: Params,
+) -> Result<Json<SshView>, ApiError> {
+    params.finish()?;
+    let vm = find(&state, &account, &vm).await?;
+    if vm.detail.status() == Status::Destroyed {
+        return Err(ApiError::conflict(Refusal::Destroyed.code(), Refusal::Destroyed.to_string()));
+    }
+    let host = state.settings().public_host.clone();
+    let command = format!("ssh -p {} root@{host}", vm.ssh_port);
+    Ok(Json(SshView { host, port: vm.ssh_port, username: "root", command }))
+}

@@ -1,0 +1,238 @@
+//! `tapgate doctor`: tests what this host can do, and says how to mend what is missing.
+//!
+//! Looks and tries; changes nothing that outlives it. A check that cannot be made counts as failed.
+
+use crate::config::{Config, DriverKind};
+use serde::Serialize;
+use std::{path::Path, process::Command};
+
+/// How a check ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// tapgate cannot serve without it.
+    Fail,
+    /// As it should be.
+    Ok,
+    /// tapgate serves, but less well.
+    Warn,
+}
+
+/// One thing that was looked at.
+#[derive(Clone, Debug, Serialize)]
+pub struct Check {
+    /// What.
+    pub name: &'static str,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// What was found.
+    pub found: String,
+    /// What to do about it, unless it is well.
+    pub remedy: Option<String>,
+}
+
+impl Check {
+    fn ok(name: &'static str, found: impl Into<String>) -> Self {
+        Self { name, outcome: Outcome::Ok, found: found.into(), remedy: None }
+    }
+    fn bad(
+        outcome: Outcome,
+        name: &'static str,
+        found: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Self {
+        Self { name, outcome, found: found.into(), remedy: Some(remedy.into()) }
+    }
+}
+
+/// Makes every check that the configuration calls for.
+pub fn checks(config: &Config) -> Vec<Check> {
+    let mut checks = vec![root(), kernel(), btf(), bpffs(), tun(), cgroup(), program("nft", "nftables")];
+    if config.driver == DriverKind::Qemu {
+        checks.push(program("qemu-system-x86_64", "qemu-system-x86"));
+        checks.push(image(config));
+        checks.push(kvm());
+    }
+    checks.push(data_dir(&config.data_dir));
+    checks.push(listen(config));
+    checks
+}
+
+fn root() -> Check {
+    match nix::unistd::geteuid().is_root() {
+        true => Check::ok("root", "running as root"),
+        false => {
+            Check::bad(Outcome::Fail, "root", "not root", "run with sudo: namespaces, taps and BPF need it")
+        }
+    }
+}
+
+fn kernel() -> Check {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let release = release.trim().to_owned();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|part| part.parse::<u32>().ok());
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    if version >= (6, 6) {
+        Check::ok("kernel", format!("{release}: programs attach by TCX"))
+    } else if version >= (6, 1) {
+        Check::ok("kernel", format!("{release}: programs attach by clsact (TCX needs 6.6)"))
+    } else {
+        Check::bad(
+            Outcome::Fail,
+            "kernel",
+            release,
+            "tapgate needs Linux 6.1 or later; on Debian 12 install linux-image-amd64",
+        )
+    }
+}
+
+fn btf() -> Check {
+    match Path::new("/sys/kernel/btf/vmlinux").exists() {
+        true => Check::ok("btf", "/sys/kernel/btf/vmlinux"),
+        false => Check::bad(
+            Outcome::Warn,
+            "btf",
+            "the kernel has no BTF",
+            "use a kernel built with CONFIG_DEBUG_INFO_BTF=y",
+        ),
+    }
+}
+
+fn bpffs() -> Check {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let mounted = mounts.lines().any(|line| {
+        let mut fields = line.split(' ').skip(1);
+        fields.next() == Some("/sys/fs/bpf") && fields.next() == Some("bpf")
+    });
+    match mounted {
+        true => Check::ok("bpffs", "/sys/fs/bpf"),
+        false => Check::bad(
+            Outcome::Warn,
+            "bpffs",
+            "not mounted; tapgate mounts it at start",
+            "mount it at boot: `mount -t bpf bpf /sys/fs/bpf`",
+        ),
+    }
+}
+
+fn tun() -> Check {
+    match std::fs::OpenOptions::new().read(true).write(true).open("/dev/net/tun") {
+        Ok(_) => Check::ok("tun", "/dev/net/tun"),
+        Err(error) => Check::bad(Outcome::Fail, "tun", error.to_string(), "load the driver: `modprobe tun`"),
+    }
+}
+
+fn cgroup() -> Check {
+    match Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
+        true => Check::ok("cgroup", "version 2"),
+        false => Check::bad(
+            Outcome::Warn,
+            "cgroup",
+            "no cgroup v2 at /sys/fs/cgroup",
+            "boot with systemd.unified_cgroup_hierarchy=1; without it VMs have no CPU and memory limits of the host's",
+        ),
+    }
+}
+
+fn program(name: &'static str, package: &str) -> Check {
+    match Command::new(name).arg("--version").output() {
+        Ok(output) if output.status.success() => {
+            Check::ok(name, String::from_utf8_lossy(&output.stdout).lines().next().unwrap_or_default())
+        }
+        Ok(output) => Check::bad(
+            Outcome::Fail,
+            name,
+            format!("`{name} --version` ended with {}", output.status),
+            format!("reinstall it: `apt-get install --reinstall {package}`"),
+        ),
+        Err(_) => {
+            Check::bad(Outcome::Fail, name, "not found", format!("install it: `apt-get install {package}`"))
+        }
+    }
+}
+
+fn image(config: &Config) -> Check {
+    match crate::images::find(&config.image_dir, &config.image) {
+        Ok(image) => Check::ok("image", image.dir().display().to_string()),
+        Err(error) => {
+            Check::bad(Outcome::Fail, "image", error.to_string(), "build it: `tapgate image build`")
+        }
+    }
+}
+
+fn kvm() -> Check {
+    match std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm") {
+        Ok(_) => Check::ok("kvm", "/dev/kvm opens; whether it runs guests is tried when the daemon starts"),
+        Err(error) => Check::bad(
+            Outcome::Warn,
+            "kvm",
+            format!("/dev/kvm: {error}"),
+            "guests run under emulation (TCG), several times slower; turn on virtualisation in the firmware and `modprobe kvm_amd` or `kvm_intel`",
+        ),
+    }
+}
+
+fn data_dir(dir: &Path) -> Check {
+    let existing = dir.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+    match nix::unistd::access(existing, nix::unistd::AccessFlags::W_OK) {
+        Ok(()) => Check::ok("data_dir", dir.display().to_string()),
+        Err(error) => Check::bad(
+            Outcome::Fail,
+            "data_dir",
+            format!("{}: {error}", existing.display()),
+            "give another with --data-dir, or make it writable",
+        ),
+    }
+}
+
+fn listen(config: &Config) -> Check {
+    match std::net::TcpListener::bind(config.listen) {
+        Ok(_) => Check::ok("listen", config.listen.to_string()),
+        Err(error) => Check::bad(
+            Outcome::Warn,
+            "listen",
+            format!("{}: {error}", config.listen),
+            "a daemon runs already, or another program has the port: give another with --listen",
+        ),
+    }
+}
+
+/// Options of `tapgate doctor`.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// What the daemon will be started with.
+    #[command(flatten)]
+    pub serve: crate::serve::Args,
+}
+
+/// Makes the checks and prints them.
+///
+/// # Errors
+/// The configuration is unusable, or tapgate cannot serve on this host.
+pub fn run(args: Args) -> anyhow::Result<()> {
+    let json = args.json;
+    let checks = checks(&args.serve.config()?);
+    if json {
+        println!("{}", serde_json::json!({ "checks": checks }));
+    } else {
+        for check in &checks {
+            let mark = match check.outcome {
+                Outcome::Ok => "ok  ",
+                Outcome::Warn => "warn",
+                Outcome::Fail => "FAIL",
+            };
+            println!("{mark}  {:<20} {}", check.name, check.found);
+            if let Some(remedy) = &check.remedy {
+                println!("      {:<20} -> {remedy}", "");
+            }
+        }
+    }
+    match checks.iter().filter(|check| check.outcome == Outcome::Fail).count() {
+        0 => Ok(()),
+        1 => anyhow::bail!("one thing has to be mended before tapgate can serve here"),
+        failed => anyhow::bail!("{failed} things have to be mended before tapgate can serve here"),
+    }
+}

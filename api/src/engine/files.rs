@@ -1,0 +1,96 @@
+//! What a VM has on the host's disk, and what it is made from: its folder, its disk, its seed, its CA.
+
+use super::Shared;
+use crate::config::DriverKind;
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
+use tapgate_model::{UserId, VmId};
+use tapgate_netns::Netns;
+use tapgate_proxy::VmCa;
+use tapgate_store::VmRecord;
+use tapgate_vmm::{Seed, VmSpec};
+
+/// The VM's folder.
+pub(super) fn dir(shared: &Shared, vm: &VmId) -> PathBuf {
+    shared.config.data_dir.join("vms").join(vm.as_str())
+}
+
+/// What the driver needs to know of the VM, environment and placeholders as of now.
+pub(super) async fn spec(shared: &Shared, record: &VmRecord) -> Result<VmSpec, String> {
+    let failed = |error: tapgate_store::StoreError| format!("cannot read the VM's records: {error}");
+    let ca = shared.store.vm_ca(&record.id).await.map_err(failed)?;
+    Ok(VmSpec {
+        id: record.id.clone(),
+        dir: dir(shared, &record.id),
+        image: shared.image.clone(),
+        guest_ns: guest_namespace(shared, record)?,
+        vcpus: record.resources.vcpus,
+        memory_mib: record.resources.memory_mib,
+        disk_bytes: record.resources.disk_bytes,
+        net: shared.net(record),
+        seed: Seed {
+            instance_id: record.id.to_string(),
+            hostname: record.hostname(),
+            ssh_keys: vec![record.public_key.clone()],
+            net: shared.net(record),
+            ca_pem: ca.cert,
+            env: environment(shared, &record.user).await?,
+        },
+    })
+}
+
+/// Variables and secrets' placeholders; a secret's variable stands before a plain one of the same name.
+async fn environment(shared: &Shared, user: &UserId) -> Result<Vec<(String, String)>, String> {
+    let failed = |error: tapgate_store::StoreError| format!("cannot read the environment: {error}");
+    let mut env: BTreeMap<String, String> = shared
+        .store
+        .env_all(user)
+        .await
+        .map_err(failed)?
+        .into_iter()
+        .map(|var| (var.key, var.value))
+        .collect();
+    env.extend(shared.store.placeholders(user).await.map_err(failed)?);
+    Ok(env.into_iter().collect())
+}
+
+/// The namespace that stands for the guest, under the driver that has one instead of a VM.
+fn guest_namespace(shared: &Shared, record: &VmRecord) -> Result<Option<Netns>, String> {
+    if shared.config.driver != DriverKind::Netns {
+        return Ok(None);
+    }
+    let name = namespace_name(shared, record);
+    let netns = if Netns::exists(&name) { Netns::open(&name) } else { Netns::create(&name) };
+    netns.map(Some).map_err(|error| error.to_string())
+}
+
+fn namespace_name(shared: &Shared, record: &VmRecord) -> String {
+    format!("tapgate-{}-{}", shared.config.instance, record.slot)
+}
+
+/// The VM's CA, for the proxy.
+pub(super) async fn ca(shared: &Shared, record: &VmRecord) -> Result<Arc<VmCa>, String> {
+    let pem = shared.store.vm_ca(&record.id).await.map_err(|error| error.to_string())?;
+    VmCa::from_pem(&pem.cert, &pem.key)
+        .map(Arc::new)
+        .map_err(|error| format!("the VM's CA is unusable: {error}"))
+}
+
+/// Makes the folder; the driver fills it. Doing it again after a crash is no error.
+pub(super) async fn create(shared: &Shared, record: &VmRecord) -> Result<(), String> {
+    let dir = dir(shared, &record.id);
+    tokio::fs::create_dir_all(&dir).await.map_err(|error| format!("cannot make {}: {error}", dir.display()))
+}
+
+/// Removes the folder with all that is in it, and the namespace if there is one.
+pub(super) async fn remove(shared: &Shared, record: &VmRecord) -> Result<(), String> {
+    if shared.config.driver == DriverKind::Netns {
+        Netns::delete(&namespace_name(shared, record)).map_err(|error| error.to_string())?;
+    }
+    let dir = dir(shared, &record.id);
+    match tokio::fs::remove_dir_all(&dir).await {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(format!("cannot remove {}: {error}", dir.display()))
+        }
+        _ => Ok(()),
+    }
+}

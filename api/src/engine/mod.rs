@@ -1,0 +1,181 @@
+//! The engine: the only place that knows all parts. It brings every VM to the state that the records ask for, carries
+//! policy to where it is enforced, and the datapath's events to the audit log.
+//!
+//! It acts on what the store says and on nothing else: whoever wants something writes it there first and wakes the
+//! engine. Must never boot a VM without its gate, nor hold a policy of its own.
+
+mod events;
+mod files;
+mod guests;
+pub mod handle;
+mod host;
+mod life;
+mod policy;
+mod ssh;
+
+pub(crate) use guests::Guests;
+pub use handle::{Command, Handle, Notifier, Scope};
+
+use crate::config::Config;
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+use tapgate_datapath::Datapath;
+use tapgate_model::{GuestNet, UserId, VmId, VmPolicy};
+use tapgate_proxy::PolicyTable;
+use tapgate_store::{Store, StoreError, VmRecord};
+use tapgate_vmm::{Vmm, image::Image};
+use tokio::sync::{Notify, mpsc, watch};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+/// A VM that has a gate now.
+#[derive(Clone, Debug)]
+struct Gated {
+    user: UserId,
+    net: GuestNet,
+}
+
+/// Everything that a VM's task needs.
+pub(crate) struct Shared {
+    pub config: Config,
+    pub store: Store,
+    pub datapath: Datapath,
+    pub table: Arc<PolicyTable>,
+    pub driver: Arc<dyn Vmm>,
+    /// The base image; the namespace driver has none.
+    pub image: Option<Image>,
+    pub notifier: Notifier,
+    pub stop: CancellationToken,
+    /// The VMs that have a gate now.
+    gates: Mutex<HashMap<VmId, Gated>>,
+    /// Rises with every change of an environment.
+    news: watch::Sender<u64>,
+}
+
+impl Shared {
+    /// The VM's place in the network.
+    pub fn net(&self, record: &VmRecord) -> GuestNet {
+        GuestNet::new(record.slot, self.config.v4_base(), self.config.v6_base())
+    }
+
+    /// The policy that the records put in force for the VM.
+    pub async fn policy_of(&self, vm: &VmId) -> Result<VmPolicy, StoreError> {
+        self.store.effective_policy(vm, self.config.secrets_over_http).await
+    }
+
+    fn gates(&self) -> MutexGuard<'_, HashMap<VmId, Gated>> {
+        self.gates.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The VM whose gate has this slot.
+    fn vm_of_slot(&self, slot: u32) -> Option<VmId> {
+        self.gates().iter().find(|(_, gated)| gated.net.slot == slot).map(|(vm, _)| vm.clone())
+    }
+}
+
+/// The running engine.
+pub struct Engine {
+    shared: Arc<Shared>,
+    tasks: TaskTracker,
+    wakers: HashMap<VmId, Arc<Notify>>,
+}
+
+impl Engine {
+    /// Takes the opened parts.
+    pub fn new(
+        config: Config,
+        store: Store,
+        datapath: Datapath,
+        table: Arc<PolicyTable>,
+        driver: Arc<dyn Vmm>,
+        image: Option<Image>,
+        notifier: Notifier,
+        stop: CancellationToken,
+    ) -> Self {
+        let shared = Shared {
+            config,
+            store,
+            datapath,
+            table,
+            driver,
+            image,
+            notifier,
+            stop,
+            gates: Mutex::default(),
+            news: watch::Sender::new(0),
+        };
+        Self { shared: Arc::new(shared), tasks: TaskTracker::new(), wakers: HashMap::new() }
+    }
+
+    /// Adopts what a former daemon left, then serves commands until told to stop. VMs keep running afterwards.
+    ///
+    /// # Errors
+    /// The records cannot be read at start.
+    pub async fn run(mut self, mut commands: mpsc::UnboundedReceiver<Command>) -> Result<(), StoreError> {
+        let living = self.shared.store.vms_living().await?;
+        let keep: Vec<GuestNet> = living.iter().map(|record| self.shared.net(record)).collect();
+        match self.shared.datapath.detach_others(&keep).await {
+            Ok(gone) if gone.is_empty() => {}
+            Ok(gone) => tracing::warn!(slots = ?gone, "engine.leftovers_removed"),
+            Err(error) => tracing::error!(%error, "engine.leftovers_not_removed"),
+        }
+        self.tasks.spawn(events::pump(self.shared.clone()));
+        for record in living {
+            self.wake(record.id);
+        }
+        let stop = self.shared.stop.clone();
+        loop {
+            let command = tokio::select! {
+                () = stop.cancelled() => break,
+                command = commands.recv() => match command { Some(command) => command, None => break },
+            };
+            match command {
+                Command::Vm(vm) => self.wake(vm),
+                Command::Policy(scope) => {
+                    policy::refresh(&self.shared, &scope).await;
+                    // Secrets bring placeholders with them.
+                    self.shared.news.send_modify(|news| *news = news.wrapping_add(1));
+                }
+                // Guests that wait for it ask again, each for its own.
+                Command::Env(_) => self.shared.news.send_modify(|news| *news = news.wrapping_add(1)),
+            }
+        }
+        self.tasks.close();
+        self.tasks.wait().await;
+        Ok(())
+    }
+
+    /// What the guest service may ask.
+    pub(crate) fn guests(&self) -> Guests {
+        Guests::new(self.shared.clone())
+    }
+
+    /// Hands the host's addresses to those who keep guests from them, now and whenever they change.
+    ///
+    /// # Errors
+    /// The addresses cannot be read or handed over.
+    pub fn watch_host_addresses(&self) -> Result<(), host::HostError> {
+        let known = host::hand_over(&self.shared)?;
+        self.tasks.spawn(host::watch(self.shared.clone(), known));
+        Ok(())
+    }
+
+    fn wake(&mut self, vm: VmId) {
+        // A waker that only this map still holds belonged to a task that has ended.
+        self.wakers.retain(|_, waker| Arc::strong_count(waker) > 1);
+        let waker = self.wakers.entry(vm.clone()).or_insert_with(|| {
+            let waker = Arc::new(Notify::new());
+            self.tasks.spawn(life::drive(self.shared.clone(), vm, waker.clone()));
+            waker
+        });
+        waker.notify_one();
+    }
+}
+
+/// The wall clock as audit events carry it: microseconds since the Unix epoch, 0 for a clock before it.
+fn now_us() -> i64 {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |since| i64::try_from(since.as_micros()).unwrap_or(i64::MAX))
+}

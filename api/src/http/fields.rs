@@ -1,0 +1,166 @@
+//! A JSON body, taken apart field by field: each error names its field, and a field that nobody asked for is one too.
+
+use super::ApiError;
+use axum::body::to_bytes;
+use axum::extract::{FromRequest, Request};
+use axum::http::{StatusCode, header};
+use serde_json::{Map, Value};
+use std::time::Duration;
+
+/// Longest body. A secret's value is 16 KiB at most, a prompt 64 KiB.
+const MAX_BODY: usize = 256 * 1024;
+/// Longest wait for a body.
+const BODY_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// The fields of a JSON object that are not taken yet.
+#[derive(Debug)]
+pub struct Fields(Map<String, Value>);
+
+impl<S: Send + Sync> FromRequest<S> for Fields {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, _: &S) -> Result<Self, ApiError> {
+        let json = request.headers().get(header::CONTENT_TYPE).map(|value| {
+            let essence = value.to_str().unwrap_or("").split(';').next().unwrap_or("").trim();
+            essence.eq_ignore_ascii_case("application/json")
+        });
+        let bytes = match tokio::time::timeout(BODY_TIMEOUT, to_bytes(request.into_body(), MAX_BODY)).await {
+            Ok(Ok(bytes)) => bytes,
+            Ok(Err(error)) => return Err(unreadable(&error)),
+            Err(_) => {
+                let message = "The request body did not arrive in time";
+                return Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, "request_timeout", message));
+            }
+        };
+        if bytes.is_empty() {
+            return Ok(Self(Map::new()));
+        }
+        if json != Some(true) {
+            let message = "Send the body as JSON, with the header `Content-Type: application/json`";
+            return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", message));
+        }
+        match serde_json::from_slice(&bytes) {
+            Ok(Value::Object(fields)) => Ok(Self(fields)),
+            Ok(_) => Err(ApiError::bad_request("invalid_json", "The body must be a JSON object")),
+            Err(error) => {
+                Err(ApiError::bad_request("invalid_json", format!("The body is not valid JSON: {error}")))
+            }
+        }
+    }
+}
+
+fn unreadable(error: &axum::Error) -> ApiError {
+    use std::error::Error as _;
+    let mut source = error.source();
+    while let Some(inner) = source {
+        if inner.is::<http_body_util::LengthLimitError>() {
+            let message = format!("The request body is larger than {} KiB", MAX_BODY / 1024);
+            return ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "payload_too_large", message);
+        }
+        source = inner.source();
+    }
+    ApiError::bad_request("invalid_body", "The request body could not be read")
+}
+
+impl Fields {
+    fn take(&mut self, name: &str) -> Option<Value> {
+        self.0.remove(name)
+    }
+
+    /// A string that must be there.
+    pub fn text(&mut self, name: &str) -> Result<String, ApiError> {
+        self.optional_text(name)?.ok_or_else(|| ApiError::validation(format!("`{name}` is required")))
+    }
+
+    /// A string that may be absent or null.
+    pub fn optional_text(&mut self, name: &str) -> Result<Option<String>, ApiError> {
+        match self.take(name) {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::String(text)) => Ok(Some(text)),
+            Some(_) => Err(ApiError::validation(format!("`{name}` must be a string"))),
+        }
+    }
+
+    /// A string of a PATCH: absent, null, or given.
+    pub fn patch_text(&mut self, name: &str) -> Result<Option<Option<String>>, ApiError> {
+        if !self.0.contains_key(name) {
+            return Ok(None);
+        }
+        self.optional_text(name).map(Some)
+    }
+
+    /// A string of a PATCH that cannot be removed.
+    pub fn patch_required(&mut self, name: &str) -> Result<Option<String>, ApiError> {
+        match self.patch_text(name)? {
+            Some(None) => Err(ApiError::validation(format!("`{name}` must not be null"))),
+            given => Ok(given.flatten()),
+        }
+    }
+
+    /// A boolean that may be absent or null.
+    pub fn optional_bool(&mut self, name: &str) -> Result<Option<bool>, ApiError> {
+        match self.take(name) {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::Bool(value)) => Ok(Some(value)),
+            Some(_) => Err(ApiError::validation(format!("`{name}` must be true or false"))),
+        }
+    }
+
+    /// A whole number within bounds that may be absent or null.
+    pub fn optional_number(&mut self, name: &str, low: u64, high: u64) -> Result<Option<u64>, ApiError> {
+        match self.take(name) {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => match value.as_u64() {
+                Some(number) if (low..=high).contains(&number) => Ok(Some(number)),
+                _ => {
+                    Err(ApiError::validation(format!("`{name}` must be a whole number from {low} to {high}")))
+                }
+            },
+        }
+    }
+
+    /// A list of strings that may be absent; `null` is refused where `nullable` is false.
+    pub fn optional_texts(&mut self, name: &str, nullable: bool) -> Result<Option<Vec<String>>, ApiError> {
+        let wrong = || ApiError::validation(format!("`{name}` must be an array of strings"));
+        match self.take(name) {
+            None => Ok(None),
+            Some(Value::Null) if nullable => Ok(None),
+            Some(Value::Array(items)) => items
+                .into_iter()
+                .map(|item| if let Value::String(text) = item { Ok(text) } else { Err(wrong()) })
+                .collect::<Result<_, _>>()
+                .map(Some),
+            Some(_) => Err(wrong()),
+        }
+    }
+
+    /// Refuses what is left.
+    pub fn finish(self) -> Result<(), ApiError> {
+        match self.0.keys().next() {
+            None => Ok(()),
+            Some(name) => {
+                let shown: String = name.chars().filter(|c| !c.is_control()).take(64).collect();
+                Err(ApiError::validation(format!("Unknown field `{shown}`")))
+            }
+        }
+    }
+}
+
+/// Checks that a text is not empty, not too long, and holds no control characters besides those allowed.
+pub(crate) fn bounded(name: &str, text: &str, max: usize, multiline: bool) -> Result<(), ApiError> {
+    if text.trim().is_empty() {
+        return Err(ApiError::validation(format!("`{name}` must not be empty")));
+    }
+    at_most(name, text, max, multiline)
+}
+
+/// As [`bounded`], but may be empty.
+pub(crate) fn at_most(name: &str, text: &str, max: usize, multiline: bool) -> Result<(), ApiError> {
+    if text.chars().count() > max {
+        return Err(ApiError::validation(format!("`{name}` must be at most {max} characters long")));
+    }
+    if text.chars().any(|c| c.is_control() && !(multiline && matches!(c, '\n' | '\r' | '\t'))) {
+        return Err(ApiError::validation(format!("`{name}` must not contain control characters")));
+    }
+    Ok(())
+}

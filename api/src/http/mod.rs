@@ -1,0 +1,27 @@
+//! The HTTP side: state, routes, the error envelope, and what requests are taken apart with.
+
+mod auth;
+mod error;
+mod fields;
+mod ids;
+mod limits;
+pub mod openapi;
+mod params;
+mod password;
+mod router;
+pub mod server;
+mod state;
+mod view;
+
+pub use auth::Account;
+pub use error::ApiError;
+pub use fields::Fields;
+pub(crate) use fields::{at_most as fields_at_most, bounded as fields_bounded};
+pub use ids::{Id, Key};
+pub use limits::{Peer, Rate, Rates};
+pub use params::Params;
+pub(crate) use params::invalid as params_invalid;
+pub(crate) use password::{hash_password, verify_password};
+pub use router::router;
+pub use state::{AppState, CaMaker, Quotas, Settings};
+pub use view::{List, exact_time, time};

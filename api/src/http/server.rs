@@ -1,0 +1,188 @@
+//! Serving connections: TLS if there is a certificate, bounds on headers and on how slowly they come.
+//!
+//! Must never let a slow or endless client hold more than its one connection.
+
+use axum::Router;
+use axum::extract::ConnectInfo;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto::Builder;
+use hyper_util::server::graceful::GracefulShutdown;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio_rustls::rustls::{self, ServerConfig};
+use tokio_rustls::{LazyConfigAcceptor, rustls::server::Acceptor};
+use tokio_util::sync::CancellationToken;
+use tower::ServiceExt as _;
+
+/// Connections at a time.
+const CONNECTIONS: usize = 4096;
+/// For a request's headers, and for the TLS handshake.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// For running requests when the daemon ends.
+const GRACE: Duration = Duration::from_secs(5);
+const MAX_HEADERS: usize = 64;
+/// Of all headers together.
+const MAX_HEAD: usize = 16 * 1024;
+
+/// A certificate that is read again when its files change.
+#[derive(Debug)]
+pub struct Tls {
+    cert: PathBuf,
+    key: PathBuf,
+    current: arc_swap::ArcSwap<Loaded>,
+}
+
+#[derive(Debug)]
+struct Loaded {
+    config: Arc<ServerConfig>,
+    changed: Option<SystemTime>,
+}
+
+/// Why a certificate cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TlsError {
+    /// A file does not hold what it should.
+    #[error("cannot read {path}: {source}; it must be PEM")]
+    Pem {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: rustls::pki_types::pem::Error,
+    },
+    /// Certificate and key do not fit, or are not for servers.
+    #[error("cannot use the certificate for TLS: {0}")]
+    Unusable(#[from] rustls::Error),
+}
+
+impl Tls {
+    /// Reads a certificate chain and its key, both in PEM.
+    pub fn load(cert: PathBuf, key: PathBuf) -> Result<Self, TlsError> {
+        let current = arc_swap::ArcSwap::from_pointee(read(&cert, &key)?);
+        Ok(Self { cert, key, current })
+    }
+
+    /// Looks whether the files changed, and takes the new ones if they are good; else the old ones stay.
+    fn refresh(&self) {
+        if changed(&self.cert, &self.key) == self.current.load().changed {
+            return;
+        }
+        match read(&self.cert, &self.key) {
+            Ok(loaded) => {
+                self.current.store(Arc::new(loaded));
+                tracing::info!(cert = %self.cert.display(), "tls.reloaded");
+            }
+            Err(error) => tracing::error!(%error, "tls.reload_failed: the certificate before stays in use"),
+        }
+    }
+}
+
+fn changed(cert: &PathBuf, key: &PathBuf) -> Option<SystemTime> {
+    let at = |path| std::fs::metadata(path).and_then(|meta| meta.modified()).ok();
+    at(cert).max(at(key))
+}
+
+fn read(cert: &PathBuf, key: &PathBuf) -> Result<Loaded, TlsError> {
+    use rustls::pki_types::pem::PemObject as _;
+    use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+    let changed = changed(cert, key);
+    let pem = |path: &PathBuf| {
+        let path = path.clone();
+        move |source| TlsError::Pem { path, source }
+    };
+    let chain: Vec<_> = CertificateDer::pem_file_iter(cert).and_then(Iterator::collect).map_err(pem(cert))?;
+    let private = PrivateKeyDer::from_pem_file(key).map_err(pem(key))?;
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let mut config = ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_no_client_auth()
+        .with_single_cert(chain, private)?;
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    Ok(Loaded { config: Arc::new(config), changed })
+}
+
+/// Serves until it is told to stop, then lets running requests end.
+pub async fn serve(listener: TcpListener, router: Router, tls: Option<Arc<Tls>>, stop: CancellationToken) {
+    let turns = Arc::new(Semaphore::new(CONNECTIONS));
+    let graceful = GracefulShutdown::new();
+    let mut http = Builder::new(TokioExecutor::new());
+    http.http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(PATIENCE)
+        .max_headers(MAX_HEADERS)
+        .max_buf_size(MAX_HEAD);
+    http.http2()
+        .timer(TokioTimer::new())
+        .max_header_list_size(u32::try_from(MAX_HEAD).unwrap_or(u32::MAX))
+        .max_concurrent_streams(64)
+        .keep_alive_interval(Duration::from_secs(30))
+        .keep_alive_timeout(PATIENCE);
+    let http = Arc::new(http);
+    loop {
+        let turn = tokio::select! {
+            () = stop.cancelled() => break,
+            turn = turns.clone().acquire_owned() => turn,
+        };
+        let (stream, peer) = tokio::select! {
+            () = stop.cancelled() => break,
+            accepted = listener.accept() => match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    // Out of descriptors, most likely: waiting lets others end.
+                    tracing::warn!(%error, "api.accept_failed");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    continue;
+                }
+            },
+        };
+        let _ = stream.set_nodelay(true);
+        let (http, router, tls) = (http.clone(), router.clone(), tls.clone());
+        let watcher = graceful.watcher();
+        tokio::spawn(async move {
+            let _turn = turn;
+            match tls {
+                None => connection(&http, stream, peer, router, watcher).await,
+                Some(tls) => {
+                    tls.refresh();
+                    let config = tls.current.load().config.clone();
+                    if let Ok(Ok(stream)) = tokio::time::timeout(PATIENCE, handshake(stream, config)).await {
+                        connection(&http, stream, peer, router, watcher).await;
+                    }
+                }
+            }
+        });
+    }
+    drop(listener);
+    let _ = tokio::time::timeout(GRACE, graceful.shutdown()).await;
+}
+
+async fn handshake(
+    stream: TcpStream,
+    config: Arc<ServerConfig>,
+) -> std::io::Result<tokio_rustls::server::TlsStream<TcpStream>> {
+    LazyConfigAcceptor::new(Acceptor::default(), stream).await?.into_stream(config).await
+}
+
+async fn connection<I>(
+    http: &Builder<TokioExecutor>,
+    stream: I,
+    peer: SocketAddr,
+    router: Router,
+    watcher: hyper_util::server::graceful::Watcher,
+) where
+    I: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
+{
+    let service = service_fn(move |mut request: hyper::Request<hyper::body::Incoming>| {
+        request.extensions_mut().insert(ConnectInfo(peer));
+        router.clone().oneshot(request.map(axum::body::Body::new))
+    });
+    let connection = http.serve_connection_with_upgrades(TokioIo::new(stream), service);
+    if let Err(error) = watcher.watch(connection.into_owned()).await {
+        tracing::debug!(%error, "api.connection_ended");
+    }
+}

@@ -1,0 +1,120 @@
+//! What every request needs: the store, the engine, and the settings.
+
+use super::limits::{Limits, Rates};
+use crate::engine::Handle;
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+use std::time::Duration;
+use tapgate_model::VmId;
+use tapgate_store::{CaPem, Resources, Store};
+
+/// Makes a VM's certificate authority.
+pub type CaMaker = Arc<dyn Fn(&VmId) -> anyhow::Result<CaPem> + Send + Sync>;
+
+/// How many of each an account may have.
+#[derive(Clone, Copy, Debug)]
+pub struct Quotas {
+    /// VMs that are not destroyed.
+    pub vms: u32,
+    /// Egress rules, of the account and its VMs together.
+    pub rules: u32,
+    /// Secrets.
+    pub secrets: u32,
+    /// Snapshots.
+    pub snapshots: u32,
+    /// Environment variables.
+    pub env: u32,
+}
+
+impl Default for Quotas {
+    fn default() -> Self {
+        Self { vms: 100, rules: 10_000, secrets: 500, snapshots: 500, env: 500 }
+    }
+}
+
+/// What the operator decides about the API.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Where VMs' SSH ports are reached.
+    pub public_host: String,
+    /// Where people reach the API, for links; without a trailing slash.
+    pub public_url: String,
+    /// The host's ports for SSH, one a VM.
+    pub ssh_ports: RangeInclusive<u16>,
+    /// How many guest addresses there are.
+    pub slots: u32,
+    /// What a VM is given unless it asks otherwise.
+    pub resources: Resources,
+    /// What a VM may ask for.
+    pub max_resources: Resources,
+    /// The name of the base image, which snapshots mention.
+    pub base_image: String,
+    /// How many of each an account may have.
+    pub quotas: Quotas,
+    /// How often who may ask.
+    pub rates: Rates,
+    /// How long `start` waits for the VM.
+    pub start_wait: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            public_host: "127.0.0.1".into(),
+            public_url: "http://127.0.0.1:7070".into(),
+            ssh_ports: 2200..=9999,
+            slots: 4096,
+            resources: Resources { vcpus: 1, memory_mib: 1024, disk_bytes: 8 << 30 },
+            max_resources: Resources { vcpus: 16, memory_mib: 64 * 1024, disk_bytes: 512 << 30 },
+            base_image: "debian-12".into(),
+            quotas: Quotas::default(),
+            rates: Rates::default(),
+            start_wait: Duration::from_secs(30),
+        }
+    }
+}
+
+struct Inner {
+    store: Store,
+    engine: Handle,
+    ca: CaMaker,
+    settings: Settings,
+    limits: Limits,
+}
+
+/// Shared by every request.
+#[derive(Clone)]
+pub struct AppState(Arc<Inner>);
+
+impl AppState {
+    /// Puts the parts together.
+    pub fn new(store: Store, engine: Handle, ca: CaMaker, settings: Settings) -> Self {
+        let limits = Limits::new(settings.rates);
+        Self(Arc::new(Inner { store, engine, ca, settings, limits }))
+    }
+
+    /// The store.
+    pub fn store(&self) -> &Store {
+        &self.0.store
+    }
+
+    /// The engine.
+    pub fn engine(&self) -> &Handle {
+        &self.0.engine
+    }
+
+    /// The settings.
+    pub fn settings(&self) -> &Settings {
+        &self.0.settings
+    }
+
+    /// Who asked how often.
+    pub(crate) fn limits(&self) -> &Limits {
+        &self.0.limits
+    }
+
+    /// Makes a VM's certificate authority.
+    pub fn make_ca(&self, vm: &VmId) -> anyhow::Result<CaPem> {
+        (self.0.ca)(vm)
+    }
+}

@@ -1,0 +1,235 @@
+//! `tapgate serve`: opens the parts, joins them, serves, and ends in order.
+//!
+//! Guests outlive it: on SIGTERM the API and the proxy end, the VMs run on behind their gates, and the next daemon adopts
+//! them. Must never start serving with a part missing.
+
+use crate::{
+    config::{self, AccelChoice, Config, DriverKind},
+    engine::{self, Engine},
+    guest_service,
+    http::{AppState, Settings, router},
+    images,
+};
+use anyhow::{Context as _, bail};
+use std::{path::PathBuf, sync::Arc};
+use tapgate_datapath::{Datapath, DatapathConfig};
+use tapgate_model::VmId;
+use tapgate_proxy::{Limits, Listeners, PolicyTable, Proxy, ProxyConfig, VmCa};
+use tapgate_store::{CaPem, Resources, SealKey, Store};
+use tapgate_vmm::{
+    NetnsDriver, QemuDriver, Vmm,
+    accel::{self, Accel},
+    image::Image,
+};
+use tokio_util::sync::CancellationToken;
+
+/// Options of `tapgate serve`.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// The configuration file (TOML)
+    #[arg(long, env = "TAPGATE_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Keys that stand before those of the file.
+    #[command(flatten)]
+    pub settings: config::Settings,
+}
+
+impl Args {
+    /// The checked configuration: flags and variables, then the file, then the defaults.
+    ///
+    /// # Errors
+    /// The file cannot be read, or a key is unknown or makes no sense.
+    pub fn config(self) -> Result<Config, config::ConfigError> {
+        let file = match &self.config {
+            Some(path) => config::Settings::read(path)?,
+            None => config::Settings::default(),
+        };
+        self.settings.or(file).check()
+    }
+}
+
+/// Runs the daemon until SIGTERM or SIGINT.
+///
+/// # Errors
+/// A part cannot be opened; the message says which and what to do.
+pub fn run(args: Args) -> anyhow::Result<()> {
+    let config = args.config()?;
+    crate::log::start(&config.log)?;
+    if !nix::unistd::geteuid().is_root() {
+        bail!(
+            "tapgate serve needs root for namespaces, taps and BPF; run it with sudo or as a systemd service"
+        );
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    let result = runtime.block_on(serve(config));
+    // What still blocks (a resolver's lookup) is not waited for.
+    runtime.shutdown_background();
+    result
+}
+
+async fn serve(config: Config) -> anyhow::Result<()> {
+    let _lock = lock(&config)?;
+    let api = tokio::net::TcpListener::bind(config.listen)
+        .await
+        .with_context(|| format!("cannot listen on {}; free the port or set `listen`", config.listen))?;
+    let key =
+        SealKey::load_or_create(&config.data_dir.join("seal.key")).context("cannot open the sealing key")?;
+    let data_dir = config.data_dir.clone();
+    let store = tokio::task::spawn_blocking(move || Store::open(&data_dir, key))
+        .await?
+        .context("cannot open the store")?;
+    let (image, driver) = open_driver(&config).await?;
+
+    let datapath = Datapath::open(DatapathConfig {
+        instance: config.instance.clone(),
+        pin_root: "/sys/fs/bpf/tapgate".into(),
+        guest_v4: config.guest_v4,
+        guest_v6: config.guest_v6,
+    })
+    .await
+    .context("cannot open the datapath")?;
+    let mut listeners =
+        datapath.egress().run(Listeners::bind)?.context("cannot bind the proxy's listeners")?;
+    hand_over(&datapath, &listeners).context("cannot hand the listeners to the datapath")?;
+    let service = listeners.take_service().context("the guest service has no listener")?;
+
+    let table = Arc::new(PolicyTable::new(Limits::default()));
+    table
+        .set_guest_range(&[Some(config.guest_v4), config.guest_v6].into_iter().flatten().collect::<Vec<_>>());
+
+    let stop = CancellationToken::new();
+    let proxy = Proxy::new(
+        ProxyConfig { resolvers: config.resolvers.clone(), ..ProxyConfig::default() },
+        table.clone(),
+        Arc::new(store.audit().clone()),
+    );
+    let (handle, commands) = engine::Handle::new();
+    let notifier = handle.notifier();
+    let state = AppState::new(store.clone(), handle, Arc::new(make_ca), api_settings(&config));
+    let engine = Engine::new(config.clone(), store, datapath, table, driver, image, notifier, stop.clone());
+    engine.watch_host_addresses().context("cannot hand the host's addresses to the datapath")?;
+    let guests = guest_service::router(engine.guests());
+
+    let proxy = tokio::spawn(proxy.serve(listeners, stop.clone()));
+    let service = tokio::spawn(guest_service::serve(service, guests, stop.clone()));
+    let engine = tokio::spawn(engine.run(commands));
+    tracing::info!(listen = %config.listen, instance = config.instance, "serve.ready");
+    let server =
+        axum::serve(api, router(state).into_make_service_with_connect_info::<std::net::SocketAddr>());
+    let signal = stop.clone();
+    let server =
+        tokio::spawn(server.with_graceful_shutdown(async move { signal.cancelled().await }).into_future());
+
+    let ended = tokio::select! {
+        name = signalled() => { tracing::info!(signal = name, "serve.stopping"); Ok(()) }
+        () = stop.cancelled() => Ok(()),
+    };
+    stop.cancel();
+    let drain = async {
+        let _ = engine.await;
+        let _ = proxy.await;
+        let _ = service.await;
+        let _ = server.await;
+    };
+    if tokio::time::timeout(std::time::Duration::from_secs(10), drain).await.is_err() {
+        tracing::warn!("serve.drain_timed_out");
+    }
+    ended
+}
+
+/// One daemon for one data directory.
+fn lock(config: &Config) -> anyhow::Result<nix::fcntl::Flock<std::fs::File>> {
+    use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+    let dir = &config.data_dir;
+    // Unprivileged VMMs pass through to their own folders below; nothing else here is readable to them.
+    std::fs::DirBuilder::new().recursive(true).mode(0o711).create(dir).with_context(|| {
+        format!("cannot make {}; set data_dir to a folder that root may write", dir.display())
+    })?;
+    let path = dir.join("lock");
+    let file = std::fs::OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .open(&path)
+        .with_context(|| format!("cannot open {}", path.display()))?;
+    nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock).map_err(|_| {
+        anyhow::anyhow!("another daemon uses {}; stop it, or give this one its own data_dir", dir.display())
+    })
+}
+
+async fn open_driver(config: &Config) -> anyhow::Result<(Option<Image>, Arc<dyn Vmm>)> {
+    if config.driver == DriverKind::Netns {
+        tracing::warn!(
+            "driver `netns` runs workloads on the host itself: it isolates nothing but the network"
+        );
+        return Ok((None, Arc::new(NetnsDriver::new())));
+    }
+    let image = images::find(&config.image_dir, &config.image)?;
+    let accel = match config.accel {
+        AccelChoice::Tcg => Accel::Tcg,
+        choice => {
+            let (tried, data_dir) = (image.clone(), config.data_dir.clone());
+            let probe = tokio::task::spawn_blocking(move || {
+                accel::probe(&tried, &tapgate_vmm::default_program(), &data_dir)
+            })
+            .await?;
+            if choice == AccelChoice::Kvm && probe.accel == Accel::Tcg {
+                bail!(
+                    "accel = \"kvm\", but KVM runs no guest here ({}); set accel = \"auto\" or \"tcg\"",
+                    probe.reason
+                );
+            }
+            probe.accel
+        }
+    };
+    tracing::info!(image = %image.dir().display(), ?accel, "serve.driver");
+    Ok((Some(image), Arc::new(QemuDriver::new(accel))))
+}
+
+/// Hands the listeners of both families to the programs.
+fn hand_over(datapath: &Datapath, listeners: &Listeners) -> anyhow::Result<()> {
+    for (v6, fds) in [(false, Some(listeners.fds())), (true, listeners.fds_v6())] {
+        if let Some(fds) = fds {
+            let service = fds.service.context("the guest service's listener is gone")?;
+            datapath.set_listeners(v6, fds.tcp, fds.dns_udp, fds.dns_tcp, service)?;
+        }
+    }
+    Ok(())
+}
+
+fn make_ca(vm: &VmId) -> anyhow::Result<CaPem> {
+    let ca = VmCa::generate(vm)?;
+    Ok(CaPem { cert: ca.cert_pem().to_owned(), key: ca.key_pem() })
+}
+
+fn api_settings(config: &Config) -> Settings {
+    Settings {
+        public_host: config.public_host.clone(),
+        public_url: format!("http://{}", config.listen),
+        ssh_ports: config.ssh_ports.clone(),
+        slots: config.slots(),
+        resources: Resources {
+            vcpus: config.vcpus,
+            memory_mib: config.memory_mib,
+            disk_bytes: u64::from(config.disk_gib) << 30,
+        },
+        base_image: config.image.clone(),
+        ..Settings::default()
+    }
+}
+
+async fn signalled() -> &'static str {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = term.recv() => "SIGTERM",
+        _ = int.recv() => "SIGINT",
+    }
+}

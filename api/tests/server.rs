@@ -1,0 +1,94 @@
+//! Connections: TLS with a certificate that changes, plain HTTP, and an end that lets requests finish.
+#![allow(missing_docs, clippy::unwrap_used, reason = "tests")]
+
+mod common;
+
+use common::TestApp;
+use std::path::Path;
+use std::sync::Arc;
+use tapgate::http::server::{Tls, serve};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName};
+use tokio_rustls::rustls::{ClientConfig, RootCertStore, crypto::aws_lc_rs::default_provider};
+use tokio_util::sync::CancellationToken;
+
+fn write_certificate(folder: &Path) -> CertificateDer<'static> {
+    let made = rcgen::generate_simple_self_signed(["api.example.com".to_owned()]).unwrap();
+    std::fs::write(folder.join("key.pem"), made.signing_key.serialize_pem()).unwrap();
+    std::fs::write(folder.join("cert.pem"), made.cert.pem()).unwrap();
+    made.cert.der().clone()
+}
+
+async fn ask(stream: impl tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin, request: &str) -> String {
+    let mut stream = stream;
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = Vec::new();
+    // A server may end TLS without saying so.
+    let _ = stream.read_to_end(&mut answer).await;
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+const HEALTH: &str = "GET /healthz HTTP/1.1\r\nHost: api.example.com\r\nConnection: close\r\n\r\n";
+
+#[tokio::test]
+async fn a_new_certificate_is_taken_without_a_restart() {
+    let app = TestApp::new();
+    let folder = tempfile::tempdir().unwrap();
+    let first = write_certificate(folder.path());
+    let (cert, key) = (folder.path().join("cert.pem"), folder.path().join("key.pem"));
+    let tls = Arc::new(Tls::load(cert.clone(), key).unwrap());
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let stop = CancellationToken::new();
+    let server = tokio::spawn(serve(listener, app.router.clone(), Some(tls), stop.clone()));
+
+    let trusting = async |root: &CertificateDer<'static>| {
+        let mut roots = RootCertStore::empty();
+        roots.add(root.clone()).unwrap();
+        let config = ClientConfig::builder_with_provider(Arc::new(default_provider()))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let name = ServerName::try_from("api.example.com").unwrap();
+        let stream = TcpStream::connect(address).await.unwrap();
+        let stream = tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, stream).await.ok()?;
+        Some(ask(stream, HEALTH).await)
+    };
+    let answer = trusting(&first).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with(r#"{"status":"ok"}"#), "{answer}");
+    // Plain HTTP on the same port is no answer, and no harm.
+    let stream = TcpStream::connect(address).await.unwrap();
+    assert!(!ask(stream, HEALTH).await.contains("200"));
+
+    // A broken file changes nothing.
+    std::fs::write(&cert, "nonsense").unwrap();
+    assert!(trusting(&first).await.is_some());
+    let second = write_certificate(folder.path());
+    assert!(trusting(&second).await.is_some());
+    assert!(trusting(&first).await.is_none());
+
+    stop.cancel();
+    server.await.unwrap();
+    assert!(TcpStream::connect(address).await.is_err());
+    assert!(Tls::load(folder.path().join("none.pem"), folder.path().join("key.pem")).is_err());
+}
+
+#[tokio::test]
+async fn headers_are_bounded() {
+    let app = TestApp::new();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let stop = CancellationToken::new();
+    let server = tokio::spawn(serve(listener, app.router.clone(), None, stop.clone()));
+    let request = async |headers: String| {
+        let stream = TcpStream::connect(address).await.unwrap();
+        ask(stream, &format!("GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n{headers}\r\n")).await
+    };
+    assert!(request(String::new()).await.starts_with("HTTP/1.1 200"));
+    assert!(request("X: y\r\n".repeat(100)).await.starts_with("HTTP/1.1 431"));
+    assert!(request(format!("X: {}\r\n", "y".repeat(20_000))).await.starts_with("HTTP/1.1 431"));
+    stop.cancel();
+    server.await.unwrap();
+}

@@ -1,0 +1,139 @@
+//! The audit log: a sink that never blocks, one thread that writes batches, and queries that stay fast.
+//!
+//! Events wait in a bounded queue of which no VM can take more than its share; what does not fit is counted for the
+//! VM that made it. Must never hold a caller up, and never lose an event uncounted.
+
+mod chain;
+mod follow;
+mod query;
+mod queue;
+mod record;
+mod writer;
+
+pub use query::AuditFilter;
+pub use record::AuditRecord;
+
+use crate::error::{Result, StoreError};
+use crate::page::{Cursors, Page};
+use crate::pool::{Durability, Pool};
+use crate::schema;
+use crate::seal::SealKey;
+use queue::Queue;
+use std::path::Path;
+use std::sync::Arc;
+use tapgate_model::{AuditEvent, AuditSink, UserId, VmId};
+
+/// The audit log. Clones share everything.
+#[derive(Clone)]
+pub struct AuditLog {
+    db: Pool,
+    queue: Arc<Queue>,
+    cursors: Cursors,
+    chain: chain::Chain,
+}
+
+impl std::fmt::Debug for AuditLog {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("AuditLog(..)")
+    }
+}
+
+impl AuditSink for AuditLog {
+    fn record(&self, event: AuditEvent) {
+        self.queue.push(event);
+    }
+}
+
+impl AuditLog {
+    pub(crate) fn open(path: &Path, key: &SealKey, cursors: Cursors) -> Result<Self> {
+        schema::prepare_audit(path)?;
+        let queue = Arc::new(Queue::new());
+        let chain = chain::Chain::new(key);
+        let connection = crate::pool::connect(path, Durability::Normal, true)?;
+        let writer = writer::Writer::new(connection, chain.clone())?;
+        let theirs = queue.clone();
+        std::thread::Builder::new()
+            .name("audit-write".into())
+            .spawn(move || writer.run(&theirs))
+            .map_err(|error| StoreError::Internal(error.to_string()))?;
+        Ok(Self { db: Pool::start(path, "audit", Durability::Normal)?, queue, cursors, chain })
+    }
+
+    /// Waits until every event recorded before the call can be read.
+    pub async fn flush(&self) {
+        let goal = self.queue.pushed();
+        let mut written = self.queue.written();
+        // The queue outlives every waiter: an error cannot happen, and would mean that nothing comes any more.
+        let _ = written.wait_for(|done| *done >= goal).await;
+    }
+
+    /// Tells when events were written: the count so far.
+    pub fn watch(&self) -> tokio::sync::watch::Receiver<u64> {
+        self.queue.written()
+    }
+
+    /// How many events of a VM were not kept.
+    pub async fn dropped(&self, vm: &VmId) -> Result<u64> {
+        let (vm, pending) = (vm.clone(), self.queue.dropped(vm));
+        let written: i64 = self
+            .db
+            .read(move |db| {
+                Ok(db.query_row(
+                    "SELECT ifnull(sum(count), 0) FROM dropped WHERE vm = ?1",
+                    [vm.as_str()],
+                    |row| row.get(0),
+                )?)
+            })
+            .await?;
+        Ok(u64::try_from(written).unwrap_or(0) + pending)
+    }
+
+    /// A user's events.
+    pub async fn list(&self, user: &UserId, filter: AuditFilter) -> Result<Page<AuditRecord>> {
+        let (user, cursors) = (user.clone(), self.cursors.clone());
+        self.db.read(move |db| query::list(db, &cursors, &user, &filter)).await
+    }
+
+    /// Where following begins: at the end, or at the first event after a time.
+    pub async fn follow_from(&self, user: &UserId, since_us: Option<i64>) -> Result<i64> {
+        let user = user.clone();
+        self.db.read(move |db| follow::begin(db, &user, since_us)).await
+    }
+
+    /// Events written after a place, in the order of writing, and the next place. The same place means that there are
+    /// no more for now.
+    pub async fn follow(
+        &self,
+        user: &UserId,
+        filter: &AuditFilter,
+        after: i64,
+    ) -> Result<(Vec<AuditRecord>, i64)> {
+        let (user, filter) = (user.clone(), filter.clone());
+        self.db.read(move |db| follow::step(db, &user, &filter, after)).await
+    }
+
+    /// Checks the chain of hashes over the whole log. Answers how many events it holds, or the first that was changed.
+    pub async fn verify(&self) -> Result<Result<u64, String>> {
+        let chain = self.chain.clone();
+        self.db.read(move |db| chain.verify(db)).await
+    }
+
+    pub(crate) async fn copy_to(&self, path: std::path::PathBuf) -> Result<()> {
+        self.db.copy_to(path).await
+    }
+
+    /// Removes events older than a time, and the oldest beyond a number, a few thousand at a time so that writing
+    /// goes on between. Answers how many went.
+    pub async fn retain(&self, older_than_us: i64, at_most: u64) -> Result<u64> {
+        let mut gone = 0;
+        loop {
+            let chain = self.chain.clone();
+            let step = self.db.write(move |tx| chain.trim(tx, older_than_us, at_most)).await?;
+            gone += step;
+            if step == 0 {
+                return Ok(gone);
+            }
+            tokio::task::yield_now().await;
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! Tamper evidence: each event's hash covers the event and the hash before it, under a key that is not in the file.
+//!
+//! The two ends are authenticated too: the head, so that events cannot be cut off the new end, and the anchor, which
+//! moves when retention removes events from the old end.
+
+use super::record;
+use crate::error::{Result, StoreError};
+use crate::seal::SealKey;
+use aws_lc_rs::hmac;
+use rusqlite::{Connection, OptionalExtension as _, Row, Transaction, params};
+use tapgate_model::{AuditEvent, EventId};
+
+/// How many events one step of retention removes.
+const STEP: u64 = 5_000;
+
+pub(super) type Hash = [u8; 32];
+
+/// An event as the table has it, names as text.
+pub(super) struct Stored {
+    pub(super) id: String,
+    pub(super) ts: i64,
+    pub(super) user: String,
+    pub(super) vm: String,
+    pub(super) class: i64,
+    pub(super) host: Option<String>,
+    pub(super) address: Option<Vec<u8>>,
+    pub(super) port: Option<u16>,
+    pub(super) rule: Option<String>,
+    pub(super) reason: u8,
+    pub(super) method: Option<String>,
+    pub(super) path: Option<String>,
+    pub(super) status: Option<u16>,
+    pub(super) secrets: Option<String>,
+    pub(super) withheld: Option<String>,
+    pub(super) bytes_out: i64,
+    pub(super) bytes_in: i64,
+    pub(super) duration_ms: i64,
+    pub(super) count: u32,
+}
+
+impl Stored {
+    pub(super) fn of(event: AuditEvent) -> Self {
+        let names = |list: &Vec<String>| {
+            (!list.is_empty()).then(|| serde_json::Value::from(list.clone()).to_string())
+        };
+        let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
+        Self {
+            id: event.id.unwrap_or_else(EventId::generate).into(),
+            ts: event.timestamp_us,
+            class: record::class(&event.verdict, event.mode, event.protocol),
+            rule: event.verdict.rule().map(|rule| rule.as_str().to_owned()),
+            reason: event.verdict.reason() as u8,
+            user: event.user.into(),
+            vm: event.vm.into(),
+            host: event.host.map(|host| host.as_str().to_owned()),
+            address: event.address.map(|address| record::address_key(address).to_vec()),
+            port: event.port,
+            secrets: names(&event.secrets),
+            withheld: names(&event.secrets_withheld),
+            method: event.method,
+            path: event.path,
+            status: event.status,
+            bytes_out: number(event.bytes_out),
+            bytes_in: number(event.bytes_in),
+            duration_ms: number(event.duration_ms),
+            count: event.count,
+        }
+    }
+
+    fn read(row: &Row<'_>) -> rusqlite::Result<Self> {
+        Ok(Self {
+            id: row.get("id")?,
+            ts: row.get("ts")?,
+            user: row.get("user_name")?,
+            vm: row.get("vm_name")?,
+            class: row.get("class")?,
+            host: row.get("host_name")?,
+            address: row.get("address")?,
+            port: row.get("port")?,
+            rule: row.get("rule")?,
+            reason: row.get("reason")?,
+            method: row.get("method")?,
+            path: row.get("path")?,
+            status: row.get("status")?,
+            secrets: row.get("secrets")?,
+            withheld: row.get("withheld")?,
+            bytes_out: row.get("bytes_out")?,
+            bytes_in: row.get("bytes_in")?,
+            duration_ms: row.get("duration_ms")?,
+            count: row.get("count")?,
+        })
+    }
+
+    /// Every field with its length before it, absent ones apart from empty ones.
+    fn bytes(&self, out: &mut Vec<u8>) {
+        let Self { id, ts, user, vm, class, host, address, port, rule, reason, .. } = self;
+        let Self { method, path, status, secrets, withheld, bytes_out, bytes_in, duration_ms, count, .. } =
+            self;
+        let mut put = |bytes: Option<&[u8]>| match bytes {
+            None => out.push(0),
+            Some(bytes) => {
+                out.push(1);
+                out.extend_from_slice(&u32::try_from(bytes.len()).unwrap_or(u32::MAX).to_be_bytes());
+                out.extend_from_slice(bytes);
+            }
+        };
+        for text in
+            [Some(id), Some(user), Some(vm), host.as_ref(), rule.as_ref(), method.as_ref(), path.as_ref()]
+                .into_iter()
+                .chain([secrets.as_ref(), withheld.as_ref()])
+        {
+            put(text.map(String::as_bytes));
+        }
+        put(address.as_deref());
+        for number in [port, status] {
+            put(number.map(u16::to_be_bytes).as_ref().map(<[u8; 2]>::as_slice));
+        }
+        for number in [ts, class, bytes_out, bytes_in, duration_ms] {
+            put(Some(&number.to_be_bytes()));
+        }
+        put(Some(&count.to_be_bytes()));
+        put(Some(&[*reason]));
+    }
+}
+
+/// The key of the chain.
+#[derive(Clone)]
+pub(super) struct Chain(hmac::Key);
+
+fn hash_of(tag: &hmac::Tag) -> Hash {
+    let mut hash = [0; 32];
+    hash.copy_from_slice(tag.as_ref());
+    hash
+}
+
+impl Chain {
+    pub(super) fn new(key: &SealKey) -> Self {
+        Self(key.derive("audit chain"))
+    }
+
+    /// The hash of an event that comes after one with this hash.
+    pub(super) fn next(&self, before: &Hash, event: &Stored, scratch: &mut Vec<u8>) -> Hash {
+        scratch.clear();
+        scratch.extend_from_slice(before);
+        event.bytes(scratch);
+        hash_of(&hmac::sign(&self.0, scratch))
+    }
+
+    fn mark(&self, name: &str, seq: i64, hash: &Hash) -> Vec<u8> {
+        let body = [&seq.to_be_bytes()[..], hash].concat();
+        let tag = hmac::sign(&self.0, &[name.as_bytes(), &body].concat());
+        [&body[..], tag.as_ref()].concat()
+    }
+
+    /// Keeps an end of the chain.
+    pub(super) fn set_mark(&self, tx: &Transaction<'_>, name: &str, seq: i64, hash: &Hash) -> Result<()> {
+        tx.prepare_cached(
+            "INSERT INTO meta (key, value) VALUES (?1, ?2) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
+        )?
+        .execute(params![name, self.mark(name, seq, hash)])?;
+        Ok(())
+    }
+
+    /// An end of the chain; `(0, zeros)` before the first event, `None` if it was changed.
+    pub(super) fn get_mark(&self, db: &Connection, name: &str) -> Result<Option<(i64, Hash)>> {
+        let found: Option<Vec<u8>> =
+            db.query_row("SELECT value FROM meta WHERE key = ?1", [name], |row| row.get(0)).optional()?;
+        let Some(found) = found else {
+            let any: bool = db.query_row("SELECT EXISTS (SELECT 1 FROM events)", [], |row| row.get(0))?;
+            return Ok((!any || name == "anchor").then_some((0, [0; 32])));
+        };
+        let parts = found.split_first_chunk::<8>().and_then(|(seq, rest)| {
+            let (hash, _) = rest.split_first_chunk::<32>()?;
+            Some((i64::from_be_bytes(*seq), *hash))
+        });
+        Ok(parts.filter(|(seq, hash)| self.mark(name, *seq, hash) == found))
+    }
+
+    /// Walks the whole log.
+    pub(super) fn verify(&self, db: &Connection) -> Result<Result<u64, String>> {
+        let Some((mut last, mut hash)) = self.get_mark(db, "anchor")? else {
+            return Ok(Err("the record of where the log begins was changed".into()));
+        };
+        let Some((head, head_hash)) = self.get_mark(db, "head")? else {
+            return Ok(Err("the record of where the log ends was changed".into()));
+        };
+        let mut statement = db.prepare(
+            "SELECT e.*, u.name AS user_name, v.name AS vm_name, h.name AS host_name FROM events e
+             LEFT JOIN names u ON u.id = e.user LEFT JOIN names v ON v.id = e.vm LEFT JOIN hosts h ON h.id = e.host
+             ORDER BY e.seq",
+        )?;
+        let mut rows = statement.query([])?;
+        let (mut count, mut scratch) = (0, Vec::new());
+        while let Some(row) = rows.next()? {
+            let seq: i64 = row.get("seq")?;
+            let id: String = row.get("id").unwrap_or_default();
+            if seq != last + 1 {
+                return Ok(Err(format!(
+                    "events are missing before {id} (number {seq}, expected {})",
+                    last + 1
+                )));
+            }
+            let Ok(event) = Stored::read(row) else { return Ok(Err(format!("{id} was changed"))) };
+            hash = self.next(&hash, &event, &mut scratch);
+            if row.get::<_, Vec<u8>>("hash")? != hash {
+                return Ok(Err(format!("{id} (number {seq}) was changed")));
+            }
+            (last, count) = (seq, count + 1);
+        }
+        if (last, hash) != (head, head_hash) {
+            return Ok(Err(format!(
+                "events are missing at the end: the last is number {last}, expected {head}"
+            )));
+        }
+        Ok(Ok(count))
+    }
+
+    /// Removes some of the oldest events that are too old or too many, and moves the anchor.
+    pub(super) fn trim(&self, tx: &Transaction<'_>, older_than_us: i64, at_most: u64) -> Result<u64> {
+        let (first, newest): (Option<i64>, Option<i64>) =
+            tx.query_row("SELECT min(seq), max(seq) FROM events", [], |row| Ok((row.get(0)?, row.get(1)?)))?;
+        let (Some(first), Some(newest)) = (first, newest) else { return Ok(0) };
+        let step = i64::try_from(STEP).unwrap_or(i64::MAX);
+        // Events come nearly in order of time; one that came late goes when its turn comes.
+        let too_many = newest.saturating_sub(i64::try_from(at_most).unwrap_or(i64::MAX));
+        let old: Option<i64> = tx.query_row(
+            "SELECT min(seq) - 1 FROM (SELECT seq, ts FROM events WHERE seq < ?1 ORDER BY seq) WHERE ts >= ?2",
+            params![first + step, older_than_us],
+            |row| row.get(0),
+        )?;
+        let too_old = old.unwrap_or(first + step - 1);
+        let last = too_old.max(too_many).min(first + step - 1).min(newest);
+        if last < first {
+            return Ok(0);
+        }
+        let hash: Vec<u8> =
+            tx.query_row("SELECT hash FROM events WHERE seq = ?1", [last], |row| row.get(0))?;
+        let hash: Hash =
+            hash.try_into().map_err(|_| StoreError::Corrupt("an audit hash is not 32 bytes".into()))?;
+        self.set_mark(tx, "anchor", last, &hash)?;
+        tx.execute("CREATE TEMP TABLE IF NOT EXISTS gone_hosts (id INTEGER PRIMARY KEY)", [])?;
+        tx.execute("DELETE FROM gone_hosts", [])?;
+        tx.execute(
+            "INSERT OR IGNORE INTO gone_hosts SELECT host FROM events WHERE seq <= ?1 AND host IS NOT NULL",
+            [last],
+        )?;
+        let gone = tx.execute("DELETE FROM events WHERE seq <= ?1", [last])?;
+        tx.execute(
+            "DELETE FROM hosts WHERE id IN (SELECT g.id FROM gone_hosts g
+             WHERE NOT EXISTS (SELECT 1 FROM events e WHERE e.host = g.id))",
+            [],
+        )?;
+        Ok(gone as u64)
+    }
+}

@@ -1,0 +1,170 @@
+//! The one thread that writes events. A batch is one transaction; what cannot be written waits, it is not lost.
+
+use super::chain::{Chain, Hash, Stored};
+use super::queue::{Batch, Queue};
+use crate::error::{Result, StoreError};
+use rusqlite::{Connection, OptionalExtension as _, Transaction, TransactionBehavior, params};
+use std::collections::HashMap;
+use std::time::Duration;
+use tapgate_model::VmId;
+
+/// Events in one transaction at most.
+const BATCH: usize = 8_192;
+/// Names remembered; beyond it the memory starts anew.
+const NAMES: usize = 50_000;
+/// Between two tries while the disk is full or the file locked.
+const PAUSE: Duration = Duration::from_secs(1);
+
+#[derive(Default)]
+struct Names {
+    /// Users and VMs.
+    names: HashMap<String, i64>,
+    /// Hosts of a user.
+    hosts: HashMap<(i64, String), i64>,
+    /// SQLite's count of changes by other connections, when `hosts` was begun.
+    version: i64,
+}
+
+pub(super) struct Writer {
+    connection: Connection,
+    chain: Chain,
+    names: Names,
+    seq: i64,
+    hash: Hash,
+}
+
+impl Writer {
+    pub(super) fn new(connection: Connection, chain: Chain) -> Result<Self> {
+        let (seq, hash) = match chain.get_mark(&connection, "head")? {
+            Some(head) => head,
+            None => {
+                // Someone changed the log. Writing goes on from what is there; `audit verify` will tell.
+                tracing::error!("the audit log was changed outside of tapgate; run `tapgate audit verify`");
+                last(&connection)?
+            }
+        };
+        Ok(Self { connection, chain, names: Names::default(), seq, hash })
+    }
+
+    pub(super) fn run(mut self, queue: &Queue) {
+        loop {
+            let Batch { events, dropped } = queue.take(BATCH);
+            let events: Vec<Stored> = events.into_iter().map(Stored::of).collect();
+            while let Err(error) = self.write(&events, &dropped) {
+                // What was remembered may have been rolled back.
+                self.names = Names::default();
+                tracing::error!(%error, waiting = events.len(), "audit events cannot be written; trying again");
+                std::thread::sleep(PAUSE);
+            }
+            queue.done(events.len());
+        }
+    }
+
+    fn write(&mut self, events: &[Stored], dropped: &HashMap<VmId, u64>) -> Result<()> {
+        if self.names.names.len() + self.names.hosts.len() > NAMES {
+            self.names = Names::default();
+        }
+        let Self { connection, chain, names, seq, hash } = self;
+        let tx = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        // Retention removes hosts that no event names; one remembered here may have gone.
+        let version: i64 = tx.query_row("PRAGMA data_version", [], |row| row.get(0))?;
+        if names.version != version {
+            names.hosts.clear();
+            names.version = version;
+        }
+        let (mut next_seq, mut next_hash) = (*seq, *hash);
+        let mut scratch = Vec::with_capacity(512);
+        for event in events {
+            next_hash = chain.next(&next_hash, event, &mut scratch);
+            next_seq += 1;
+            insert(&tx, names, next_seq, event, &next_hash)?;
+        }
+        for (vm, count) in dropped {
+            tx.prepare_cached(
+                "INSERT INTO dropped (vm, count) VALUES (?1, ?2)
+                 ON CONFLICT (vm) DO UPDATE SET count = count + excluded.count",
+            )?
+            .execute(params![vm.as_str(), i64::try_from(*count).unwrap_or(i64::MAX)])?;
+        }
+        if !events.is_empty() {
+            chain.set_mark(&tx, "head", next_seq, &next_hash)?;
+        }
+        tx.commit()?;
+        (*seq, *hash) = (next_seq, next_hash);
+        Ok(())
+    }
+}
+
+fn last(connection: &Connection) -> Result<(i64, Hash)> {
+    let row: Option<(i64, Vec<u8>)> = connection
+        .query_row("SELECT seq, hash FROM events ORDER BY seq DESC LIMIT 1", [], |row| {
+            Ok((row.get(0)?, row.get(1)?))
+        })
+        .optional()?;
+    let (seq, hash) = row.unwrap_or((0, vec![0; 32]));
+    let hash = hash.try_into().map_err(|_| StoreError::Corrupt("an audit hash is not 32 bytes".into()))?;
+    Ok((seq, hash))
+}
+
+fn insert(tx: &Transaction<'_>, names: &mut Names, seq: i64, event: &Stored, hash: &Hash) -> Result<()> {
+    let user = names.name(tx, &event.user)?;
+    let vm = names.name(tx, &event.vm)?;
+    let host = event.host.as_ref().map(|host| names.host(tx, user, host)).transpose()?;
+    tx.prepare_cached(
+        "INSERT INTO events (seq, id, ts, user, vm, class, host, address, port, rule, reason, method, path, status,
+                             secrets, withheld, bytes_out, bytes_in, duration_ms, count, hash)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21)",
+    )?
+    .execute(params![
+        seq,
+        event.id,
+        event.ts,
+        user,
+        vm,
+        event.class,
+        host,
+        event.address,
+        event.port,
+        event.rule,
+        event.reason,
+        event.method,
+        event.path,
+        event.status,
+        event.secrets,
+        event.withheld,
+        event.bytes_out,
+        event.bytes_in,
+        event.duration_ms,
+        event.count,
+        hash
+    ])?;
+    Ok(())
+}
+
+impl Names {
+    fn name(&mut self, tx: &Transaction<'_>, name: &str) -> Result<i64> {
+        if let Some(id) = self.names.get(name) {
+            return Ok(*id);
+        }
+        tx.prepare_cached("INSERT INTO names (name) VALUES (?1) ON CONFLICT DO NOTHING")?.execute([name])?;
+        let id =
+            tx.prepare_cached("SELECT id FROM names WHERE name = ?1")?.query_row([name], |row| row.get(0))?;
+        self.names.insert(name.to_owned(), id);
+        Ok(id)
+    }
+
+    fn host(&mut self, tx: &Transaction<'_>, user: i64, host: &str) -> Result<i64> {
+        let key = (user, host.to_owned());
+        if let Some(id) = self.hosts.get(&key) {
+            return Ok(*id);
+        }
+        let values = params![user, host];
+        tx.prepare_cached("INSERT INTO hosts (user, name) VALUES (?1, ?2) ON CONFLICT DO NOTHING")?
+            .execute(values)?;
+        let id = tx
+            .prepare_cached("SELECT id FROM hosts WHERE user = ?1 AND name = ?2")?
+            .query_row(values, |row| row.get(0))?;
+        self.hosts.insert(key, id);
+        Ok(id)
+    }
+}

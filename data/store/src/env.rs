@@ -1,0 +1,139 @@
+//! Environment variables. Values are sealed too: people put credentials here whatever the documentation says.
+
+use crate::error::{Kind, Result, StoreError};
+use crate::page::{Listing, Order, Page, PageRequest};
+use crate::seal::SealKey;
+use crate::store::{Store, quota};
+use crate::time::now_us;
+use crate::users::id;
+use rusqlite::types::Value;
+use rusqlite::{Connection, OptionalExtension as _, Row, params};
+use tapgate_model::{EnvId, UserId};
+
+/// A variable.
+#[derive(Clone)]
+pub struct EnvRecord {
+    /// Id.
+    pub id: EnvId,
+    /// Unique in the account.
+    pub key: String,
+    /// Value.
+    pub value: String,
+    /// Microseconds since the epoch.
+    pub created_at: i64,
+    /// Microseconds since the epoch.
+    pub updated_at: i64,
+}
+
+const SELECT: &str = "SELECT seq, id, key, value, created_at, updated_at FROM env";
+const TABLE: &str = "env";
+
+type Raw = (EnvRecord, Vec<u8>);
+
+fn read(row: &Row<'_>) -> rusqlite::Result<Raw> {
+    let record = EnvRecord {
+        id: id(row, "id")?,
+        key: row.get("key")?,
+        value: String::new(),
+        created_at: row.get("created_at")?,
+        updated_at: row.get("updated_at")?,
+    };
+    Ok((record, row.get("value")?))
+}
+
+fn open(seal: &SealKey, (mut record, blob): Raw) -> Result<EnvRecord> {
+    let opened = seal.open(TABLE, record.id.as_str(), &blob)?;
+    record.value = String::from_utf8_lossy(&opened).into_owned();
+    Ok(record)
+}
+
+fn find(db: &Connection, user: &UserId, key: &str) -> Result<Option<Raw>> {
+    Ok(db
+        .prepare_cached(&format!("{SELECT} WHERE user = ?1 AND key = ?2"))?
+        .query_row(params![user.as_str(), key], read)
+        .optional()?)
+}
+
+impl Store {
+    /// A user's variables, by key. Always this order: the contract has no other.
+    pub async fn env_list(
+        &self,
+        user: &UserId,
+        limit: u32,
+        cursor: Option<String>,
+    ) -> Result<Page<EnvRecord>> {
+        let (user, cursors, seal) = (user.clone(), self.cursors.clone(), self.key.clone());
+        self.db
+            .read(move |db| {
+                let scope = format!("env\0{user}");
+                let filters = vec![("user = ?", Value::Text(user.into()))];
+                Listing { select: SELECT, filters, sort: "key", scope }
+                    .run(db, &cursors, &PageRequest { limit, cursor, order: Order::Asc }, read)?
+                    .map(|raw| open(&seal, raw))
+            })
+            .await
+    }
+
+    /// All of a user's variables: for a guest's seed.
+    pub async fn env_all(&self, user: &UserId) -> Result<Vec<EnvRecord>> {
+        Ok(self.env_list(user, u32::MAX - 1, None).await?.items)
+    }
+
+    /// One variable.
+    pub async fn env(&self, user: &UserId, key: &str) -> Result<EnvRecord> {
+        let (user, key, seal) = (user.clone(), key.to_owned(), self.key.clone());
+        self.db
+            .read(move |db| {
+                let raw = find(db, &user, &key)?.ok_or(StoreError::NotFound(Kind::Env))?;
+                open(&seal, raw)
+            })
+            .await
+    }
+
+    /// Makes or replaces a variable.
+    pub async fn env_set(&self, user: &UserId, key: &str, value: &str, limit: u32) -> Result<EnvRecord> {
+        let (user, key, value, seal) = (user.clone(), key.to_owned(), value.to_owned(), self.key.clone());
+        self.db
+            .write(move |tx| {
+                let now = now_us();
+                match find(tx, &user, &key)? {
+                    Some((old, _)) => {
+                        let blob = seal.seal(TABLE, old.id.as_str(), value.as_bytes())?;
+                        tx.execute(
+                            "UPDATE env SET value = ?2, updated_at = ?3 WHERE id = ?1",
+                            params![old.id.as_str(), blob, now.max(old.updated_at + 1)],
+                        )?;
+                    }
+                    None => {
+                        let count = "SELECT count(*) FROM env WHERE user = ?1";
+                        quota(tx, "environment variables", count, user.as_str(), limit)?;
+                        let new = EnvId::generate();
+                        let blob = seal.seal(TABLE, new.as_str(), value.as_bytes())?;
+                        tx.execute(
+                            "INSERT INTO env (id, user, key, value, created_at, updated_at)
+                             VALUES (?1, ?2, ?3, ?4, ?5, ?5)",
+                            params![new.as_str(), user.as_str(), key, blob, now],
+                        )?;
+                    }
+                }
+                let raw = find(tx, &user, &key)?.ok_or(StoreError::NotFound(Kind::Env))?;
+                open(&seal, raw)
+            })
+            .await
+    }
+
+    /// Removes a variable.
+    pub async fn env_delete(&self, user: &UserId, key: &str) -> Result<()> {
+        let (user, key) = (user.clone(), key.to_owned());
+        self.db
+            .write(move |tx| {
+                match tx
+                    .execute("DELETE FROM env WHERE user = ?1 AND key = ?2", params![user.as_str(), key])?
+                {
+                    0 => Err(StoreError::NotFound(Kind::Env)),
+                    _ => Ok(()),
+                }
+            })
+            .await
+    }
+}

@@ -1,0 +1,96 @@
+//! The schemas and how a file gets to the newest: forward only, with a copy of the file made before.
+
+use crate::error::{Result, StoreError};
+use crate::pool::{Durability, connect};
+use rusqlite_migration::{M, Migrations};
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
+
+const TAPGATE: &[&str] = &[include_str!("migrations/tapgate-1.sql")];
+const AUDIT: &[&str] = &[include_str!("migrations/audit-1.sql")];
+
+/// Brings `tapgate.db` up to date.
+pub(crate) fn prepare_main(path: &Path) -> Result<()> {
+    prepare(path, TAPGATE, Durability::Full, true)
+}
+
+/// Brings `audit.db` up to date. It may be large, so its pages are not all checked.
+pub(crate) fn prepare_audit(path: &Path) -> Result<()> {
+    prepare(path, AUDIT, Durability::Normal, false)
+}
+
+fn prepare(path: &Path, steps: &[&'static str], durability: Durability, check: bool) -> Result<()> {
+    // SQLite would make it readable to all; its -wal and -shm take the mode of the file itself.
+    OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(|source| StoreError::Io { path: path.into(), source })?;
+    let mut connection = connect(path, durability, true)?;
+    if check {
+        let verdict: String = connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
+        if verdict != "ok" {
+            return Err(StoreError::Corrupt(format!("{}: {verdict}", path.display())));
+        }
+    }
+    let version: u32 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
+    let version = usize::try_from(version).unwrap_or(usize::MAX);
+    if version > steps.len() {
+        return Err(StoreError::Corrupt(format!(
+            "{} was written by a newer tapgate (schema {version}, this one knows {}); install that one",
+            path.display(),
+            steps.len()
+        )));
+    }
+    if version > 0 && version < steps.len() {
+        let copy = path.with_extension(format!("db.before-{}", steps.len()));
+        if !copy.exists() {
+            connection.execute("VACUUM INTO ?1", [copy.to_string_lossy()])?;
+        }
+    }
+    let migrations = Migrations::new(steps.iter().map(|sql| M::up(sql)).collect());
+    migrations.to_latest(&mut connection).map_err(|error| match error {
+        rusqlite_migration::Error::RusqliteError { err, .. } => err.into(),
+        other => StoreError::Internal(other.to_string()),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::MetadataExt as _;
+
+    #[test]
+    fn files_are_private_and_ours_and_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tapgate.db");
+        prepare_main(&path).unwrap();
+        prepare_main(&path).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+
+        connect(&path, Durability::Full, true).unwrap().pragma_update(None, "user_version", 99).unwrap();
+        assert!(prepare_main(&path).unwrap_err().to_string().contains("newer tapgate"));
+
+        let other = folder.path().join("other.db");
+        std::fs::write(
+            &other,
+            "not a database, but long enough to be mistaken for the header of one".repeat(30),
+        )
+        .unwrap();
+        assert!(matches!(prepare_main(&other), Err(StoreError::Corrupt(_))));
+    }
+
+    #[test]
+    fn a_damaged_page_is_found_at_start() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tapgate.db");
+        prepare_main(&path).unwrap();
+        let mut bytes = std::fs::read(&path).unwrap();
+        assert!(bytes.len() > 3 * 4096, "the schema takes several pages");
+        bytes[2 * 4096..2 * 4096 + 64].fill(0xff);
+        std::fs::write(&path, bytes).unwrap();
+        assert!(matches!(prepare_main(&path), Err(StoreError::Corrupt(_))));
+    }
+}

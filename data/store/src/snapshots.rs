@@ -1,0 +1,227 @@
+//! Snapshot records. The bytes are elsewhere; a deleted record stays until they are collected.
+
+use crate::error::{Conflict, Kind, Result, StoreError};
+use crate::page::{Listing, Order, Page, PageRequest};
+use crate::store::{Store, quota};
+use crate::time::now_us;
+use crate::users::id;
+use crate::vms;
+use rusqlite::types::Value;
+use rusqlite::{Connection, OptionalExtension as _, Row, params};
+use tapgate_model::lifecycle::{Call, decide};
+use tapgate_model::{SnapshotId, UserId, VmId};
+
+/// How far a snapshot is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SnapshotStatus {
+    /// It could not be made; the record says why.
+    Failed,
+    /// Asked for.
+    Pending,
+    /// Stored whole.
+    Ready,
+    /// Being stored.
+    Uploading,
+}
+
+impl SnapshotStatus {
+    /// The word of the API and the database.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Failed => "failed",
+            Self::Pending => "pending",
+            Self::Ready => "ready",
+            Self::Uploading => "uploading",
+        }
+    }
+
+    fn from_word(word: &str) -> Option<Self> {
+        [Self::Failed, Self::Pending, Self::Ready, Self::Uploading].into_iter().find(|s| s.word() == word)
+    }
+}
+
+/// A snapshot.
+#[derive(Clone, Debug)]
+pub struct SnapshotRecord {
+    /// Id.
+    pub id: SnapshotId,
+    /// The owner.
+    pub user: UserId,
+    /// The VM it was taken from.
+    pub vm: VmId,
+    /// The base image that the VM ran, if it came from none.
+    pub base_image: Option<String>,
+    /// The snapshot that the VM came from, if it came from one.
+    pub source_snapshot: Option<SnapshotId>,
+    /// What the user calls it.
+    pub label: Option<String>,
+    /// How far it is.
+    pub status: SnapshotStatus,
+    /// Why it failed.
+    pub failure: Option<String>,
+    /// Where its bytes are.
+    pub r2_key: Option<String>,
+    /// How many there are.
+    pub size_bytes: Option<u64>,
+    /// Microseconds since the epoch.
+    pub created_at: i64,
+}
+
+const SELECT: &str = "SELECT seq, id, user, vm, base_image, source_snapshot, label, status, failure, r2_key, \
+     size_bytes, created_at FROM snapshots";
+
+fn read(row: &Row<'_>) -> rusqlite::Result<SnapshotRecord> {
+    let status: String = row.get("status")?;
+    let source: Option<String> = row.get("source_snapshot")?;
+    Ok(SnapshotRecord {
+        id: id(row, "id")?,
+        user: id(row, "user")?,
+        vm: id(row, "vm")?,
+        base_image: row.get("base_image")?,
+        source_snapshot: source.and_then(|text| text.parse().ok()),
+        label: row.get("label")?,
+        status: SnapshotStatus::from_word(&status)
+            .ok_or_else(|| rusqlite::Error::InvalidColumnName("status".into()))?,
+        failure: row.get("failure")?,
+        r2_key: row.get("r2_key")?,
+        size_bytes: row.get::<_, Option<i64>>("size_bytes")?.and_then(|n| u64::try_from(n).ok()),
+        created_at: row.get("created_at")?,
+    })
+}
+
+fn find(db: &Connection, snapshot: &SnapshotId) -> Result<SnapshotRecord> {
+    db.prepare_cached(&format!("{SELECT} WHERE id = ?1 AND deleted_at IS NULL"))?
+        .query_row([snapshot.as_str()], read)
+        .optional()?
+        .ok_or(StoreError::NotFound(Kind::Snapshot))
+}
+
+impl Store {
+    /// Records that a snapshot of a running VM is asked for.
+    pub async fn snapshot_create(
+        &self,
+        user: &UserId,
+        vm: &VmId,
+        label: Option<String>,
+        base_image: &str,
+        limit: u32,
+    ) -> Result<SnapshotRecord> {
+        let (user, vm, base_image) = (user.clone(), vm.clone(), base_image.to_owned());
+        self.db
+            .write(move |tx| {
+                let machine = vms::owned(tx, &user, &vm)?;
+                decide(Call::Snapshot, machine.detail).map_err(Conflict::State)?;
+                let count = "SELECT count(*) FROM snapshots WHERE user = ?1 AND deleted_at IS NULL";
+                quota(tx, "snapshots", count, user.as_str(), limit)?;
+                let snapshot = SnapshotId::generate();
+                let base = machine.snapshot.is_none().then_some(base_image);
+                tx.execute(
+                    "INSERT INTO snapshots (id, user, vm, base_image, source_snapshot, label, status, created_at)
+                     VALUES (?1, ?2, ?3, ?4, ?5, ?6, 'pending', ?7)",
+                    params![
+                        snapshot.as_str(),
+                        user.as_str(),
+                        vm.as_str(),
+                        base,
+                        machine.snapshot.as_ref().map(SnapshotId::as_str),
+                        label,
+                        now_us()
+                    ],
+                )?;
+                find(tx, &snapshot)
+            })
+            .await
+    }
+
+    /// A user's snapshots, or those of one VM, newest first.
+    pub async fn snapshots(
+        &self,
+        user: &UserId,
+        vm: Option<&VmId>,
+        limit: u32,
+        cursor: Option<String>,
+    ) -> Result<Page<SnapshotRecord>> {
+        let (user, vm, cursors) = (user.clone(), vm.cloned(), self.cursors.clone());
+        self.db
+            .read(move |db| {
+                if let Some(vm) = &vm {
+                    vms::owned(db, &user, vm)?;
+                }
+                let scope = format!("snapshots\0{user}\0{vm:?}");
+                let mut filters =
+                    vec![("user = ?", Value::Text(user.into())), ("deleted_at IS NULL", Value::Null)];
+                if let Some(vm) = vm {
+                    filters.push(("vm = ?", Value::Text(vm.into())));
+                }
+                Listing { select: SELECT, filters, sort: "created_at", scope }.run(
+                    db,
+                    &cursors,
+                    &PageRequest { limit, cursor, order: Order::Desc },
+                    read,
+                )
+            })
+            .await
+    }
+
+    /// One snapshot of a user.
+    pub async fn snapshot(&self, user: &UserId, snapshot: &SnapshotId) -> Result<SnapshotRecord> {
+        let (user, snapshot) = (user.clone(), snapshot.clone());
+        self.db
+            .read(move |db| {
+                find(db, &snapshot).and_then(|found| {
+                    if found.user == user { Ok(found) } else { Err(StoreError::NotFound(Kind::Snapshot)) }
+                })
+            })
+            .await
+    }
+
+    /// Hides a snapshot; its bytes are collected later.
+    pub async fn snapshot_delete(&self, user: &UserId, snapshot: &SnapshotId) -> Result<()> {
+        let (user, snapshot) = (user.clone(), snapshot.clone());
+        self.db
+            .write(move |tx| {
+                let gone = tx.execute(
+                    "UPDATE snapshots SET deleted_at = ?3 WHERE id = ?1 AND user = ?2 AND deleted_at IS NULL",
+                    params![snapshot.as_str(), user.as_str(), now_us()],
+                )?;
+                if gone == 0 { Err(StoreError::NotFound(Kind::Snapshot)) } else { Ok(()) }
+            })
+            .await
+    }
+
+    /// The engine's report of how far a snapshot is.
+    pub async fn snapshot_advance(
+        &self,
+        snapshot: &SnapshotId,
+        status: SnapshotStatus,
+        stored: Option<(String, u64)>,
+        failure: Option<String>,
+    ) -> Result<()> {
+        let snapshot = snapshot.clone();
+        self.db
+            .write(move |tx| {
+                let (key, size) = stored.unzip();
+                let size = size.and_then(|n| i64::try_from(n).ok());
+                tx.execute(
+                    "UPDATE snapshots SET status = ?2, r2_key = coalesce(?3, r2_key),
+                            size_bytes = coalesce(?4, size_bytes), failure = ?5 WHERE id = ?1",
+                    params![snapshot.as_str(), status.word(), key, size, failure],
+                )?;
+                Ok(())
+            })
+            .await
+    }
+
+    /// Snapshots that were asked for and are neither ready nor failed: for the engine at start.
+    pub async fn snapshots_unfinished(&self) -> Result<Vec<SnapshotRecord>> {
+        self.db
+            .read(|db| {
+                let mut statement = db.prepare_cached(&format!(
+                    "{SELECT} WHERE deleted_at IS NULL AND status IN ('pending', 'uploading') ORDER BY seq"
+                ))?;
+                let found = statement.query_map([], read)?.collect::<rusqlite::Result<_>>()?;
+                Ok(found)
+            })
+            .await
+    }
+}

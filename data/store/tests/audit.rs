@@ -1,0 +1,173 @@
+//! The audit log: every filter alone and together, cursors, drops, tampering, retention.
+#![allow(missing_docs, clippy::unwrap_used, reason = "tests")]
+
+mod common;
+
+use common::*;
+use tapgate_model::{AuditEvent, AuditSink as _, Mode, Protocol, Reason, RuleId, UserId, Verdict, VmId};
+use tapgate_store::*;
+
+fn event(user: &UserId, vm: &VmId, n: i64) -> AuditEvent {
+    let verdict = match n % 3 {
+        0 => Verdict::Allow { rule: Some(RuleId::generate()), reason: Reason::Host },
+        1 => Verdict::Deny { reason: Reason::NoRule },
+        _ => Verdict::Tolerate { reason: Reason::NoRule },
+    };
+    let policy = tapgate_model::VmPolicy {
+        vm: vm.clone(),
+        user: user.clone(),
+        generation: 1,
+        mode: if n % 3 == 2 { Mode::Warn } else { Mode::Enforce },
+        rules: Default::default(),
+        secrets: [].into(),
+        secrets_over_http: Default::default(),
+    };
+    let protocol = Protocol::ALL[usize::try_from(n % 6).unwrap()];
+    let mut event = AuditEvent::new(&policy, protocol, verdict, 1_000_000 + n);
+    event.host = (n % 2 == 0).then(|| format!("h{}.example", n % 5).parse().unwrap());
+    event.address = (n % 4 != 0).then(|| format!("192.0.2.{}", n % 7).parse().unwrap());
+    event.secrets = if n % 10 == 0 { vec!["s".into()] } else { vec![] };
+    event
+}
+
+fn all() -> AuditFilter {
+    AuditFilter {
+        vm: None,
+        rule_allows: None,
+        passed: None,
+        mode: None,
+        host: None,
+        cidr: None,
+        protocol: None,
+        since_us: None,
+        until_us: None,
+        page: page(500),
+    }
+}
+
+#[tokio::test]
+async fn every_combination_of_filters_answers_what_a_scan_would() {
+    let (_folder, store) = fresh();
+    let (user, other) = (UserId::generate(), UserId::generate());
+    let vms = [VmId::generate(), VmId::generate()];
+    let log = store.audit();
+    for n in 0..300 {
+        log.record(event(&user, &vms[usize::try_from(n % 2).unwrap()], n));
+        log.record(event(&other, &VmId::generate(), n));
+    }
+    log.flush().await;
+    let whole = log.list(&user, all()).await.unwrap();
+    assert_eq!(whole.items.len(), 300);
+    assert!(whole.items.windows(2).all(|w| w[0].timestamp_us >= w[1].timestamp_us));
+
+    for bits in 0..512u32 {
+        let on = |bit: u32| bits & (1 << bit) != 0;
+        for order in [Order::Asc, Order::Desc] {
+            let mut filter = AuditFilter {
+                vm: on(0).then(|| vms[0].clone()),
+                rule_allows: on(1).then_some(false),
+                passed: on(2).then_some(true),
+                mode: on(3).then_some(Mode::Warn),
+                host: on(4).then(|| "h2.example".into()),
+                cidr: on(5).then(|| if on(0) { "192.0.2.2/32" } else { "192.0.2.0/30" }.parse().unwrap()),
+                protocol: on(6).then_some(Protocol::Tcp),
+                since_us: on(7).then_some(1_000_050),
+                until_us: on(8).then_some(1_000_250),
+                page: PageRequest { limit: 7, cursor: None, order },
+            };
+            let wanted = |r: &&AuditRecord| {
+                filter.vm.as_ref().is_none_or(|vm| *vm == r.vm)
+                    && filter.rule_allows.is_none_or(|want| want == r.rule_allows)
+                    && filter.passed.is_none_or(|want| want == r.passed)
+                    && filter.mode.is_none_or(|want| want == r.mode)
+                    && filter.host.as_ref().is_none_or(|want| Some(want) == r.host.as_ref())
+                    && filter.cidr.is_none_or(|want| r.address.is_some_and(|a| want.contains(a)))
+                    && filter.protocol.is_none_or(|want| want == r.protocol)
+                    && filter.since_us.is_none_or(|want| r.timestamp_us > want)
+                    && filter.until_us.is_none_or(|want| r.timestamp_us < want)
+            };
+            let mut expected: Vec<_> = whole.items.iter().filter(wanted).map(|r| r.id.clone()).collect();
+            if order == Order::Asc {
+                expected.reverse();
+            }
+            let mut seen = Vec::new();
+            loop {
+                let page = log.list(&user, filter.clone()).await.unwrap();
+                seen.extend(page.items.into_iter().map(|r| r.id));
+                match page.cursor {
+                    Some(cursor) => filter.page.cursor = Some(cursor),
+                    None => break,
+                }
+            }
+            assert_eq!(seen, expected, "{bits:#b} {order:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn changes_to_the_log_are_found() {
+    for tamper in [
+        "UPDATE events SET bytes_out = 7 WHERE seq = 50",
+        "UPDATE events SET host = NULL WHERE seq = 51",
+        "UPDATE hosts SET name = 'innocent.' || name",
+        "DELETE FROM events WHERE seq = 50",
+        "DELETE FROM events WHERE seq > 90",
+        "DELETE FROM events WHERE seq < 10",
+        "DELETE FROM meta WHERE key = 'head'",
+        "DELETE FROM events",
+    ] {
+        let (folder, store) = fresh();
+        let (user, vm) = (UserId::generate(), VmId::generate());
+        for n in 0..100 {
+            store.audit().record(event(&user, &vm, n));
+        }
+        store.audit().flush().await;
+        assert_eq!(store.audit().verify().await.unwrap(), Ok(100));
+        let db = rusqlite::Connection::open(folder.path().join("db/audit.db")).unwrap();
+        assert!(db.execute(tamper, []).unwrap() > 0);
+        assert!(store.audit().verify().await.unwrap().is_err(), "{tamper}");
+    }
+}
+
+#[tokio::test]
+async fn retention_takes_the_oldest_and_the_chain_holds() {
+    let (folder, store) = fresh();
+    let (user, vm) = (UserId::generate(), VmId::generate());
+    let log = store.audit();
+    for n in 0..200 {
+        log.record(event(&user, &vm, n));
+    }
+    log.flush().await;
+    assert_eq!(log.retain(1_000_050, u64::MAX).await.unwrap(), 50);
+    assert_eq!(log.verify().await.unwrap(), Ok(150));
+    assert_eq!(log.retain(i64::MIN, 100).await.unwrap(), 50);
+    let mut rare = event(&user, &vm, 200);
+    rare.host = Some("rare.example".parse().unwrap());
+    log.record(rare);
+    log.flush().await;
+    assert_eq!(log.verify().await.unwrap(), Ok(101));
+    assert_eq!(log.retain(i64::MAX, u64::MAX).await.unwrap(), 101);
+    assert_eq!(log.verify().await.unwrap(), Ok(0));
+    let db = rusqlite::Connection::open(folder.path().join("db/audit.db")).unwrap();
+    let hosts: i64 = db.query_row("SELECT count(*) FROM hosts", [], |row| row.get(0)).unwrap();
+    assert_eq!(hosts, 0, "hosts of removed events are removed");
+    // Hosts that the writer remembered are made anew.
+    log.record(event(&user, &vm, 202));
+    log.flush().await;
+    let again = log.list(&user, all()).await.unwrap();
+    assert_eq!(again.items[0].host.as_deref(), Some("h2.example"));
+    assert_eq!(log.verify().await.unwrap(), Ok(1));
+}
+
+#[tokio::test]
+async fn the_log_goes_on_after_a_restart() {
+    let (folder, store) = fresh();
+    let (user, vm) = (UserId::generate(), VmId::generate());
+    store.audit().record(event(&user, &vm, 1));
+    store.audit().flush().await;
+    drop(store);
+    let store = open(folder.path());
+    store.audit().record(event(&user, &vm, 2));
+    store.audit().flush().await;
+    assert_eq!(store.audit().verify().await.unwrap(), Ok(2));
+}

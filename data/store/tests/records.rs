@@ -1,0 +1,262 @@
+//! The store on real files: what is written is there, sealed, unique, paged, and one account's alone.
+#![allow(missing_docs, clippy::unwrap_used, reason = "tests")]
+
+mod common;
+
+use common::*;
+use tapgate_model::lifecycle::{Call, Refusal};
+use tapgate_model::policy::SecretsOverHttp;
+use tapgate_model::{Mode, RuleTarget, StatusDetail as S};
+use tapgate_store::*;
+
+fn rule(target: &str, name: Option<&str>) -> NewRule {
+    let target = match target.parse() {
+        Ok(cidr) => RuleTarget::Cidr(cidr),
+        Err(_) => RuleTarget::Host(target.parse().unwrap()),
+    };
+    NewRule { name: name.map(str::to_owned), target, comment: None }
+}
+
+#[tokio::test]
+async fn nothing_secret_is_readable_in_the_files() {
+    let (folder, store) = fresh();
+    let user = user(&store, "a@example.com").await;
+    store.secret_create(&user, new_secret("s", "S", "ghp_very_secret"), 10).await.unwrap();
+    store.env_set(&user, "E", "env_very_secret", 10).await.unwrap();
+    store.vm_create(new_vm(&user, "vm")).await.unwrap();
+    let issued = store.key_create(&user, "k").await.unwrap();
+    for entry in std::fs::read_dir(folder.path().join("db")).unwrap() {
+        let path = entry.unwrap().path();
+        let bytes = std::fs::read(&path).unwrap();
+        for secret in ["ghp_very_secret", "env_very_secret", "ca key of a VM", &issued.token] {
+            let found = bytes.windows(secret.len()).any(|window| window == secret.as_bytes());
+            assert!(!found, "{secret} in {}", path.display());
+        }
+    }
+}
+
+#[tokio::test]
+async fn another_key_is_refused_at_start() {
+    let (folder, store) = fresh();
+    drop(store);
+    let other = SealKey::load_or_create(&folder.path().join("other.key")).unwrap();
+    let error = Store::open(&folder.path().join("db"), other).unwrap_err();
+    assert!(error.to_string().contains("does not fit"), "{error}");
+}
+
+#[tokio::test]
+async fn names_addresses_and_ports_are_unique_while_a_vm_lives() {
+    let (_folder, store) = fresh();
+    let user = user(&store, "a@example.com").await;
+    let one = store.vm_create(new_vm(&user, "one")).await.unwrap();
+    let two = store.vm_create(new_vm(&user, "two")).await.unwrap();
+    assert_eq!((one.slot, two.slot), (0, 1));
+    assert_eq!((one.ssh_port, two.ssh_port), (2200, 2201));
+    assert!(matches!(
+        store.vm_create(new_vm(&user, "one")).await,
+        Err(StoreError::Conflict(Conflict::VmName))
+    ));
+
+    store.vm_call(&user, &one.id, Call::Stop).await.unwrap();
+    store.vm_call(&user, &one.id, Call::Destroy).await.unwrap();
+    let again = store.vm_create(new_vm(&user, "one")).await.unwrap();
+    assert_eq!(again.slot, 2, "the address is free only when destruction is done");
+    store.vm_advance(&one.id, S::Destroyed, None).await.unwrap();
+    assert_eq!(store.vm_create(new_vm(&user, "three")).await.unwrap().slot, 0);
+
+    let mut full = new_vm(&user, "four");
+    full.slots = 3;
+    assert!(matches!(store.vm_create(full).await, Err(StoreError::Conflict(Conflict::HostFull))));
+    let mut many = new_vm(&user, "four");
+    many.quota = 3;
+    assert!(matches!(store.vm_create(many).await, Err(StoreError::Conflict(Conflict::Quota { .. }))));
+}
+
+#[tokio::test]
+async fn calls_and_reports_follow_the_state_machine() {
+    let (_folder, store) = fresh();
+    let user = user(&store, "a@example.com").await;
+    let vm = store.vm_create(new_vm(&user, "vm")).await.unwrap().id;
+    for state in [S::Starting, S::Running, S::Ready] {
+        store.vm_advance(&vm, state, None).await.unwrap();
+    }
+    assert!(matches!(
+        store.vm_call(&user, &vm, Call::Destroy).await,
+        Err(StoreError::Conflict(Conflict::State(Refusal::NotStopped)))
+    ));
+    let (stopping, changed) = store.vm_call(&user, &vm, Call::Stop).await.unwrap();
+    assert!(changed && stopping.detail == S::Stopping && stopping.desired == Desired::Stopped);
+    assert!(matches!(
+        store.vm_advance(&vm, S::Ready, None).await,
+        Err(StoreError::Illegal { from: "stopping", to: "ready" })
+    ));
+    store.vm_advance(&vm, S::Failed, Some("it broke".into())).await.unwrap();
+    assert_eq!(store.vm(&user, &vm).await.unwrap().failure.as_deref(), Some("it broke"));
+    let (starting, _) = store.vm_call(&user, &vm, Call::Start).await.unwrap();
+    assert_eq!((starting.detail, starting.failure), (S::Starting, None));
+}
+
+#[tokio::test]
+async fn the_effective_policy_is_whole_and_its_generation_rises() {
+    let (_folder, store) = fresh();
+    let user = user(&store, "a@example.com").await;
+    let vm = store.vm_create(new_vm(&user, "vm")).await.unwrap().id;
+    let get = async || store.effective_policy(&vm, SecretsOverHttp::Explicit).await.unwrap();
+    let first = get().await;
+    assert_eq!(first.mode, Mode::Enforce);
+    assert!(!first.rules.has_hosts() && first.rules.cidrs().is_empty());
+
+    let mut last = first.generation;
+    let mut risen = async |what: &str| {
+        let policy = get().await;
+        assert!(policy.generation > last, "{what}");
+        last = policy.generation;
+        policy
+    };
+    let account = store.rule_create(&user, None, rule("a.example", Some("a")), 10).await.unwrap();
+    assert!(risen("account rule").await.rules.has_hosts());
+    store.rule_create(&user, Some(&vm), rule("192.0.2.0/24", None), 10).await.unwrap();
+    assert_eq!(risen("VM rule").await.rules.cidrs().len(), 1);
+    store.vm_egress_set(&user, &vm, Some(Mode::Warn), false).await.unwrap();
+    let own = risen("VM policy").await;
+    assert_eq!(own.mode, Mode::Warn);
+    assert!(!own.rules.has_hosts(), "the account's rules no longer hold");
+    let secret = store.secret_create(&user, new_secret("s", "S", "value"), 10).await.unwrap();
+    let with = risen("secret").await;
+    assert_eq!(with.secrets[0].value.expose(), b"value");
+    store
+        .secret_update(
+            &user,
+            &secret.id,
+            SecretChange {
+                value: Some(tapgate_model::SecretValue::new(b"other".to_vec()).unwrap()),
+                ..SecretChange::default()
+            },
+        )
+        .await
+        .unwrap();
+    assert_eq!(risen("secret changed").await.secrets[0].value.expose(), b"other");
+    store.secret_delete(&user, &secret.id).await.unwrap();
+    assert!(risen("secret deleted").await.secrets.is_empty());
+    store.rule_delete(&user, None, &account.id).await.unwrap();
+    risen("rule deleted").await;
+    store.policy_set(&user, Mode::Warn).await.unwrap();
+    risen("account mode").await;
+    assert_eq!(store.effective_policies(&user, SecretsOverHttp::Never).await.unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn pages_stay_right_while_rows_come_and_go() {
+    let (_folder, store) = fresh();
+    let user = user(&store, "a@example.com").await;
+    let mut ids = Vec::new();
+    for i in 0..25 {
+        ids.push(store.rule_create(&user, None, rule(&format!("h{i}.example"), None), 100).await.unwrap().id);
+    }
+    let list = async |cursor: Option<String>| {
+        let page = PageRequest { limit: 10, cursor, order: Order::Asc };
+        store.rules(&user, None, RuleFilter::default(), RuleSort::Created, page).await
+    };
+    let first = list(None).await.unwrap();
+    store.rule_delete(&user, None, &ids[9]).await.unwrap();
+    store.rule_delete(&user, None, &ids[15]).await.unwrap();
+    let second = list(first.cursor.clone()).await.unwrap();
+    let third = list(second.cursor.clone()).await.unwrap();
+    let seen: Vec<_> = [&first, &second, &third]
+        .into_iter()
+        .flat_map(|page| page.items.iter().map(|r| r.id.clone()))
+        .collect();
+    let expected: Vec<_> =
+        ids.iter().enumerate().filter(|(i, _)| *i != 15).map(|(_, id)| id.clone()).collect();
+    assert_eq!(seen, expected);
+    assert!(third.cursor.is_none());
+
+    // Another query's cursor, another user's, a changed one, rubbish.
+    let cursor = first.cursor.unwrap();
+    let foreign = PageRequest { limit: 10, cursor: Some(cursor.clone()), order: Order::Desc };
+    let refused = store.rules(&user, None, RuleFilter::default(), RuleSort::Created, foreign).await;
+    assert!(matches!(refused, Err(StoreError::Cursor)));
+    let other = common::user(&store, "b@example.com").await;
+    let page = PageRequest { limit: 10, cursor: Some(cursor.clone()), order: Order::Asc };
+    let refused = store.rules(&other, None, RuleFilter::default(), RuleSort::Created, page).await;
+    assert!(matches!(refused, Err(StoreError::Cursor)));
+    let mut changed = cursor.clone().into_bytes();
+    changed[20] ^= 1;
+    for broken in [String::from_utf8(changed).unwrap(), "ee_p3xn7vm2".into(), String::new(), "é".into()] {
+        assert!(matches!(list(Some(broken)).await, Err(StoreError::Cursor)));
+    }
+}
+
+#[tokio::test]
+async fn keys_authenticate_until_revoked() {
+    let (_folder, store) = fresh();
+    let user = user(&store, "a@example.com").await;
+    let issued = store.key_create(&user, "ci").await.unwrap();
+    assert_eq!(store.authenticate(&issued.token).await.unwrap().unwrap().user, user);
+    assert!(store.keys(&user).await.unwrap().iter().any(|key| key.last_used_at.is_some()));
+    for wrong in ["", "iron_live_", "iron_live_x", &issued.token[1..], &format!("{}a", issued.token)] {
+        assert!(store.authenticate(wrong).await.unwrap().is_none());
+    }
+    store.user_disable(&user, true).await.unwrap();
+    assert!(store.authenticate(&issued.token).await.unwrap().is_none());
+    store.user_disable(&user, false).await.unwrap();
+    store.key_revoke(&user, &issued.record.id).await.unwrap();
+    assert!(store.authenticate(&issued.token).await.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn an_agent_goes_with_its_vm() {
+    let (_folder, store) = fresh();
+    let user = user(&store, "a@example.com").await;
+    let new = |name: &str| NewAgent {
+        name: name.into(),
+        repo: "https://example.com/r".into(),
+        branch: None,
+        harness: "claude".into(),
+        prompt: "p".into(),
+        agent_args: None,
+        vm: new_vm(&user, &format!("agent-{name}")),
+    };
+    let agent = store.agent_create(new("a")).await.unwrap();
+    assert!(matches!(store.agent_create(new("a")).await, Err(StoreError::Conflict(Conflict::AgentName))));
+    assert_eq!(store.vms_living().await.unwrap().len(), 1, "the refused agent left no VM");
+    store.vm_advance(&agent.vm, S::Ready, None).await.unwrap_err();
+    let vm = store.agent_destroy(&user, &agent.id).await.unwrap();
+    assert_eq!(store.vm(&user, &vm).await.unwrap().detail, S::Destroying);
+    assert!(matches!(store.agent(&user, &agent.id).await, Err(StoreError::NotFound(Kind::Agent))));
+    store.agent_create(new("a")).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_device_code_is_for_its_requester_and_once() {
+    let (_folder, store) = fresh();
+    let user = user(&store, "a@example.com").await;
+    let code = store.device_code("192.0.2.1").await.unwrap().unwrap().code;
+    let poll = async |from: &str| store.device_poll(&code, from).await.unwrap();
+    assert!(matches!(poll("192.0.2.1").await, DeviceState::Pending));
+    store.device_confirm(&code.to_lowercase(), &user).await.unwrap();
+    assert!(store.device_confirm(&code, &user).await.is_err(), "only once");
+    assert!(matches!(poll("192.0.2.2").await, DeviceState::Expired), "another requester");
+    let DeviceState::Authorized(token) = poll("192.0.2.1").await else { panic!("not authorized") };
+    assert_eq!(store.authenticate(&token).await.unwrap().unwrap().user, user);
+    assert!(matches!(poll("192.0.2.1").await, DeviceState::Expired), "handed out once");
+    for _ in 0..10 {
+        store.device_code("192.0.2.9").await.unwrap().unwrap();
+    }
+    assert!(store.device_code("192.0.2.9").await.unwrap().is_none(), "too many open");
+}
+
+#[tokio::test]
+async fn a_backup_opens_and_holds_everything() {
+    let (folder, store) = fresh();
+    let user = user(&store, "a@example.com").await;
+    store.secret_create(&user, new_secret("s", "S", "value"), 10).await.unwrap();
+    let there = folder.path().join("backup");
+    store.backup(&there).await.unwrap();
+    assert!(store.backup(&there).await.is_err(), "a backup is never overwritten");
+    let key = SealKey::load(&folder.path().join("seal.key")).unwrap();
+    let copy = Store::open(&there, key).unwrap();
+    let page = PageRequest { limit: 10, cursor: None, order: Order::Asc };
+    let secrets = copy.secrets(&user, SecretFilter::default(), SecretSort::Created, page).await.unwrap();
+    assert_eq!(secrets.items.len(), 1);
+}

@@ -1,0 +1,113 @@
+//! Cleaning up, whatever way a test or the demo ends: a process of its own that waits for its parent to close a pipe
+//! (which the kernel does even after SIGKILL) and then takes away everything that the world made. Touches nothing
+//! that does not carry the world's own name or folder.
+
+use crate::{
+    net::{Names, processes},
+    sh::{run, sibling},
+};
+use anyhow::{Context as _, Result};
+use std::{
+    fs,
+    io::Read as _,
+    os::unix::process::CommandExt as _,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    thread,
+    time::Duration,
+};
+
+/// The parent's side. Dropping it cleans up and waits for that.
+pub struct Reaper(Child);
+
+impl Reaper {
+    /// Starts it, before anything else is made.
+    pub fn start(names: &Names, folder: &Path) -> Result<Self> {
+        let mut command = Command::new(sibling("tapgate-world")?);
+        command.args(["reap", "--world", &names.world, "--folder"]).arg(folder);
+        // A group of its own: Ctrl-C on the terminal must end the parent, not this.
+        command.process_group(0).stdin(Stdio::piped()).stdout(Stdio::null());
+        Ok(Self(command.spawn().context("the cleaning process could not be started")?))
+    }
+}
+
+impl Drop for Reaper {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        let _ = self.0.wait();
+    }
+}
+
+/// The process itself: waits for the parent's end, then cleans up.
+pub fn wait_and_reap(names: &Names, folder: &Path) {
+    let _ = std::io::stdin().read_to_end(&mut Vec::new());
+    reap(names, folder);
+}
+
+/// Takes everything away that is there of the world; what is not there is not missed.
+pub fn reap(names: &Names, folder: &Path) {
+    let namespaces = [names.internet(), names.host(), names.egress()];
+    for _ in 0..50 {
+        let mut pids: Vec<u32> = namespaces.iter().flat_map(|namespace| processes(namespace)).collect();
+        pids.extend(of_folder(folder));
+        pids.retain(|pid| *pid != std::process::id());
+        if pids.is_empty() {
+            break;
+        }
+        let _ = run("kill", std::iter::once("-KILL".to_owned()).chain(pids.iter().map(u32::to_string)));
+        thread::sleep(Duration::from_millis(100));
+    }
+    for namespace in &namespaces {
+        if Path::new("/run/netns").join(namespace).exists() {
+            let _ = run("ip", ["netns", "delete", namespace]);
+        }
+    }
+    for pins in pins(names) {
+        let _ = fs::remove_dir_all(pins);
+    }
+    for vm in vms(folder) {
+        remove_named_after(Path::new("/sys/fs/cgroup/tapgate"), &vm, |group| drop(fs::remove_dir(group)));
+        remove_named_after(Path::new("/run/netns"), &vm, |file| {
+            let _ = run("ip", ["netns".as_ref(), "delete".as_ref(), file.file_name().unwrap_or_default()]);
+        });
+    }
+    let _ = fs::remove_dir_all(names.etc());
+    if std::env::var_os("TAPGATE_KEEP").is_none() {
+        let _ = fs::remove_dir_all(folder);
+    }
+}
+
+/// Where the daemon of this world pins its programs and maps.
+fn pins(names: &Names) -> [PathBuf; 2] {
+    let root = Path::new("/sys/fs/bpf");
+    [root.join("tapgate").join(&names.world), root.join(names.egress())]
+}
+
+/// The ids of the VMs that the world's daemon made.
+fn vms(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder.join("data/vms")).into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().into_string().ok()).filter(|name| name.len() > 8).collect()
+}
+
+/// Calls for everything in the folder that carries the VM's id in its name.
+fn remove_named_after(folder: &Path, vm: &str, remove: impl Fn(&Path)) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().contains(vm) {
+            remove(&entry.path());
+        }
+    }
+}
+
+/// Processes that were started with a file of the world's folder: the daemon, its VMMs.
+fn of_folder(folder: &Path) -> Vec<u32> {
+    let Some(needle) = folder.to_str() else { return Vec::new() };
+    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let parent = std::os::unix::process::parent_id();
+    pids.filter(|pid| *pid != std::process::id() && *pid != parent)
+        .filter(|pid| {
+            let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            words.split(|byte| *byte == 0).any(|word| String::from_utf8_lossy(word).contains(needle))
+        })
+        .collect()
+}

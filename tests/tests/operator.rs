@@ -1,0 +1,103 @@
+//! What an operator can get wrong: one clear sentence that says what to do, and nothing left half done.
+#![expect(clippy::unwrap_used, reason = "a test's helper fails by panicking")]
+
+use std::{fs, path::PathBuf};
+use tapgate_e2e::{
+    World,
+    daemon::{self, Daemon, Driver, Settings},
+    sh::{self, Done, capture},
+};
+
+/// Runs `tapgate serve` with this configuration on the world's host, where it must end by itself.
+fn serve(world: &World, config: &str) -> Done {
+    let file = world.folder().join("bad.toml");
+    fs::write(&file, config).unwrap();
+    let mut command = world.on_host("timeout");
+    command
+        .arg("60")
+        .arg(daemon::binary().unwrap())
+        .args(["serve", "--config"])
+        .arg(&file)
+        .env("NO_COLOR", "1");
+    capture(&mut command, b"").unwrap()
+}
+
+fn settings() -> Settings {
+    let images = PathBuf::from("/var/cache/tapgate/images");
+    Settings { binary: daemon::binary().unwrap(), driver: Driver::Netns, images }
+}
+
+/// It failed by itself, and one line says all of these words.
+fn refused(done: &Done, words: &[&str]) {
+    assert!(done.code != 0 && done.code != 124, "{done:?}");
+    assert!(!done.err.contains("panicked"), "{done:?}");
+    let line =
+        done.err.lines().chain(done.out.lines()).find(|line| words.iter().all(|word| line.contains(word)));
+    assert!(line.is_some(), "no line has all of {words:?}: {done:?}");
+}
+
+#[test]
+fn a_wrong_configuration_is_named_and_starts_nothing() {
+    let world = World::new().unwrap();
+    let data = world.folder().join("data");
+    let with = |line: &str| format!("data_dir = {:?}\ninstance = {:?}\n{line}\n", data, world.names().world);
+    refused(&serve(&world, &with("listne = \"127.0.0.1:7070\"")), &["listne", "unknown"]);
+    refused(&serve(&world, &with("listen = \"here\"")), &["listen", "here"]);
+    refused(&serve(&world, &with("driver = \"xen\"")), &["xen"]);
+    refused(&serve(&world, &with("guest_v4 = \"203.0.113.0/24\"")), &["guest_v4", "private"]);
+    refused(&serve(&world, "data_dir = \"relative\"\n"), &["data_dir", "absolute"]);
+    refused(&serve(&world, "data_dir = [not toml\n"), &["bad.toml"]);
+    assert!(!data.exists(), "a daemon that never started made {}", data.display());
+    assert!(!sh::ip("netns list").unwrap().contains(&world.names().egress()));
+}
+
+#[test]
+fn a_port_in_use_is_named_and_the_first_daemon_goes_on() {
+    let world = World::new().unwrap();
+    let daemon = Daemon::start(&world, settings()).unwrap();
+    let other = world.folder().join("other");
+    let config =
+        format!("data_dir = {other:?}\nlisten = \"127.0.0.1:7070\"\ndriver = \"netns\"\ninstance = \"no\"\n");
+    refused(&serve(&world, &config), &["127.0.0.1:7070"]);
+    assert!(!sh::ip("netns list").unwrap().contains("tapgate-no\n"), "a namespace was left behind");
+    assert_eq!(daemon.client().get("/healthz").unwrap().status, 200);
+}
+
+#[test]
+fn one_data_folder_has_one_daemon() {
+    let world = World::new().unwrap();
+    let daemon = Daemon::start(&world, settings()).unwrap();
+    let config = fs::read_to_string(world.folder().join("tapgate.toml")).unwrap().replace(":7070", ":7071");
+    let data = world.folder().join("data").display().to_string();
+    refused(&serve(&world, &config), &[&data]);
+    assert_eq!(daemon.client().get("/healthz").unwrap().status, 200);
+}
+
+#[test]
+fn rubbish_gets_the_error_envelope() {
+    let world = World::new().unwrap();
+    let daemon = Daemon::start(&world, settings()).unwrap();
+    let client = daemon.client().sign_up("ada").unwrap();
+    let post = |path: &str, body: &str| {
+        let mut curl = world.on_host("curl");
+        curl.args(["-sS", "--max-time", "20", "-w", "\n%{http_code}", "-X", "POST", "--data-binary", "@-"]);
+        curl.args(["-H", "Content-Type: application/json", "-H"]);
+        curl.arg(format!("Authorization: Bearer {}", client.key().unwrap()));
+        sh::expect(curl.arg(format!("http://127.0.0.1:7070{path}")), body.as_bytes()).unwrap()
+    };
+    let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
+    for path in ["/v1/vms", "/v1/egress/rules", "/v1/secrets", "/v1/no/such/route", "/v1/vms/%00/stop"] {
+        for body in ["", "{", "null", "[]", "{\"name\": 1}", "\u{fffd}", &deep] {
+            let text = post(path, body);
+            let (json, status) = text.rsplit_once('\n').unwrap();
+            let status: u16 = status.parse().unwrap();
+            assert!((400..500).contains(&status), "{path} {body:.20}: {text}");
+            let json: serde_json::Value = serde_json::from_str(json).unwrap();
+            assert!(
+                json["error"]["code"].is_string() && json["error"]["message"].is_string(),
+                "{path}: {json}"
+            );
+        }
+    }
+    assert_eq!(daemon.client().get("/healthz").unwrap().status, 200);
+}

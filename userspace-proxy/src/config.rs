@@ -1,0 +1,61 @@
+//! What can be set about the proxy: resolvers, trust, patience and bounds. Owns values only, with defaults that suit a host.
+
+use rustls_pki_types::CertificateDer;
+use std::{net::SocketAddr, time::Duration};
+
+/// Settings of a [`crate::Proxy`].
+#[derive(Clone, Debug, Default)]
+pub struct ProxyConfig {
+    /// Name servers to ask; none means the system's (`/etc/resolv.conf`).
+    pub resolvers: Vec<SocketAddr>,
+    /// Certificates trusted for upstreams besides the system's roots, such as a company's own CA.
+    pub extra_roots: Vec<CertificateDer<'static>>,
+    /// How long to wait for what.
+    pub timeouts: Timeouts,
+}
+
+/// Deadlines.
+#[derive(Clone, Copy, Debug)]
+pub struct Timeouts {
+    /// For the whole first flight: ClientHello or HTTP request head, and for a TLS handshake.
+    pub hello: Duration,
+    /// How long a guest may be silent before its connection counts as one where the server speaks first.
+    pub server_first: Duration,
+    /// To resolve a name and connect to one of its addresses.
+    pub connect: Duration,
+    /// Without a byte in either direction, after which a spliced connection is closed.
+    pub idle: Duration,
+    /// Between two requests on one HTTP connection.
+    pub keep_alive: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            hello: Duration::from_secs(10),
+            server_first: Duration::from_millis(500),
+            connect: Duration::from_secs(10),
+            idle: Duration::from_secs(3600),
+            keep_alive: Duration::from_secs(120),
+        }
+    }
+}
+
+/// Bounds for one VM. A VM that hits one is refused; others notice nothing.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Connections open at one time.
+    pub connections: usize,
+    /// New connections a second, sustained; a burst of twice as many is let through.
+    pub new_per_second: u32,
+    /// DNS questions being answered at one time.
+    pub dns_in_flight: usize,
+    /// Addresses kept as given to the VM by DNS.
+    pub pins: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { connections: 2048, new_per_second: 1000, dns_in_flight: 64, pins: 4096 }
+    }
+}

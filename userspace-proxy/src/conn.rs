@@ -1,0 +1,284 @@
+//! One accepted connection: whose it is, what it speaks, what is decided, and which way it goes.
+//!
+//! Every end of it, whichever, leaves exactly one audit event (or one for each HTTP request). No error ends in "allow".
+
+use crate::{
+    audit::Record,
+    decide::{self, Decision, Route},
+    deny::{self, Denial},
+    dial::DialError,
+    http::{
+        request::HttpConn,
+        serve::serve,
+        upstream::{Key, Upstream},
+    },
+    intercept::leaf::Alpn,
+    io::{Prefixed, farewell},
+    peek::{self, First, tls::Hello},
+    proxy::Shared,
+    registry::Subject,
+    splice,
+    table::VmEntry,
+};
+use bytes::Bytes;
+use std::{
+    net::SocketAddr,
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
+};
+use tapgate_model::{HostName, Protocol, Reason, Verdict, VmPolicy};
+use tokio::{io::AsyncWriteExt as _, net::TcpStream, time::timeout};
+use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
+
+/// Ports on which TLS without ALPN is some other protocol than HTTP: mail, directory, DNS, chat, messaging.
+const NOT_HTTP: [u16; 14] = [465, 563, 636, 853, 989, 990, 992, 993, 995, 5061, 5223, 5671, 6697, 8883];
+
+/// A guest's connection, with both of its ends.
+#[derive(Debug)]
+pub struct Accepted {
+    /// The socket.
+    pub stream: TcpStream,
+    /// The guest's address, checked by the datapath.
+    pub guest: SocketAddr,
+    /// What the guest connected to.
+    pub destination: SocketAddr,
+}
+
+struct Conn {
+    shared: Arc<Shared>,
+    entry: Arc<VmEntry>,
+    policy: Arc<VmPolicy>,
+    stream: TcpStream,
+    to: SocketAddr,
+    started: Instant,
+}
+
+/// Handles a connection to its end.
+pub(crate) async fn handle(shared: Arc<Shared>, accepted: Accepted) {
+    let Accepted { stream, guest, destination } = accepted;
+    let started = Instant::now();
+    let to = SocketAddr::new(destination.ip().to_canonical(), destination.port());
+    let Some(entry) = shared.table.by_address(guest.ip()) else {
+        tracing::warn!(%guest, "a connection from an address that no VM has");
+        return reset(&stream);
+    };
+    let policy = entry.policy.load_full();
+    let slot = entry.admit();
+    let mut conn = Conn { shared, entry: entry.clone(), policy, stream, to, started };
+    if slot.is_none() {
+        let _record = conn.record(Protocol::Tcp, Verdict::Deny { reason: Reason::Limit }, None);
+        return reset(&conn.stream);
+    }
+    let _ = conn.stream.set_nodelay(true);
+    let timeouts = conn.shared.config.timeouts;
+    // A short wait is for servers that speak first, where that may happen at all. Where a client speaks first, a slow
+    // one has as long for its first byte as for the rest; where nothing will come of silence, not quite as long.
+    let silence = match to.port() {
+        80 | 443 => timeouts.hello,
+        _ if conn.unnamed().verdict.passes() => timeouts.server_first,
+        _ => timeouts.server_first * 6,
+    };
+    match peek::peek(&mut conn.stream, timeouts.hello, silence).await {
+        Ok((first, raw)) => conn.dispatch(first, raw).await,
+        Err(_) => conn.dispatch(First::Closed, Bytes::new()).await,
+    }
+    drop(slot);
+}
+
+/// Closes with a reset: what cannot be said in the protocol is at least said at once.
+fn reset(stream: &TcpStream) {
+    let _ = socket2::SockRef::from(stream).set_linger(Some(Duration::ZERO));
+}
+
+impl Conn {
+    fn record(&self, protocol: Protocol, verdict: Verdict, host: Option<&HostName>) -> Record {
+        let mut record = Record::begin(&self.shared.sink, &self.policy, protocol, verdict, self.started);
+        record.destination(host, self.to.ip(), self.to.port());
+        record
+    }
+
+    fn unnamed(&self) -> Decision {
+        decide::unnamed(&self.shared.table, &self.entry, &self.policy, self.to, Reason::NoName)
+    }
+
+    async fn dispatch(self, first: First, raw: Bytes) {
+        match first {
+            First::Tls(hello) => self.tls(hello, raw).await,
+            First::BadHello => {
+                let record = self.record(Protocol::Tls, Verdict::Deny { reason: Reason::BadHello }, None);
+                self.refuse_tls(record, Reason::BadHello, raw).await;
+            }
+            First::Http1 => self.http(Alpn::Http1, raw).await,
+            First::Http2 => self.http(Alpn::Http2, raw).await,
+            First::BadHttp => self.bad_http(raw).await,
+            First::Other => {
+                let decision = self.unnamed();
+                self.raw(Protocol::Tcp, decision, raw).await;
+            }
+            First::Closed => {
+                let decision = self.unnamed();
+                drop(self.record(Protocol::Tcp, decision.verdict, decision.name.as_ref()));
+            }
+        }
+    }
+
+    async fn http(self, alpn: Alpn, raw: Bytes) {
+        let conn = HttpConn::new(self.shared, self.entry, self.to, None, alpn, alpn);
+        serve(conn, Prefixed::new(raw, self.stream), CancellationToken::new()).await;
+    }
+
+    async fn bad_http(mut self, raw: Bytes) {
+        let reason = Reason::BadRequest;
+        let mut record = self.record(Protocol::Http, Verdict::Deny { reason }, None);
+        record.counters.out.fetch_add(raw.len() as u64, Ordering::Relaxed);
+        record.status(deny::status_for(reason).as_u16());
+        let detail = Some("the request line is too long, or was not finished");
+        let response =
+            Denial { reason, host: None, event: record.id(), detail }.response(&http::HeaderMap::new());
+        let head = format!(
+            "HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+            response.body().len()
+        );
+        farewell(&mut self.stream, &[head.as_bytes(), response.body()].concat()).await;
+    }
+
+    async fn refuse_tls(mut self, record: Record, reason: Reason, raw: Bytes) {
+        record.counters.out.fetch_add(raw.len() as u64, Ordering::Relaxed);
+        farewell(&mut self.stream, deny::alert_for(reason)).await;
+        drop(record);
+    }
+
+    async fn tls(self, hello: Hello, raw: Bytes) {
+        let decision = match &hello.name {
+            Some(Ok(name)) => decide::named(&self.shared.table, &self.policy, name, self.to),
+            Some(Err(_)) => {
+                let record = self.record(Protocol::Tls, Verdict::Deny { reason: Reason::BadName }, None);
+                return self.refuse_tls(record, Reason::BadName, raw).await;
+            }
+            None => self.unnamed(),
+        };
+        if !decision.verdict.passes() {
+            let reason = decision.verdict.reason();
+            let record = self.record(Protocol::Tls, decision.verdict, decision.name.as_ref());
+            return self.refuse_tls(record, reason, raw).await;
+        }
+        let http = hello.http && (hello.alpn_offered || !NOT_HTTP.contains(&self.to.port()));
+        match &hello.name {
+            Some(Ok(name)) if http && self.opens(&decision, name).await => {
+                self.open(name.clone(), decision.route, hello.http2, raw).await;
+            }
+            Some(Ok(name)) if http && matches!(decision.route, Route::Name(_)) => {
+                let decision = Decision { subject: Subject::Spliced(name.clone()), ..decision };
+                self.raw(Protocol::Tls, decision, raw).await;
+            }
+            _ => self.raw(Protocol::Tls, decision, raw).await,
+        }
+    }
+
+    /// Whether TLS to the name is opened: a rule allows it and a secret could apply, to where it will be dialled.
+    async fn opens(&self, decision: &Decision, name: &HostName) -> bool {
+        let could = decision.verdict.is_allowed() && self.policy.could_inject(name);
+        match decision.route {
+            Route::Name(_) => could,
+            Route::Address => could && self.shared.connector.dialer.leads_to(name, self.to.ip()).await,
+        }
+    }
+
+    /// Opens TLS: as the name towards the guest, verified for the name towards the upstream.
+    async fn open(self, name: HostName, route: Route, offers_http2: bool, raw: Bytes) {
+        let subject = match route {
+            Route::Name(_) => Subject::Opened(name.clone()),
+            Route::Address => Subject::Address(self.to.ip()),
+        };
+        let ticket = self.entry.enter(subject);
+        let upstream = if offers_http2 { self.first_upstream(&name, route).await } else { None };
+        let alpn = upstream.as_ref().map_or(Alpn::Http1, Upstream::alpn);
+        let patience = self.shared.config.timeouts.hello;
+        let accepted = match self.shared.leaves.config(&self.entry.ca, &name, alpn) {
+            Ok(config) => {
+                let record =
+                    self.record(Protocol::Tls, Verdict::Deny { reason: Reason::Untrusted }, Some(&name));
+                let stream = Prefixed::new(raw, self.stream).counted(record.counters.clone());
+                timeout(patience, TlsAcceptor::from(config).accept(stream)).await.map(|done| (done, record))
+            }
+            Err(error) => {
+                tracing::error!(%error, %name, "no certificate could be made");
+                let record = self.record(Protocol::Tls, Verdict::Deny { reason: Reason::Fault }, Some(&name));
+                return self.refuse_tls(record, Reason::Fault, raw).await;
+            }
+        };
+        // The record is handed over where the handshake fails; where it succeeds, each request has its own.
+        let Ok((Ok(stream), record)) = accepted else { return };
+        record.discard();
+        let offer = if offers_http2 { Alpn::Http2 } else { Alpn::Http1 };
+        let conn = HttpConn::new(self.shared, self.entry, self.to, Some(name), alpn, offer);
+        if let Some(upstream) = upstream {
+            conn.park(upstream);
+        }
+        serve(conn, stream, ticket.revoked.clone()).await;
+    }
+
+    /// What HTTP the upstream speaks is known only from the upstream.
+    async fn first_upstream(&self, name: &HostName, route: Route) -> Option<Upstream> {
+        let key = Key::new(Some(name.clone()), route, self.to, Alpn::Http2);
+        let pooled = self.shared.pool.take(&self.policy.vm, &key);
+        let dialer = &self.shared.connector.dialer;
+        if let Some(upstream) = pooled.filter(|up| dialer.admits(&self.policy, up.address.ip()).is_ok()) {
+            return Some(upstream);
+        }
+        // A failure is told to the guest as the answer to its first request.
+        let connected = self.shared.connector.connect(&self.policy, key).await;
+        connected.inspect_err(|error| tracing::debug!(%name, %error, "no upstream yet")).ok()
+    }
+
+    /// Passes the bytes through as they are.
+    async fn raw(mut self, protocol: Protocol, decision: Decision, raw: Bytes) {
+        let reason = decision.verdict.reason();
+        let passes = decision.verdict.passes();
+        let mut record = self.record(protocol, decision.verdict, decision.name.as_ref());
+        record.counters.out.fetch_add(raw.len() as u64, Ordering::Relaxed);
+        if !passes {
+            return reset(&self.stream);
+        }
+        let ticket = self.entry.enter(decision.subject);
+        let revoked = ticket.revoked.clone();
+        let passed = tokio::select! {
+            biased;
+            () = revoked.cancelled() => None,
+            passed = self.pass(&mut record, &decision.route, raw) => Some(passed),
+            () = self.shared.stop.cancelled() => return,
+        };
+        match passed {
+            None => {
+                tracing::debug!(vm = %self.policy.vm, reason = reason.word(), "cut: the rules no longer allow it");
+                record.verdict(Verdict::Deny { reason: Reason::Revoked });
+                reset(&self.stream);
+            }
+            Some(Ok(())) => {}
+            Some(Err(error)) => {
+                record.verdict(Verdict::Deny { reason: error.reason() });
+                match protocol {
+                    Protocol::Tls => farewell(&mut self.stream, deny::alert_for(error.reason())).await,
+                    _ => reset(&self.stream),
+                }
+            }
+        }
+    }
+
+    async fn pass(&self, record: &mut Record, route: &Route, raw: Bytes) -> Result<(), DialError> {
+        let dialer = &self.shared.connector.dialer;
+        let (mut upstream, address) = dialer.dial(&self.policy, route, self.to).await?;
+        record.dialled(address.ip());
+        upstream.write_all(&raw).await.map_err(DialError::Unreachable)?;
+        let idle = self.shared.config.timeouts.idle;
+        let relayed =
+            splice::relay(&self.stream, &upstream, &self.shared.pipes, &record.counters, idle).await;
+        if relayed.is_err() {
+            // One side broke off; the other is told so.
+            reset(&upstream);
+            reset(&self.stream);
+        }
+        Ok(())
+    }
+}

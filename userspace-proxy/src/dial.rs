@@ -1,0 +1,135 @@
+//! The only place that opens upstream sockets: resolves the decided name itself, and checks every address right
+//! before connecting to it, so that there is no window for rebinding.
+
+use crate::{decide::Route, resolve::Resolve, table::PolicyTable};
+use futures_util::{StreamExt as _, stream::FuturesUnordered};
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
+use tapgate_model::{HostName, Reason, VmPolicy};
+use tokio::{
+    net::TcpStream,
+    time::{sleep, timeout},
+};
+
+/// How long one address is waited for before the next is tried beside it (RFC 8305 §5).
+const STAGGER: Duration = Duration::from_millis(250);
+/// Most addresses of one name that are tried.
+const MOST: usize = 8;
+
+/// Why nothing was reached.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DialError {
+    /// The address is one that may not be dialled.
+    #[error("the address is one that no VM may reach")]
+    Refused(Reason),
+    /// The name does not resolve.
+    #[error("the name does not resolve; check its spelling and the daemon's resolvers")]
+    Unresolved,
+    /// Nothing answered.
+    #[error("the upstream could not be reached: {0}")]
+    Unreachable(io::Error),
+}
+
+impl DialError {
+    /// The word for the audit.
+    pub(crate) fn reason(&self) -> Reason {
+        match self {
+            Self::Refused(reason) => *reason,
+            Self::Unresolved => Reason::Unresolved,
+            Self::Unreachable(_) => Reason::Unreachable,
+        }
+    }
+}
+
+/// Opens upstream connections.
+#[derive(Clone)]
+pub(crate) struct Dialer {
+    pub(crate) resolve: Resolve,
+    pub(crate) table: Arc<PolicyTable>,
+    pub(crate) patience: Duration,
+}
+
+impl Dialer {
+    /// Whether this address may be dialled for a name, now.
+    pub(crate) fn admits(&self, policy: &VmPolicy, address: IpAddr) -> Result<(), Reason> {
+        policy.admits_resolved(address)?;
+        self.table.refuse_local(address)
+    }
+
+    /// Connects to where the decision leads. `to` is what the guest chose: its port, and its address only for
+    /// [`Route::Address`].
+    pub(crate) async fn dial(
+        &self,
+        policy: &VmPolicy,
+        route: &Route,
+        to: SocketAddr,
+    ) -> Result<(TcpStream, SocketAddr), DialError> {
+        let attempt = async {
+            let candidates = match route {
+                Route::Name(name) => self.candidates(policy, name).await?,
+                Route::Address => {
+                    self.admits(policy, to.ip()).map_err(DialError::Refused)?;
+                    vec![to.ip()]
+                }
+            };
+            self.race(policy, candidates, to.port()).await
+        };
+        let late = || DialError::Unreachable(io::ErrorKind::TimedOut.into());
+        timeout(self.patience, attempt).await.unwrap_or_else(|_| Err(late()))
+    }
+
+    /// The name's addresses that may be dialled.
+    async fn candidates(&self, policy: &VmPolicy, name: &HostName) -> Result<Vec<IpAddr>, DialError> {
+        let all = self.resolve.addresses(name).await.map_err(|_| DialError::Unresolved)?;
+        let admitted: Vec<_> =
+            all.iter().copied().filter(|a| self.admits(policy, *a).is_ok()).take(MOST).collect();
+        match (admitted.is_empty(), all.is_empty()) {
+            (true, true) => Err(DialError::Unresolved),
+            (true, false) => Err(DialError::Refused(Reason::Rebinding)),
+            (false, _) => Ok(admitted),
+        }
+    }
+
+    /// Whether the name resolves to this very address: what binds a name to an address that a `cidr` rule allows.
+    pub(crate) async fn leads_to(&self, name: &HostName, address: IpAddr) -> bool {
+        let resolved = timeout(self.patience, self.resolve.addresses(name)).await;
+        matches!(resolved, Ok(Ok(all)) if all.contains(&address.to_canonical()))
+    }
+
+    async fn race(
+        &self,
+        policy: &VmPolicy,
+        candidates: Vec<IpAddr>,
+        port: u16,
+    ) -> Result<(TcpStream, SocketAddr), DialError> {
+        let mut last = DialError::Unreachable(io::ErrorKind::AddrNotAvailable.into());
+        let mut candidates = candidates.into_iter();
+        let mut attempts = FuturesUnordered::new();
+        loop {
+            if let Some(address) = candidates.next() {
+                attempts.push(self.connect(policy, SocketAddr::new(address, port)));
+            } else if attempts.is_empty() {
+                return Err(last);
+            }
+            let more = candidates.len() > 0;
+            tokio::select! {
+                Some(result) = attempts.next() => match result {
+                    Ok(connected) => return Ok(connected),
+                    Err(error) => last = error,
+                },
+                () = sleep(STAGGER), if more => {}
+            }
+        }
+    }
+
+    async fn connect(&self, policy: &VmPolicy, to: SocketAddr) -> Result<(TcpStream, SocketAddr), DialError> {
+        self.admits(policy, to.ip()).map_err(DialError::Refused)?;
+        let stream = TcpStream::connect(to).await.map_err(DialError::Unreachable)?;
+        let _ = stream.set_nodelay(true);
+        Ok((stream, to))
+    }
+}

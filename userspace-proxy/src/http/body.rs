@@ -1,0 +1,217 @@
+//! Bodies on their way through: counted, cut when the rules change, cleaned. Nothing is gathered: frames go on as they come.
+
+use super::headers::strip_trailers;
+use crate::{
+    audit::Record,
+    registry::Ticket,
+    secret::clean::{Cleaner, Patterns},
+};
+use bytes::Bytes;
+use http_body::{Frame, SizeHint};
+use http_body_util::{BodyExt as _, Full, combinators::UnsyncBoxBody};
+use std::{
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    task::{Context, Poll, ready},
+};
+use tapgate_model::{Reason, Verdict};
+use tokio_util::sync::WaitForCancellationFutureOwned;
+
+/// What goes wrong in a body.
+pub(crate) type BoxError = Box<dyn std::error::Error + Send + Sync>;
+/// A body of either direction.
+pub(crate) type Body = UnsyncBoxBody<Bytes, BoxError>;
+
+/// A body that is there already.
+pub(crate) fn full(bytes: Bytes) -> Body {
+    Full::new(bytes).map_err(|never| match never {}).boxed_unsync()
+}
+
+/// A request's body: counted as it goes out, its trailers kept to what trailers may say.
+pub(crate) struct Outgoing {
+    inner: hyper::body::Incoming,
+    count: Arc<crate::audit::Counters>,
+}
+
+impl Outgoing {
+    pub(crate) fn wrap(inner: hyper::body::Incoming, count: Arc<crate::audit::Counters>) -> Body {
+        Self { inner, count }.boxed_unsync()
+    }
+}
+
+fn add(count: &AtomicU64, frame: &Frame<Bytes>) {
+    if let Some(data) = frame.data_ref() {
+        count.fetch_add(data.len() as u64, Ordering::Relaxed);
+    }
+}
+
+impl http_body::Body for Outgoing {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let mut frame = ready!(Pin::new(&mut self.inner).poll_frame(cx));
+        if let Some(Ok(frame)) = &mut frame {
+            add(&self.count.out, frame);
+            if let Some(trailers) = frame.trailers_mut() {
+                strip_trailers(trailers);
+            }
+        }
+        Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
+}
+
+/// A response's body: counted, and cut short when the rules no longer allow the request. Its end completes the audit
+/// record.
+pub(crate) struct Incoming {
+    inner: Body,
+    record: Option<Record>,
+    revoked: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
+    _ticket: Option<Ticket>,
+}
+
+impl Incoming {
+    pub(crate) fn wrap(inner: Body, record: Record, ticket: Option<Ticket>) -> Body {
+        let revoked = ticket.as_ref().map(|ticket| Box::pin(ticket.revoked.clone().cancelled_owned()));
+        Self { inner, record: Some(record), revoked, _ticket: ticket }.boxed_unsync()
+    }
+}
+
+impl http_body::Body for Incoming {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        if let Some(revoked) = &mut self.revoked
+            && revoked.as_mut().poll(cx).is_ready()
+        {
+            self.revoked = None;
+            if let Some(mut record) = self.record.take() {
+                record.verdict(Verdict::Deny { reason: Reason::Revoked });
+            }
+            return Poll::Ready(Some(Err("the rules no longer allow this request".into())));
+        }
+        let frame = ready!(Pin::new(&mut self.inner).poll_frame(cx));
+        match (&frame, &self.record) {
+            (Some(Ok(frame)), Some(record)) => add(&record.counters.r#in, frame),
+            _ => drop(self.record.take()),
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
+}
+
+/// A body that is cleaned of real values, trailers included.
+pub(crate) struct Cleaned {
+    inner: Body,
+    patterns: Arc<Patterns>,
+    cleaner: Option<Cleaner>,
+    after: Option<Frame<Bytes>>,
+}
+
+impl Cleaned {
+    pub(crate) fn wrap(inner: Body, patterns: Arc<Patterns>) -> Body {
+        let cleaner = Some(Cleaner::new(patterns.clone()));
+        Self { inner, patterns, cleaner, after: None }.boxed_unsync()
+    }
+
+    /// What was held back, at the end of the data.
+    fn rest(&mut self) -> Option<Bytes> {
+        let rest = self.cleaner.take()?.finish();
+        (!rest.is_empty()).then(|| rest.into())
+    }
+}
+
+impl http_body::Body for Cleaned {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        loop {
+            if let Some(after) = self.after.take() {
+                return Poll::Ready(Some(Ok(after)));
+            }
+            match ready!(Pin::new(&mut self.inner).poll_frame(cx)) {
+                Some(Ok(frame)) => match frame.into_data() {
+                    Ok(data) => {
+                        let Some(cleaner) = &mut self.cleaner else { continue };
+                        let data = cleaner.feed_bytes(data);
+                        if !data.is_empty() {
+                            return Poll::Ready(Some(Ok(Frame::data(data))));
+                        }
+                    }
+                    Err(mut frame) => {
+                        if let Some(trailers) = frame.trailers_mut() {
+                            super::response::clean_headers(trailers, &self.patterns);
+                        }
+                        match self.rest() {
+                            Some(rest) => {
+                                self.after = Some(frame);
+                                return Poll::Ready(Some(Ok(Frame::data(rest))));
+                            }
+                            None => return Poll::Ready(Some(Ok(frame))),
+                        }
+                    }
+                },
+                // A body that breaks off says nothing of what was held back.
+                Some(Err(error)) => {
+                    self.cleaner = None;
+                    return Poll::Ready(Some(Err(error)));
+                }
+                None => return Poll::Ready(self.rest().map(|rest| Ok(Frame::data(rest)))),
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.cleaner.is_none() && self.after.is_none() && self.inner.is_end_stream()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::secret::substitute::tests::policy;
+    use http::HeaderMap;
+    use http_body_util::StreamBody;
+
+    #[tokio::test]
+    async fn a_cleaned_body_keeps_its_trailers_and_cleans_them() {
+        let patterns = Patterns::new(&policy(&[("s", "VALUE", &["*"])]).secrets, Vec::new()).unwrap();
+        let mut trailers = HeaderMap::new();
+        trailers.insert("x-sum", "VALUE".parse().unwrap());
+        let frames = ["a VA", "LUE b VAL"].map(|text| Ok::<_, BoxError>(Frame::data(Bytes::from(text))));
+        let frames = frames.into_iter().chain([Ok(Frame::trailers(trailers))]);
+        let body = StreamBody::new(futures_util::stream::iter(frames)).boxed_unsync();
+        let all = Cleaned::wrap(body, patterns).collect().await.unwrap();
+        assert_eq!(all.trailers().unwrap()["x-sum"], "IRONSH_PROXY_s");
+        assert_eq!(all.to_bytes(), "a IRONSH_PROXY_s b VAL");
+    }
+}

@@ -1,0 +1,11 @@
+//! HTTP on a guest's connection, in clear text or out of opened TLS: each request decided anew, sent on, cleaned, audited.
+
+pub(crate) mod authority;
+pub(crate) mod body;
+pub(crate) mod guard;
+pub(crate) mod headers;
+pub(crate) mod pool;
+pub(crate) mod request;
+pub(crate) mod response;
+pub(crate) mod serve;
+pub(crate) mod upstream;

@@ -1,0 +1,510 @@
+//! One request: whose it is, what is decided, what is put in, where it goes, what comes back.
+//!
+//! The name decided on, the name dialled and the name verified are one. Must never inject on anything but an `allowed`
+//! verdict, and never reuse a decision for the next request.
+
+use super::{
+    authority::{Authority, Named},
+    body::{self, Body, Incoming, Outgoing},
+    guard::Refusal,
+    headers::strip_hop_by_hop,
+    response,
+    upstream::{Key, Sender, Upstream, UpstreamError},
+};
+use crate::{
+    audit::Record,
+    decide::{self, Decision, Route},
+    deny::Denial,
+    intercept::leaf::Alpn,
+    proxy::Shared,
+    secret::{
+        decode,
+        substitute::{Channel, Outcome, substitute_headers},
+    },
+    table::VmEntry,
+};
+use http::{
+    HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header, request::Parts, uri,
+};
+use http_body_util::BodyExt as _;
+use hyper::upgrade::OnUpgrade;
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+use tapgate_model::{HostName, Protocol, Reason, Verdict, VmPolicy};
+
+/// A guest's connection that speaks HTTP.
+pub(crate) struct HttpConn {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) entry: Arc<VmEntry>,
+    /// What the guest connected to.
+    pub(crate) to: SocketAddr,
+    /// The name of SNI, where TLS was opened.
+    pub(crate) tls: Option<HostName>,
+    /// What the guest speaks.
+    pub(crate) alpn: Alpn,
+    /// The best that upstreams are offered.
+    offer: Alpn,
+    refusal: Option<Refusal>,
+    requests: AtomicU64,
+    parked: Mutex<Option<Upstream>>,
+}
+
+/// Why a request is refused before anything is sent.
+struct Refused {
+    reason: Reason,
+    detail: Option<&'static str>,
+}
+
+impl From<Reason> for Refused {
+    fn from(reason: Reason) -> Self {
+        Self { reason, detail: None }
+    }
+}
+
+/// A request that passed.
+struct Passed {
+    policy: Arc<VmPolicy>,
+    decision: Decision,
+    parts: Parts,
+    body: hyper::body::Incoming,
+    record: Record,
+}
+
+impl HttpConn {
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        entry: Arc<VmEntry>,
+        to: SocketAddr,
+        tls: Option<HostName>,
+        alpn: Alpn,
+        offer: Alpn,
+    ) -> Self {
+        Self {
+            shared,
+            entry,
+            to,
+            tls,
+            alpn,
+            offer,
+            refusal: None,
+            requests: AtomicU64::new(0),
+            parked: Mutex::default(),
+        }
+    }
+
+    /// Where refusals of heads are found.
+    pub(crate) fn guarded(mut self, refusal: Refusal) -> Self {
+        self.refusal = Some(refusal);
+        self
+    }
+
+    /// An upstream connection to begin with.
+    pub(crate) fn park(&self, upstream: Upstream) {
+        *self.parked.lock().unwrap_or_else(PoisonError::into_inner) = Some(upstream);
+    }
+
+    /// The connection used before; one that takes many requests at a time stays for others.
+    fn unpark(&self) -> Option<Upstream> {
+        let mut parked = self.parked.lock().unwrap_or_else(PoisonError::into_inner);
+        let upstream = parked.take()?;
+        *parked = upstream.share();
+        Some(upstream)
+    }
+
+    /// Answers one request.
+    pub(crate) async fn handle(self: Arc<Self>, request: Request<hyper::body::Incoming>) -> Response<Body> {
+        let started = Instant::now();
+        let number = self.requests.fetch_add(1, Ordering::Relaxed);
+        let policy = self.entry.policy.load_full();
+        let (parts, body) = request.into_parts();
+        let refused = self.refusal.as_ref().and_then(|refusal| refusal.of(number));
+        let begin = |verdict, host: Option<&HostName>| {
+            let mut record = Record::begin(&self.shared.sink, &policy, Protocol::Http, verdict, started);
+            record.destination(host, self.to.ip(), self.to.port());
+            record
+        };
+        if let Some((reason, detail)) = refused {
+            let record = begin(Verdict::Deny { reason }, self.tls.as_ref());
+            return self.deny(record, reason, self.tls.as_ref(), Some(detail), &HeaderMap::new());
+        }
+        let judged = who(&parts, self.tls.is_some(), self.to.port()).and_then(|who| self.judge(&policy, who));
+        let (mut record, refusal, host) = match judged {
+            Ok(decision) if decision.verdict.passes() => {
+                let mut record = begin(decision.verdict.clone(), decision.name.as_ref());
+                record.request(parts.method.as_str(), parts.uri.path());
+                let passed = Passed { policy: policy.clone(), decision, parts, body, record };
+                return self.forward(passed).await;
+            }
+            Ok(decision) => {
+                let reason = decision.verdict.reason();
+                (begin(decision.verdict, decision.name.as_ref()), Refused::from(reason), decision.name)
+            }
+            Err(refused) => {
+                let host = self.tls.clone().or_else(|| name_in(&parts));
+                (begin(Verdict::Deny { reason: refused.reason }, host.as_ref()), refused, host)
+            }
+        };
+        record.request(parts.method.as_str(), parts.uri.path());
+        if !parts.headers.contains_key(header::EXPECT) {
+            drain(body, &record).await;
+        }
+        self.deny(record, refusal.reason, host.as_ref(), refusal.detail, &parts.headers)
+    }
+
+    /// Decides about a request that is for this host.
+    fn judge(&self, policy: &VmPolicy, who: Option<Authority>) -> Result<Decision, Refused> {
+        let table = &self.shared.table;
+        match (&self.tls, who.map(|who| who.host)) {
+            (Some(bound), Some(Named::Name(name))) if name == *bound => {
+                Ok(decide::named(table, policy, bound, self.to))
+            }
+            (Some(_), _) => Err(Reason::NameMismatch.into()),
+            (None, Some(Named::Name(name))) => Ok(decide::named(table, policy, &name, self.to)),
+            (None, Some(Named::Address(_))) => {
+                Ok(decide::unnamed(table, &self.entry, policy, self.to, Reason::AddressLiteral))
+            }
+            (None, None) => Ok(decide::unnamed(table, &self.entry, policy, self.to, Reason::NoName)),
+        }
+    }
+
+    /// How the request will go out, as far as secrets are concerned.
+    async fn channel(&self, policy: &VmPolicy, decision: &Decision) -> Channel {
+        let Some(name) = decision.name.as_ref().filter(|_| decision.verdict.is_allowed()) else {
+            return Channel::Nowhere;
+        };
+        match (&self.tls, &decision.route) {
+            (Some(_), _) => Channel::Verified,
+            (None, Route::Name(_)) => Channel::Clear,
+            (None, Route::Address)
+                if decision.verdict.reason() == Reason::Pin || !policy.could_inject(name) =>
+            {
+                Channel::Nowhere
+            }
+            // The guest chose this address and wrote this name: a secret goes there only if they belong together.
+            (None, Route::Address) => match self.shared.connector.dialer.leads_to(name, self.to.ip()).await {
+                true => Channel::Clear,
+                false => Channel::Nowhere,
+            },
+        }
+    }
+
+    async fn forward(self: &Arc<Self>, passed: Passed) -> Response<Body> {
+        let Passed { policy, decision, mut parts, body, mut record } = passed;
+        let host = decision.name.as_ref();
+        let asked = parts.headers.clone();
+        let ticket = self.entry.enter(decision.subject.clone());
+        let guest_upgrade = take_upgrade(&mut parts);
+        let channel = self.channel(&policy, &decision).await;
+        let outcome = match self.rewrite(&policy, &decision, &mut parts, channel, guest_upgrade.is_some()) {
+            Ok(outcome) => outcome,
+            Err(error) => {
+                drop(ticket);
+                return self.deny(record, Reason::Limit, host, Some(&error.to_string()), &asked);
+            }
+        };
+        record.secrets(outcome.injected.into_iter().collect(), outcome.withheld.into_iter().collect());
+        let patterns = self.entry.patterns(&policy, outcome.credentials);
+        let method = parts.method.clone();
+        let request = Request::from_parts(parts, Outgoing::wrap(body, record.counters.clone()));
+        // Another protocol can follow on HTTP/1.1 alone.
+        let offer = if guest_upgrade.is_some() { Alpn::Http1 } else { self.offer };
+        let key = Key::new(self.tls.clone(), decision.route.clone(), self.to, offer);
+        let sent = tokio::select! {
+            biased;
+            () = ticket.revoked.cancelled() => {
+                return self.deny(record, Reason::Revoked, host, None, &asked);
+            }
+            sent = self.send(&policy, key, request, guest_upgrade.is_some()) => sent,
+        };
+        let (response, upstream) = match sent {
+            Ok(sent) => sent,
+            Err(error) => {
+                tracing::debug!(vm = %policy.vm, host = ?host, %error, "no answer from the upstream");
+                return self.deny(record, error.reason(), host, None, &asked);
+            }
+        };
+        record.dialled(upstream.address.ip());
+        record.status(response.status().as_u16());
+        if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+            return match guest_upgrade {
+                Some(guest) => super::serve::switch(response, guest, record, ticket, patterns),
+                None => self.deny(
+                    record,
+                    Reason::Tunnel,
+                    host,
+                    Some("the upstream switched protocols unasked"),
+                    &asked,
+                ),
+            };
+        }
+        self.keep(upstream);
+        let response = response.map(|body| body.map_err(Into::into).boxed_unsync());
+        match response::fit(response, &method, patterns) {
+            Ok(mut response) => {
+                if guest_upgrade.is_some() {
+                    // What follows on this connection was announced as another protocol.
+                    response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+                }
+                response.map(|body| Incoming::wrap(body, record, Some(ticket)))
+            }
+            Err(error) => {
+                drop(ticket);
+                self.deny(record, Reason::Unreachable, host, Some(&error.to_string()), &asked)
+            }
+        }
+    }
+
+    /// Makes the guest's request the daemon's own.
+    fn rewrite(
+        &self,
+        policy: &VmPolicy,
+        decision: &Decision,
+        parts: &mut Parts,
+        channel: Channel,
+        upgrade: bool,
+    ) -> Result<Outcome, crate::secret::substitute::TooLarge> {
+        let headers = &mut parts.headers;
+        strip_hop_by_hop(headers);
+        headers.remove(header::EXPECT);
+        headers.remove(header::PROXY_AUTHORIZATION);
+        if upgrade {
+            headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
+            headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+        }
+        if !policy.secrets.is_empty() {
+            decode::restrict(headers);
+        }
+        let Some(name) = &decision.name else { return Ok(Outcome::default()) };
+        let default_port = if self.tls.is_some() { 443 } else { 80 };
+        let host = match self.to.port() {
+            port if port == default_port => name.to_string(),
+            port => format!("{name}:{port}"),
+        };
+        if let Ok(host) = HeaderValue::from_str(&host) {
+            headers.insert(header::HOST, host);
+        }
+        let outcome = substitute_headers(headers, policy, name, channel)?;
+        if !outcome.injected.is_empty() {
+            // In pieces, a value that comes back could not be told.
+            headers.remove(header::RANGE);
+            headers.remove(header::IF_RANGE);
+        }
+        Ok(outcome)
+    }
+
+    /// A connection for the key: the one used before, one at rest, or a new one. True if it was used before.
+    async fn upstream(
+        &self,
+        policy: &VmPolicy,
+        key: &Key,
+        fresh: bool,
+    ) -> Result<(Upstream, bool), UpstreamError> {
+        let dialer = &self.shared.connector.dialer;
+        let fits = |upstream: &Upstream| {
+            upstream.key == *key && dialer.admits(policy, upstream.address.ip()).is_ok()
+        };
+        if !fresh {
+            let parked = self.unpark().filter(fits);
+            for candidate in [parked, self.shared.pool.take(&policy.vm, key).filter(fits)] {
+                if let Some(mut upstream) = candidate
+                    && upstream.ready().await
+                {
+                    return Ok((upstream, true));
+                }
+            }
+        }
+        let mut upstream = self.shared.connector.connect(policy, key.clone()).await?;
+        upstream.ready().await;
+        Ok((upstream, false))
+    }
+
+    async fn send(
+        &self,
+        policy: &VmPolicy,
+        key: Key,
+        mut request: Request<Body>,
+        upgrade: bool,
+    ) -> Result<(Response<hyper::body::Incoming>, Upstream), UpstreamError> {
+        let mut again = repeatable(&request);
+        let mut fresh = upgrade;
+        loop {
+            let (mut upstream, used) = self.upstream(policy, &key, fresh).await?;
+            if let Some(shared) = upstream.share() {
+                self.park(shared);
+            }
+            address(&mut request, &upstream.sender, key.tls.is_some());
+            match upstream.send(request).await {
+                Ok(response) => return Ok((response, upstream)),
+                // It was closed while at rest, and nothing was sent.
+                Err((_, Some(back))) if used => request = back,
+                // It ended between two requests (GOAWAY, a keep-alive that ran out), or on the way to this one.
+                Err((error, None)) if used => match again.take() {
+                    Some(copy) => (request, fresh) = (copy, true),
+                    None => return Err(error.into()),
+                },
+                Err((error, _)) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn keep(&self, upstream: Upstream) {
+        if matches!(upstream.sender, Sender::Http1(_)) {
+            self.park(upstream);
+        }
+    }
+
+    fn deny(
+        &self,
+        mut record: Record,
+        reason: Reason,
+        host: Option<&HostName>,
+        detail: Option<&str>,
+        accept: &HeaderMap,
+    ) -> Response<Body> {
+        let response = Denial { reason, host, event: record.id(), detail }.response(accept);
+        record.verdict(Verdict::Deny { reason });
+        record.status(response.status().as_u16());
+        let mut response = response.map(|text| Incoming::wrap(body::full(text), record, None));
+        let form =
+            [Reason::BadRequest, Reason::BadName, Reason::NameMismatch, Reason::Tunnel].contains(&reason);
+        if form && self.alpn == Alpn::Http1 {
+            // Who writes such heads is not trusted to have written the next.
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        response
+    }
+}
+
+impl Drop for HttpConn {
+    fn drop(&mut self) {
+        let upstream = self.parked.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(upstream) = upstream {
+            let vm = self.entry.policy.load().vm.clone();
+            self.shared.pool.give(&vm, upstream);
+        }
+    }
+}
+
+/// Who a request says it is for: `Host`, `:authority` and an absolute target must be one.
+fn who(parts: &Parts, tls: bool, port: u16) -> Result<Option<Authority>, Refused> {
+    if parts.method == Method::CONNECT {
+        return Err(Reason::Tunnel.into());
+    }
+    let bad = |detail| Refused { reason: Reason::BadRequest, detail: Some(detail) };
+    if parts
+        .uri
+        .scheme()
+        .is_some_and(|scheme| *scheme != if tls { uri::Scheme::HTTPS } else { uri::Scheme::HTTP })
+    {
+        return Err(bad("the scheme of the request is not that of the connection"));
+    }
+    let mut hosts = parts.headers.get_all(header::HOST).iter();
+    let host = hosts.next().map(|host| Authority::parse(host.as_bytes())).transpose()?;
+    if hosts.next().is_some() {
+        return Err(bad("more than one Host field"));
+    }
+    let target = parts.uri.authority().map(|authority| Authority::parse(authority.as_str().as_bytes()));
+    let target = target.transpose()?;
+    let default_port = if tls { 443 } else { 80 };
+    if let (Some(a), Some(b)) = (&host, &target)
+        && (!a.same_host(b) || a.port.unwrap_or(default_port) != b.port.unwrap_or(default_port))
+    {
+        return Err(Reason::NameMismatch.into());
+    }
+    let who = target.or(host);
+    if who.as_ref().is_some_and(|who| who.port.is_some_and(|written| written != port)) {
+        return Err(Refused {
+            reason: Reason::NameMismatch,
+            detail: Some("the port in Host is not the port of the connection"),
+        });
+    }
+    Ok(who)
+}
+
+/// The name for the audit of a request that was refused for its form.
+fn name_in(parts: &Parts) -> Option<HostName> {
+    let host = parts.headers.get(header::HOST).map(HeaderValue::as_bytes);
+    let host = host.or(parts.uri.authority().map(|authority| authority.as_str().as_bytes()))?;
+    match Authority::parse(host).ok()?.host {
+        Named::Name(name) => Some(name),
+        Named::Address(_) => None,
+    }
+}
+
+/// The guest's side of an upgrade, if it asks for one that the guard let through.
+fn take_upgrade(parts: &mut Parts) -> Option<OnUpgrade> {
+    let on = parts.extensions.remove::<OnUpgrade>();
+    let asks = parts.headers.get(header::UPGRADE)?.as_bytes().eq_ignore_ascii_case(b"websocket");
+    on.filter(|_| asks && parts.version == Version::HTTP_11)
+}
+
+/// A copy to send again, of a request that does the same twice as once (RFC 9110 §9.2.2) and has no body.
+fn repeatable(request: &Request<Body>) -> Option<Request<Body>> {
+    (request.method().is_idempotent() && http_body::Body::is_end_stream(request.body())).then(|| {
+        let mut copy = Request::new(body::full(bytes::Bytes::new()));
+        *copy.method_mut() = request.method().clone();
+        *copy.uri_mut() = request.uri().clone();
+        *copy.headers_mut() = request.headers().clone();
+        copy
+    })
+}
+
+/// Addresses a request in the way of the connection it goes out on; it may have been addressed for another before.
+fn address(request: &mut Request<Body>, sender: &Sender, tls: bool) {
+    let mut uri = uri::Parts::default();
+    let path = request.uri().path_and_query().cloned();
+    uri.path_and_query = Some(path.unwrap_or_else(|| uri::PathAndQuery::from_static("/")));
+    let host = request.headers_mut().remove(header::HOST);
+    let host = host.and_then(|host| uri::Authority::try_from(host.as_bytes()).ok());
+    let host = host.or_else(|| request.uri().authority().cloned());
+    match sender {
+        Sender::Http1(_) => {
+            *request.version_mut() = Version::HTTP_11;
+            if let Some(Ok(host)) = host.map(|host| HeaderValue::from_str(host.as_str())) {
+                request.headers_mut().insert(header::HOST, host);
+            }
+            join_cookies(request.headers_mut());
+        }
+        Sender::Http2(_) => {
+            *request.version_mut() = Version::HTTP_2;
+            uri.scheme = host.as_ref().map(|_| if tls { uri::Scheme::HTTPS } else { uri::Scheme::HTTP });
+            uri.authority = host;
+        }
+    }
+    if let Ok(uri) = Uri::from_parts(uri) {
+        *request.uri_mut() = uri;
+    }
+}
+
+/// HTTP/2 may send `Cookie` in pieces; HTTP/1 may not (RFC 9113 §8.2.3).
+fn join_cookies(headers: &mut HeaderMap) {
+    let pieces: Vec<&[u8]> = headers.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes).collect();
+    if pieces.len() > 1
+        && let Ok(mut joined) = HeaderValue::from_bytes(&pieces.join(&b"; "[..]))
+    {
+        joined.set_sensitive(true);
+        headers.insert(header::COOKIE, joined);
+    }
+}
+
+/// Reads what little of a refused request's body is on its way, so that the answer is not lost in a reset.
+async fn drain(mut body: hyper::body::Incoming, record: &Record) {
+    let _ = tokio::time::timeout(Duration::from_secs(1), async {
+        let mut left = 64 * 1024usize;
+        while let Some(Ok(frame)) = body.frame().await {
+            let length = frame.data_ref().map_or(0, bytes::Bytes::len);
+            record.counters.out.fetch_add(length as u64, Ordering::Relaxed);
+            match left.checked_sub(length) {
+                Some(rest) => left = rest,
+                None => break,
+            }
+        }
+    })
+    .await;
+}

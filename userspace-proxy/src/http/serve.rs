@@ -1,0 +1,138 @@
+//! Serves HTTP on one stream of a guest, until it ends, the rules cut it, or the daemon stops.
+
+use super::{
+    body::{self, Body},
+    guard::{GuardedIo, MAX_HEAD},
+    request::HttpConn,
+};
+use crate::{audit::Record, intercept::leaf::Alpn, io::Prefixed, registry::Ticket, secret::clean::Patterns};
+use bytes::Bytes;
+use http::{HeaderValue, Response, header};
+use hyper::{
+    server::conn::{http1, http2},
+    service::service_fn,
+    upgrade::OnUpgrade,
+};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use std::{convert::Infallible, pin::pin, sync::Arc, time::Duration};
+use tapgate_model::{Reason, Verdict};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_util::sync::CancellationToken;
+
+/// Streams of one HTTP/2 connection at one time.
+const STREAMS: u32 = 128;
+/// Streams that a guest may reset before the connection is closed: a rapid reset costs it the connection.
+const RESETS: usize = 64;
+
+/// Serves until the end. `revoked` lets requests under way see their own end first.
+pub(crate) async fn serve<S>(conn: HttpConn, stream: S, revoked: CancellationToken)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let patience = conn.shared.config.timeouts.keep_alive;
+    let stopped = conn.shared.stop.clone();
+    let stop = async move {
+        tokio::select! {
+            () = revoked.cancelled() => {}
+            () = stopped.cancelled() => {}
+        }
+    };
+    let served = match conn.alpn {
+        Alpn::Http1 => http1(conn, stream, stop, patience).await,
+        Alpn::Http2 => http2(conn, stream, stop).await,
+    };
+    if let Err(error) = served {
+        tracing::debug!(%error, "a guest's HTTP connection ended");
+    }
+}
+
+async fn http1<S>(
+    conn: HttpConn,
+    stream: S,
+    stop: impl Future<Output = ()>,
+    patience: Duration,
+) -> Result<(), hyper::Error>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let stream = GuardedIo::new(stream);
+    let conn = Arc::new(conn.guarded(stream.refusal()));
+    let service = service_fn(move |request| {
+        let conn = conn.clone();
+        async move { Ok::<_, Infallible>(conn.handle(request).await) }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(patience)
+        .half_close(true)
+        .preserve_header_case(true)
+        .max_buf_size(4 * MAX_HEAD)
+        .serve_connection(TokioIo::new(stream), service)
+        .with_upgrades();
+    let (mut connection, stop) = (pin!(connection), pin!(stop));
+    tokio::select! {
+        ended = connection.as_mut() => return ended,
+        () = stop => connection.as_mut().graceful_shutdown(),
+    }
+    connection.await
+}
+
+async fn http2<S>(conn: HttpConn, stream: S, stop: impl Future<Output = ()>) -> Result<(), hyper::Error>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let conn = Arc::new(conn);
+    let service = service_fn(move |request| {
+        let conn = conn.clone();
+        async move { Ok::<_, Infallible>(conn.handle(request).await) }
+    });
+    let connection = http2::Builder::new(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(STREAMS)
+        .max_pending_accept_reset_streams(RESETS)
+        .max_local_error_reset_streams(RESETS)
+        .max_header_list_size(u32::try_from(MAX_HEAD).unwrap_or(u32::MAX))
+        .max_send_buf_size(256 * 1024)
+        .keep_alive_interval(Duration::from_secs(60))
+        .keep_alive_timeout(Duration::from_secs(30))
+        .serve_connection(TokioIo::new(stream), service);
+    let (mut connection, stop) = (pin!(connection), pin!(stop));
+    tokio::select! {
+        ended = connection.as_mut() => return ended,
+        () = stop => connection.as_mut().graceful_shutdown(),
+    }
+    connection.await
+}
+
+/// Lets both sides speak WebSocket from here on, until one ends or the rules cut it. What is said is not looked into.
+pub(crate) fn switch(
+    mut response: Response<hyper::body::Incoming>,
+    guest: OnUpgrade,
+    mut record: Record,
+    ticket: Ticket,
+    patterns: Option<Arc<Patterns>>,
+) -> Response<Body> {
+    let upstream = hyper::upgrade::on(&mut response);
+    let (mut parts, _) = response.into_parts();
+    super::headers::strip_hop_by_hop(&mut parts.headers);
+    if let Some(patterns) = &patterns {
+        super::response::clean_headers(&mut parts.headers, patterns);
+    }
+    parts.headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
+    parts.headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+    tokio::spawn(async move {
+        let talk = async {
+            let (guest, upstream) = tokio::try_join!(guest, upstream).ok()?;
+            let mut guest = Prefixed::new(Bytes::new(), TokioIo::new(guest)).counted(record.counters.clone());
+            let mut upstream = TokioIo::new(upstream);
+            tokio::io::copy_bidirectional_with_sizes(&mut guest, &mut upstream, 16 * 1024, 16 * 1024)
+                .await
+                .ok()
+        };
+        tokio::select! {
+            _ = talk => {}
+            () = ticket.revoked.cancelled() => record.verdict(Verdict::Deny { reason: Reason::Revoked }),
+        }
+    });
+    Response::from_parts(parts, body::full(Bytes::new()))
+}

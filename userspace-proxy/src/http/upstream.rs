@@ -1,0 +1,249 @@
+//! A connection to an upstream that speaks HTTP: dialled, and over TLS verified for the one name that was decided on.
+
+use super::body::Body;
+use crate::{
+    decide::Route,
+    dial::{DialError, Dialer},
+    intercept::leaf::Alpn,
+};
+use http::{Request, Response};
+use hyper::client::conn::{http1, http2};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use rustls::{ClientConfig, RootCertStore, crypto::CryptoProvider};
+use rustls_pki_types::{CertificateDer, ServerName};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use tapgate_model::{HostName, Reason, VmPolicy};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+};
+use tokio_rustls::{TlsConnector, client::TlsStream};
+
+/// What an upstream connection is for; two requests share one only if all of this is the same.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Key {
+    /// The name that the certificate is verified for; `None` in clear text.
+    pub tls: Option<HostName>,
+    /// Where it was dialled.
+    pub route: Route,
+    /// The guest's destination: its port, and its address where the route is that address.
+    pub to: SocketAddr,
+    /// The best HTTP that was offered; what was chosen is the connection's own.
+    pub offer: Alpn,
+}
+
+/// Why there is no upstream connection.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum UpstreamError {
+    /// Nothing was reached.
+    #[error(transparent)]
+    Dial(#[from] DialError),
+    /// TLS did not come about; the certificate, if it was that.
+    #[error("{0}")]
+    Tls(io::Error),
+    /// HTTP did not come about, or broke.
+    #[error("the upstream broke the connection: {0}")]
+    Http(#[from] hyper::Error),
+}
+
+impl UpstreamError {
+    /// The word for the audit.
+    pub(crate) fn reason(&self) -> Reason {
+        match self {
+            Self::Dial(error) => error.reason(),
+            Self::Http(_) => Reason::Unreachable,
+            Self::Tls(error) => {
+                let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+                match inner {
+                    Some(rustls::Error::InvalidCertificate(_)) => Reason::Unverified,
+                    _ => Reason::Unreachable,
+                }
+            }
+        }
+    }
+}
+
+/// Sends requests on one connection.
+pub(crate) enum Sender {
+    Http1(http1::SendRequest<Body>),
+    Http2(http2::SendRequest<Body>),
+}
+
+/// A connection with what it is for.
+pub(crate) struct Upstream {
+    pub key: Key,
+    pub address: SocketAddr,
+    pub sender: Sender,
+}
+
+impl Upstream {
+    /// Whether it can take a request, waiting for the one before to end.
+    pub(crate) async fn ready(&mut self) -> bool {
+        match &mut self.sender {
+            Sender::Http1(sender) => sender.ready().await.is_ok(),
+            Sender::Http2(sender) => sender.ready().await.is_ok(),
+        }
+    }
+
+    /// Whether it could take a request right now.
+    pub(crate) fn at_rest(&self) -> bool {
+        match &self.sender {
+            Sender::Http1(sender) => sender.is_ready(),
+            Sender::Http2(sender) => sender.is_ready(),
+        }
+    }
+
+    /// Another handle on a connection that takes many requests at a time.
+    pub(crate) fn share(&self) -> Option<Self> {
+        match &self.sender {
+            Sender::Http1(_) => None,
+            Sender::Http2(sender) => Some(Self {
+                key: self.key.clone(),
+                address: self.address,
+                sender: Sender::Http2(sender.clone()),
+            }),
+        }
+    }
+
+    /// The protocol that was negotiated.
+    pub(crate) fn alpn(&self) -> Alpn {
+        match self.sender {
+            Sender::Http1(_) => Alpn::Http1,
+            Sender::Http2(_) => Alpn::Http2,
+        }
+    }
+
+    /// Sends; gives the request back if none of it was sent.
+    pub(crate) async fn send(
+        &mut self,
+        request: Request<Body>,
+    ) -> Result<Response<hyper::body::Incoming>, (hyper::Error, Option<Request<Body>>)> {
+        let sent = match &mut self.sender {
+            Sender::Http1(sender) => sender.try_send_request(request).await,
+            Sender::Http2(sender) => sender.try_send_request(request).await,
+        };
+        sent.map_err(|mut error| {
+            let message = error.take_message();
+            (error.into_error(), message)
+        })
+    }
+}
+
+/// Makes upstream connections.
+pub(crate) struct Connector {
+    pub(crate) dialer: Dialer,
+    http1: Arc<ClientConfig>,
+    http2: Arc<ClientConfig>,
+    patience: Duration,
+}
+
+impl Connector {
+    /// Trusts the system's roots and the given ones. Certificates are always verified.
+    pub(crate) fn new(
+        dialer: Dialer,
+        provider: Arc<CryptoProvider>,
+        extra_roots: &[CertificateDer<'static>],
+        patience: Duration,
+    ) -> Result<Self, rustls::Error> {
+        let mut roots = RootCertStore::empty();
+        let system = rustls_native_certs::load_native_certs();
+        for error in &system.errors {
+            tracing::warn!(%error, "a root certificate of the system was left out");
+        }
+        roots.add_parsable_certificates(system.certs);
+        roots.add_parsable_certificates(extra_roots.iter().cloned());
+        if roots.is_empty() {
+            tracing::warn!("no root certificates: no upstream will verify; install ca-certificates");
+        }
+        let roots = Arc::new(roots);
+        let config = |alpn: &[Alpn]| {
+            let builder = ClientConfig::builder_with_provider(provider.clone());
+            let mut config = builder
+                .with_safe_default_protocol_versions()?
+                .with_root_certificates(roots.clone())
+                .with_no_client_auth();
+            config.alpn_protocols = alpn.iter().map(|alpn| alpn.word().to_vec()).collect();
+            Ok::<_, rustls::Error>(Arc::new(config))
+        };
+        Ok(Self {
+            dialer,
+            http1: config(&[Alpn::Http1])?,
+            http2: config(&[Alpn::Http2, Alpn::Http1])?,
+            patience,
+        })
+    }
+
+    /// TLS to the upstream, verified for the name.
+    pub(crate) async fn tls(
+        &self,
+        stream: TcpStream,
+        name: &HostName,
+        offer: Alpn,
+    ) -> Result<TlsStream<TcpStream>, UpstreamError> {
+        let config = match offer {
+            Alpn::Http1 => &self.http1,
+            Alpn::Http2 => &self.http2,
+        };
+        let name = ServerName::try_from(name.as_str().to_owned());
+        let name = name.map_err(|error| UpstreamError::Tls(io::Error::other(error)))?;
+        let handshake = TlsConnector::from(config.clone()).connect(name, stream);
+        match tokio::time::timeout(self.patience, handshake).await {
+            Ok(done) => done.map_err(UpstreamError::Tls),
+            Err(_) => Err(UpstreamError::Tls(io::ErrorKind::TimedOut.into())),
+        }
+    }
+
+    /// Dials, verifies, and begins HTTP in what was negotiated; in clear text, in what is offered.
+    pub(crate) async fn connect(&self, policy: &VmPolicy, key: Key) -> Result<Upstream, UpstreamError> {
+        let (stream, address) = self.dialer.dial(policy, &key.route, key.to).await?;
+        let sender = match &key.tls {
+            None => begin(stream, key.offer).await?,
+            Some(name) => {
+                let stream = self.tls(stream, name, key.offer).await?;
+                let http2 = stream.get_ref().1.alpn_protocol() == Some(Alpn::Http2.word());
+                begin(stream, if http2 { Alpn::Http2 } else { Alpn::Http1 }).await?
+            }
+        };
+        Ok(Upstream { key, address, sender })
+    }
+}
+
+async fn begin<S>(stream: S, alpn: Alpn) -> Result<Sender, hyper::Error>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let io = TokioIo::new(stream);
+    match alpn {
+        Alpn::Http1 => {
+            let (sender, connection) = http1::Builder::new()
+                .preserve_header_case(true)
+                .max_buf_size(256 * 1024)
+                .handshake(io)
+                .await?;
+            tokio::spawn(connection.with_upgrades());
+            Ok(Sender::Http1(sender))
+        }
+        Alpn::Http2 => {
+            let (sender, connection) = http2::Builder::new(TokioExecutor::new())
+                .timer(TokioTimer::new())
+                .adaptive_window(true)
+                .max_header_list_size(256 * 1024)
+                .keep_alive_interval(Duration::from_secs(30))
+                .handshake(io)
+                .await?;
+            tokio::spawn(connection);
+            Ok(Sender::Http2(sender))
+        }
+    }
+}
+
+impl Key {
+    /// Where a name is dialled, only the port of the guest's destination counts.
+    pub(crate) fn new(tls: Option<HostName>, route: Route, to: SocketAddr, offer: Alpn) -> Self {
+        let to = match route {
+            Route::Name(_) => SocketAddr::new(std::net::Ipv4Addr::UNSPECIFIED.into(), to.port()),
+            Route::Address => to,
+        };
+        Self { tls, route, to, offer }
+    }
+}

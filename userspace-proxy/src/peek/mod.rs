@@ -1,0 +1,153 @@
+//! The first bytes of a guest's connection, read until what they are is certain, and kept for replay.
+//!
+//! No verdict before the whole ClientHello or request line; one deadline over all of it; a bound on size.
+
+pub(crate) mod http1;
+pub(crate) mod tls;
+
+use bytes::{Bytes, BytesMut};
+use std::io;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _},
+    time::{Duration, Instant, timeout_at},
+};
+
+/// Where reading starts; a hello with a post-quantum key share fits.
+const START: usize = 4 * 1024;
+/// The most that is read before a verdict: the largest handshake message that rustls takes.
+pub(crate) const MOST: usize = 64 * 1024;
+/// Longest first line that is still taken for the beginning of an HTTP request.
+const MAX_LINE: usize = 16 * 1024;
+/// What a client that knows HTTP/2 to be spoken sends first (RFC 9113 §3.4).
+const HTTP2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// What a connection turned out to be.
+#[derive(Debug)]
+pub(crate) enum First {
+    /// TLS, with its whole hello.
+    Tls(tls::Hello),
+    /// TLS whose hello is not one.
+    BadHello,
+    /// HTTP/1.x: the first line is whole and says so.
+    Http1,
+    /// HTTP/2 without TLS.
+    Http2,
+    /// It began like HTTP and ended unlike anything.
+    BadHttp,
+    /// Something else, or nothing: the server speaks first.
+    Other,
+    /// The guest closed before it said anything.
+    Closed,
+}
+
+/// Whether more is needed to know.
+enum Guess {
+    Known(First),
+    /// It can only be TLS or HTTP: worth the whole deadline.
+    More(First),
+    /// Nothing has come: worth a short wait.
+    Silence,
+}
+
+/// Reads until it is known what is spoken. Everything read comes back too.
+pub(crate) async fn peek<S: AsyncRead + Unpin>(
+    stream: &mut S,
+    deadline: Duration,
+    server_first: Duration,
+) -> io::Result<(First, Bytes)> {
+    let start = Instant::now();
+    let mut buffer = BytesMut::with_capacity(START);
+    let mut hello = tls::HelloReader::default();
+    let mut closed = false;
+    loop {
+        let (until, otherwise) = match guess(&buffer, &mut hello) {
+            Guess::Known(first) => return Ok((first, buffer.freeze())),
+            Guess::More(otherwise) if closed || buffer.len() >= MOST => {
+                return Ok((otherwise, buffer.freeze()));
+            }
+            Guess::More(otherwise) => (start + deadline, otherwise),
+            Guess::Silence if closed => return Ok((First::Closed, Bytes::new())),
+            Guess::Silence => (start + server_first.min(deadline), First::Other),
+        };
+        if buffer.capacity() == buffer.len() {
+            buffer.reserve(buffer.len().clamp(START, MOST));
+        }
+        match timeout_at(until, stream.read_buf(&mut buffer)).await {
+            Ok(Ok(0)) => closed = true,
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => return Err(error),
+            Err(_elapsed) => return Ok((otherwise, buffer.freeze())),
+        }
+    }
+}
+
+fn guess(bytes: &[u8], hello: &mut tls::HelloReader) -> Guess {
+    let Some(first) = bytes.first() else { return Guess::Silence };
+    if *first == tls::HANDSHAKE {
+        // SSH, Redis and the like never begin so; a record's second byte is its major version.
+        if bytes.get(1).is_some_and(|major| *major != 3) {
+            return Guess::Known(First::Other);
+        }
+        return match hello.advance(bytes) {
+            Ok(Some(hello)) => Guess::Known(First::Tls(hello)),
+            Ok(None) => Guess::More(First::BadHello),
+            Err(_) => Guess::Known(First::BadHello),
+        };
+    }
+    if bytes.starts_with(HTTP2_PREFACE) {
+        return Guess::Known(First::Http2);
+    }
+    if HTTP2_PREFACE.starts_with(bytes) {
+        return Guess::More(First::BadHttp);
+    }
+    match http1::first_line(&bytes[..bytes.len().min(MAX_LINE)]) {
+        http1::Line::Request => Guess::Known(First::Http1),
+        http1::Line::Unlike => Guess::Known(First::Other),
+        http1::Line::Partial if bytes.len() >= MAX_LINE => Guess::Known(First::BadHttp),
+        http1::Line::Partial => Guess::More(First::BadHttp),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn of(chunks: &[&[u8]]) -> First {
+        let mut stream = tokio_test_stream(chunks);
+        peek(&mut stream, Duration::from_secs(5), Duration::from_secs(5)).await.unwrap().0
+    }
+
+    /// A reader that gives the chunks one at a time, then ends.
+    fn tokio_test_stream(chunks: &[&[u8]]) -> impl AsyncRead + Unpin + use<> {
+        let chunks: Vec<io::Result<Bytes>> = chunks.iter().map(|c| Ok(Bytes::copy_from_slice(c))).collect();
+        tokio_util::io::StreamReader::new(futures_util::stream::iter(chunks))
+    }
+
+    #[tokio::test]
+    async fn protocols_are_told_apart() {
+        assert!(matches!(of(&[b"GET / HTTP/1.1\r\nHost: a\r\n"]).await, First::Http1));
+        assert!(matches!(of(&[b"G", b"E", b"T", b" ", b"/ HTTP/1.", b"1\r\n"]).await, First::Http1));
+        assert!(matches!(of(&[b"GET http://a/ HTTP/1.0\n"]).await, First::Http1));
+        assert!(matches!(of(&[b"PRI * HTTP/2.0\r\n\r\nSM", b"\r\n\r\n"]).await, First::Http2));
+        assert!(matches!(of(&[b"SSH-2.0-OpenSSH_9.2\r\n"]).await, First::Other));
+        assert!(matches!(of(&[b"PING\r\n"]).await, First::Other));
+        assert!(matches!(of(&[b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n"]).await, First::Other));
+        assert!(matches!(of(&[b"\x05\x01\x00"]).await, First::Other));
+        assert!(matches!(of(&[b"\0\0\0\x08\x04\xd2\x16\x2f"]).await, First::Other));
+        assert!(matches!(of(&[]).await, First::Closed));
+    }
+
+    #[tokio::test]
+    async fn what_begins_like_http_and_never_ends_is_refused() {
+        assert!(matches!(of(&[b"GET / HTT"]).await, First::BadHttp));
+        let long = [b"GET /".as_slice(), &vec![b'a'; MAX_LINE]].concat();
+        assert!(matches!(of(&[&long]).await, First::BadHttp));
+    }
+
+    #[tokio::test]
+    async fn a_broken_hello_is_refused() {
+        assert!(matches!(of(&[b"\x16\x03\x01\0\x05hello"]).await, First::BadHello));
+        assert!(matches!(of(&[b"\x16\x03\x01\x02\0\x01"]).await, First::BadHello));
+        assert!(matches!(of(&[b"\x16\x05"]).await, First::Other));
+    }
+}

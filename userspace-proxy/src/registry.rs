@@ -1,0 +1,104 @@
+//! The live connections of one VM and what each was let out as, so that a change of the rules cuts those that they no
+//! longer allow. Must never keep a connection alive: it holds tokens, not sockets.
+
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+use tapgate_model::{HostName, VmPolicy};
+use tokio_util::sync::CancellationToken;
+
+/// What a connection was let out as.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Subject {
+    /// A name, unopened: also cut when a secret could apply from now on, for it would not be put in.
+    Spliced(HostName),
+    /// A name, opened or in the clear: secrets are looked up for each request.
+    Opened(HostName),
+    /// An address that no name stands for.
+    Address(IpAddr),
+    /// An address that DNS gave for a name.
+    Pinned(HostName, IpAddr),
+}
+
+impl Subject {
+    /// Whether the policy still lets it out.
+    pub(crate) fn stands(&self, policy: &VmPolicy) -> bool {
+        match self {
+            Self::Spliced(name) => {
+                let verdict = policy.decide_host(name);
+                verdict.passes() && !(verdict.is_allowed() && policy.could_inject(name))
+            }
+            Self::Opened(name) => policy.decide_host(name).passes(),
+            Self::Address(address) => policy.decide_address(*address).passes(),
+            Self::Pinned(name, address) => {
+                policy.decide_address(*address).passes()
+                    || policy.decide_host(name).is_allowed() && policy.admits_resolved(*address).is_ok()
+            }
+        }
+    }
+}
+
+#[derive(Default)]
+struct Live {
+    next: u64,
+    closed: bool,
+    open: HashMap<u64, (Subject, CancellationToken)>,
+}
+
+/// The connections of one VM.
+#[derive(Default)]
+pub(crate) struct Registry(Mutex<Live>);
+
+impl Registry {
+    fn lock(&self) -> MutexGuard<'_, Live> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes up a connection; it is forgotten when the ticket is dropped.
+    pub(crate) fn enter(self: &Arc<Self>, subject: Subject) -> Ticket {
+        let revoked = CancellationToken::new();
+        let mut live = self.lock();
+        let key = live.next;
+        live.next += 1;
+        if live.closed {
+            revoked.cancel();
+        }
+        live.open.insert(key, (subject, revoked.clone()));
+        Ticket { registry: self.clone(), key, revoked }
+    }
+
+    /// Cuts every connection that the policy no longer lets out.
+    pub(crate) fn rejudge(&self, policy: &VmPolicy) {
+        self.lock().open.values().filter(|(subject, _)| !subject.stands(policy)).for_each(|(_, token)| {
+            token.cancel();
+        });
+    }
+
+    /// Cuts all, and whatever comes later.
+    pub(crate) fn cut_all(&self) {
+        let mut live = self.lock();
+        live.closed = true;
+        live.open.values().for_each(|(_, token)| token.cancel());
+    }
+
+    /// How many are open.
+    pub(crate) fn len(&self) -> usize {
+        self.lock().open.len()
+    }
+}
+
+/// A connection's place in the registry.
+pub(crate) struct Ticket {
+    registry: Arc<Registry>,
+    key: u64,
+    /// Cancelled when the rules no longer allow the connection.
+    pub revoked: CancellationToken,
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.registry.lock().open.remove(&self.key);
+    }
+}

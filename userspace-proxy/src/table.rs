@@ -1,0 +1,254 @@
+//! The VMs that the proxy serves, found by guest address without a lock, each with its policy, CA, pins and live
+//! connections. Owns the host's and the guests' own addresses too, which no name may lead to.
+
+use crate::{
+    config::Limits,
+    dns::pins::Pins,
+    intercept::ca::VmCa,
+    registry::{Registry, Subject, Ticket},
+    secret::clean::Patterns,
+};
+use arc_swap::{ArcSwap, ArcSwapOption};
+use std::{
+    collections::{HashMap, HashSet},
+    net::IpAddr,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Instant,
+};
+use tapgate_model::{Cidr, GuestNet, Reason, SecretBinding, VmId, VmPolicy};
+use tokio::sync::Semaphore;
+use zeroize::Zeroizing;
+
+/// A range of addresses that guests have.
+pub type HostPrefix = Cidr;
+
+/// Patterns, and the secrets that they were made of.
+type Made = (Arc<[SecretBinding]>, Option<Arc<Patterns>>);
+
+/// One VM as the proxy sees it.
+pub(crate) struct VmEntry {
+    /// Its addresses.
+    pub net: GuestNet,
+    /// Its CA.
+    pub ca: Arc<VmCa>,
+    /// Its policy of the moment.
+    pub policy: ArcSwap<VmPolicy>,
+    /// What DNS gave it.
+    pub pins: Pins,
+    /// Its live connections.
+    pub live: Arc<Registry>,
+    /// What to look for in answers, and the secrets that it was made of.
+    patterns: ArcSwapOption<Made>,
+    /// Questions being answered.
+    pub dns: Arc<Semaphore>,
+    limits: Limits,
+    /// Sockets accepted from it and not yet closed.
+    open: AtomicUsize,
+    /// New connections: tokens left, and when they were counted last.
+    arrivals: Mutex<(f64, Instant)>,
+}
+
+/// A place among the VM's open connections; given back on drop.
+pub(crate) struct Slot(Arc<VmEntry>);
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.0.open.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl VmEntry {
+    /// Takes up a connection that was let out as `subject`. Judged again afterwards, so that a change of the rules
+    /// between the decision and this is not missed; the ticket is cancelled already if it no longer stands.
+    pub(crate) fn enter(&self, subject: Subject) -> Ticket {
+        let ticket = self.live.enter(subject.clone());
+        if !subject.stands(&self.policy.load()) {
+            ticket.revoked.cancel();
+        }
+        ticket
+    }
+
+    /// What to look for in an answer under this policy, where these credentials were put in.
+    pub(crate) fn patterns(
+        &self,
+        policy: &VmPolicy,
+        credentials: Vec<(Zeroizing<Vec<u8>>, Vec<u8>)>,
+    ) -> Option<Arc<Patterns>> {
+        if !credentials.is_empty() {
+            return Patterns::new(&policy.secrets, credentials);
+        }
+        if let Some(made) = self.patterns.load().as_ref()
+            && Arc::ptr_eq(&made.0, &policy.secrets)
+        {
+            return made.1.clone();
+        }
+        let patterns = Patterns::new(&policy.secrets, credentials);
+        self.patterns.store(Some(Arc::new((policy.secrets.clone(), patterns.clone()))));
+        patterns
+    }
+
+    /// A place for a new connection, unless the VM has too many or opens them too fast.
+    pub(crate) fn admit(self: &Arc<Self>) -> Option<Slot> {
+        let limits = self.limits;
+        if self.open.fetch_add(1, Ordering::Relaxed) >= limits.connections {
+            self.open.fetch_sub(1, Ordering::Relaxed);
+            return None;
+        }
+        let slot = Slot(self.clone());
+        let rate = f64::from(limits.new_per_second);
+        let mut arrivals = self.arrivals.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        let earned = now.duration_since(arrivals.1).as_secs_f64() * rate;
+        *arrivals = ((arrivals.0 + earned).min(rate * 2.0), now);
+        if arrivals.0 < 1.0 {
+            return None;
+        }
+        arrivals.0 -= 1.0;
+        drop(arrivals);
+        Some(slot)
+    }
+}
+
+#[derive(Clone, Default)]
+struct State {
+    by_address: HashMap<IpAddr, Arc<VmEntry>>,
+    host_addresses: HashSet<IpAddr>,
+    guest_ranges: Vec<HostPrefix>,
+}
+
+/// The table of VMs. Readers never wait; a change is seen whole or not at all.
+pub struct PolicyTable {
+    state: ArcSwap<State>,
+    writing: Mutex<()>,
+    limits: Limits,
+}
+
+impl Default for PolicyTable {
+    fn default() -> Self {
+        Self::new(Limits::default())
+    }
+}
+
+impl PolicyTable {
+    /// An empty table: nobody is served.
+    pub fn new(limits: Limits) -> Self {
+        Self { state: ArcSwap::default(), writing: Mutex::default(), limits }
+    }
+
+    fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = State::clone(&self.state.load());
+        let result = change(&mut state);
+        self.state.store(Arc::new(state));
+        result
+    }
+
+    /// Serves a VM from now on. Whoever had its addresses or its id before is gone, connections included.
+    pub fn insert(&self, net: GuestNet, ca: Arc<VmCa>, policy: Arc<VmPolicy>) {
+        let vm = policy.vm.clone();
+        let limits = &self.limits;
+        let entry = Arc::new(VmEntry {
+            net,
+            ca,
+            policy: ArcSwap::new(policy),
+            pins: Pins::new(limits.pins),
+            live: Arc::default(),
+            patterns: ArcSwapOption::empty(),
+            dns: Arc::new(Semaphore::new(limits.dns_in_flight)),
+            limits: *limits,
+            open: AtomicUsize::new(0),
+            arrivals: Mutex::new((f64::from(limits.new_per_second) * 2.0, Instant::now())),
+        });
+        let gone = self.change(|state| {
+            let gone = take(state, |old| old.policy.load().vm == vm || overlaps(&old.net, &net));
+            state.by_address.insert(net.v4.into(), entry.clone());
+            if let Some(v6) = net.v6 {
+                state.by_address.insert(v6.into(), entry);
+            }
+            gone
+        });
+        gone.iter().for_each(|old| old.live.cut_all());
+    }
+
+    /// Puts a newer policy of a VM in force, and cuts what it no longer allows. An older generation is ignored.
+    /// Returns whether the VM is known.
+    pub fn update(&self, policy: Arc<VmPolicy>) -> bool {
+        // Under the writers' lock, so that of two updates the newer generation stays.
+        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let state = self.state.load();
+        let Some(entry) = state.by_address.values().find(|entry| entry.policy.load().vm == policy.vm) else {
+            return false;
+        };
+        if entry.policy.load().generation <= policy.generation {
+            entry.policy.store(policy.clone());
+            entry.live.rejudge(&policy);
+        }
+        true
+    }
+
+    /// Stops serving a VM and cuts its connections.
+    pub fn remove(&self, vm: &VmId) {
+        let gone = self.change(|state| take(state, |old| old.policy.load().vm == *vm));
+        gone.iter().for_each(|old| old.live.cut_all());
+    }
+
+    /// The host's own addresses: no name or rule leads a guest there.
+    pub fn set_host_addresses(&self, addresses: &[IpAddr]) {
+        self.change(|state| {
+            state.host_addresses = addresses.iter().map(IpAddr::to_canonical).collect();
+        });
+    }
+
+    /// The ranges that guests' addresses come from: no name or rule leads a guest to another.
+    pub fn set_guest_range(&self, ranges: &[HostPrefix]) {
+        self.change(|state| state.guest_ranges = ranges.to_vec());
+    }
+
+    /// The VM with this address.
+    pub(crate) fn by_address(&self, guest: IpAddr) -> Option<Arc<VmEntry>> {
+        self.state.load().by_address.get(&guest.to_canonical()).cloned()
+    }
+
+    /// Whether the address is the host's or a guest's: facts of this host that no policy knows.
+    pub(crate) fn refuse_local(&self, address: IpAddr) -> Result<(), Reason> {
+        let address = address.to_canonical();
+        let state = self.state.load();
+        if state.host_addresses.contains(&address) {
+            return Err(Reason::HostAddress);
+        }
+        let guest = state.by_address.contains_key(&address)
+            || state.guest_ranges.iter().any(|range| range.contains(address));
+        if guest { Err(Reason::OtherVm) } else { Ok(()) }
+    }
+
+    /// The policy that is in force for the VM, if it is served.
+    pub fn policy(&self, vm: &VmId) -> Option<Arc<VmPolicy>> {
+        let state = self.state.load();
+        state.by_address.values().map(|entry| entry.policy.load_full()).find(|policy| policy.vm == *vm)
+    }
+
+    /// How many connections of the VM are open.
+    pub fn open_connections(&self, vm: &VmId) -> usize {
+        let state = self.state.load();
+        state.by_address.values().find(|e| e.policy.load().vm == *vm).map_or(0, |e| e.live.len())
+    }
+}
+
+fn overlaps(a: &GuestNet, b: &GuestNet) -> bool {
+    a.v4 == b.v4 || a.v6.is_some() && a.v6 == b.v6
+}
+
+fn take(state: &mut State, fits: impl Fn(&VmEntry) -> bool) -> Vec<Arc<VmEntry>> {
+    let mut gone = Vec::new();
+    state.by_address.retain(|_, entry| {
+        let stays = !fits(entry);
+        if !stays {
+            gone.push(entry.clone());
+        }
+        stays
+    });
+    gone
+}

@@ -1,0 +1,199 @@
+//! HTTP/2 on both sides, with ALPN carried through, and without TLS by prior knowledge.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod support;
+
+use bytes::Bytes;
+use http::{HeaderMap, Request, Response};
+use http_body::Frame;
+use http_body_util::{BodyExt as _, Empty, StreamBody, combinators::UnsyncBoxBody};
+use hyper::client::conn::http2::SendRequest;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use std::convert::Infallible;
+use support::{ATTACKER, OTHER, SERVER, World, world};
+use tapgate_model::{Mode, Protocol, Reason, Verdict};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+
+const VALUE: &str = "ghp_realvalue0123456789";
+
+type Body = UnsyncBoxBody<Bytes, Infallible>;
+
+async fn begin<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(stream: S) -> SendRequest<Body> {
+    let (sender, connection) =
+        hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.unwrap();
+    tokio::spawn(connection);
+    sender
+}
+
+fn get(uri: &str) -> Request<Body> {
+    Request::get(uri)
+        .header("authorization", "Bearer IRONSH_PROXY_token")
+        .body(Empty::new().boxed_unsync())
+        .unwrap()
+}
+
+async fn text(response: Response<hyper::body::Incoming>) -> String {
+    String::from_utf8(response.into_body().collect().await.unwrap().to_bytes().to_vec()).unwrap()
+}
+
+async fn start(w: &mut World, alpn: &[&str]) {
+    w.zone.set("api.example", &[SERVER]);
+    w.zone.set("b.example", &[OTHER]);
+    w.serve((SERVER, 443), Some(w.ca.server(&["api.example"], alpn))).await;
+    w.serve((SERVER, 80), None).await;
+    w.serve((OTHER, 80), None).await;
+    w.serve((ATTACKER, 443), Some(w.ca.server(&["evil.example"], alpn))).await;
+    w.rules(Mode::Enforce, &["api.example", "b.example"], &[("token", VALUE, &["api.example"])]);
+}
+
+#[test]
+fn alpn_is_carried_through() {
+    world(|mut w| async move {
+        start(&mut w, &["h2", "http/1.1"]).await;
+        let stream = w.tls((SERVER, 443), "api.example", &["h2", "http/1.1"]).await.unwrap();
+        assert!(w.is_opened(&stream));
+        assert_eq!(stream.get_ref().1.alpn_protocol(), Some(&b"h2"[..]));
+        let mut sender = begin(stream).await;
+        // Many at a time, on one connection to the upstream.
+        let answers: Vec<_> =
+            (0..20).map(|n| sender.send_request(get(&format!("https://api.example/{n}")))).collect();
+        for answer in futures_util::future::join_all(answers).await {
+            let answer = answer.unwrap();
+            assert_eq!(answer.headers()["x-echo"], "Bearer IRONSH_PROXY_token");
+            assert!(!text(answer).await.contains(VALUE));
+        }
+        let seen = w.log.seen();
+        assert_eq!(seen.len(), 20);
+        assert!(seen.iter().all(|s| s.header("authorization") == Some(&format!("Bearer {VALUE}")[..])));
+        assert!(
+            seen.iter().all(|s| s.line.ends_with("HTTP/2.0") && s.header("host").is_none()),
+            "{:?}",
+            seen[0]
+        );
+        let events = w.events(20).await;
+        assert!(events.iter().all(|event| event.secrets == ["token"] && event.protocol == Protocol::Http));
+    });
+}
+
+#[test]
+fn an_upstream_without_http2_gets_what_it_speaks() {
+    world(|mut w| async move {
+        start(&mut w, &["http/1.1"]).await;
+        let stream = w.tls((SERVER, 443), "api.example", &["h2", "http/1.1"]).await.unwrap();
+        assert_eq!(stream.get_ref().1.alpn_protocol(), Some(&b"http/1.1"[..]));
+        let answer =
+            support::talk(stream, "GET / HTTP/1.1\r\nHost: api.example\r\nConnection: close\r\n\r\n").await;
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    });
+}
+
+#[test]
+fn another_authority_on_the_connection_is_misdirected() {
+    world(|mut w| async move {
+        start(&mut w, &["h2"]).await;
+        w.rules(Mode::Enforce, &["*"], &[("token", VALUE, &["*"])]);
+        let mut sender = begin(w.tls((SERVER, 443), "api.example", &["h2"]).await.unwrap()).await;
+        for uri in ["https://evil.example/", "https://api.example:8443/", "https://192.0.2.10/"] {
+            let answer = sender.send_request(get(uri)).await.unwrap();
+            assert_eq!(answer.status(), 421, "{uri}");
+            let _ = text(answer).await;
+            assert_eq!(w.event().await.verdict, Verdict::Deny { reason: Reason::NameMismatch });
+        }
+        let mut two = get("https://api.example/");
+        two.headers_mut().insert("host", "evil.example".parse().unwrap());
+        let answer = sender.send_request(two).await.unwrap();
+        assert_eq!(answer.status(), 421);
+        let answer = sender.send_request(get("https://api.example/")).await.unwrap();
+        assert_eq!(answer.status(), 200, "the connection serves its own name on");
+        assert_eq!(w.log.seen().len(), 1);
+        assert!(!w.log.attacker_got("api.example"));
+    });
+}
+
+#[test]
+fn trailers_pass_cleaned_and_say_only_what_trailers_may() {
+    world(|mut w| async move {
+        start(&mut w, &["h2"]).await;
+        let mut sender = begin(w.tls((SERVER, 443), "api.example", &["h2"]).await.unwrap()).await;
+        let trailers: HeaderMap =
+            [("x-more", "1"), ("authorization", "IRONSH_PROXY_token"), ("host", "evil.example")]
+                .map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap()))
+                .into_iter()
+                .collect();
+        let frames = [Ok(Frame::data(Bytes::from("body"))), Ok(Frame::trailers(trailers))];
+        let body = StreamBody::new(futures_util::stream::iter(frames)).boxed_unsync();
+        let mut request = get("https://api.example/trailers").map(|_| body);
+        *request.method_mut() = http::Method::POST;
+        request.headers_mut().insert("te", "trailers".parse().unwrap());
+        let all = sender.send_request(request).await.unwrap().into_body().collect().await.unwrap();
+        assert_eq!(all.trailers().unwrap()["x-sum"], "Bearer IRONSH_PROXY_token");
+        let echo = String::from_utf8(all.to_bytes().to_vec()).unwrap();
+        assert!(echo.contains("trailer x-more: 1\n") && echo.ends_with("body"), "{echo}");
+        assert!(!echo.contains("trailer authorization") && !echo.contains("trailer host"), "{echo}");
+        assert!(echo.contains("te: trailers\n"), "{echo}");
+    });
+}
+
+#[test]
+fn prior_knowledge_is_decided_request_by_request() {
+    world(|mut w| async move {
+        start(&mut w, &["h2"]).await;
+        let mut sender = begin(w.connect((ATTACKER, 80)).await).await;
+        for (uri, status) in [
+            ("http://api.example/1", 200),
+            ("http://b.example/2", 200),
+            ("http://evil.example/3", 403),
+            ("https://api.example/4", 400),
+        ] {
+            assert_eq!(sender.send_request(get(uri)).await.unwrap().status(), status, "{uri}");
+        }
+        let seen: Vec<_> = w.log.seen().into_iter().map(|s| (s.server, s.line)).collect();
+        assert_eq!(seen.len(), 2);
+        assert_eq!(seen[0], (SERVER, "GET http://api.example/1 HTTP/2.0".to_owned()));
+        assert_eq!(seen[1].0, OTHER);
+        assert_eq!(w.log.seen()[1].header("authorization"), Some("Bearer IRONSH_PROXY_token"));
+    });
+}
+
+/// A frame of HTTP/2 (RFC 9113 §4.1).
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+    [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
+}
+
+#[test]
+fn floods_end_the_connection() {
+    world(|mut w| async move {
+        start(&mut w, &["h2"]).await;
+        let preface = [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".as_slice(), &frame(4, 0, 0, b"")].concat();
+        // GET http://b.example/ in HPACK: indexed fields, and a literal authority.
+        let head = [&[0x82, 0x86, 0x84, 0x41, 9][..], b"b.example"].concat();
+        let resets: Vec<u8> = (0..5000u32)
+            .flat_map(|n| [frame(1, 5, 2 * n + 1, &head), frame(3, 0, 2 * n + 1, &[0, 0, 0, 8])].concat())
+            .collect();
+        let first = frame(1, 1, 1, &head);
+        let continuations =
+            [first, (0..20_000).flat_map(|_| frame(9, 0, 1, &[0x40, 1, b'a', 1, b'b'])).collect()].concat();
+        // A kilobyte of table entry, referred to thousands of times.
+        let mut bomb =
+            [&[0x82, 0x86, 0x84, 0x41, 9][..], b"b.example", &[0x40, 1, b'x', 0x7f, 0xa1, 0x1e]].concat();
+        bomb.extend([b'y'; 4000]);
+        bomb.extend([0xbe; 12_000]);
+        let bombs: Vec<u8> = (0..64u32).flat_map(|n| frame(1, 5, 2 * n + 1, &bomb)).collect();
+        for flood in [resets, continuations, bombs] {
+            let mut stream = w.connect((OTHER, 80)).await;
+            let (mut read, mut write) = stream.split();
+            let bytes = [preface.clone(), flood].concat();
+            let (_, answer) = tokio::join!(write.write_all(&bytes), async {
+                let mut all = Vec::new();
+                let _ = read.read_to_end(&mut all).await;
+                all
+            });
+            // It ended: read_to_end returned. A GOAWAY frame says so, unless the close overtook it.
+            assert!(answer.len() < 4 * 1024 * 1024);
+        }
+        // Others notice nothing.
+        let mut sender = begin(w.connect((OTHER, 80)).await).await;
+        assert_eq!(sender.send_request(get("http://b.example/")).await.unwrap().status(), 200);
+    });
+}

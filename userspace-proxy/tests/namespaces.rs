@@ -1,0 +1,235 @@
+//! Real delivery: a guest in a namespace of its own, packets handed to the transparent listeners by nftables' tproxy, DNS
+//! over UDP and TCP to whatever address the guest asks.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod support;
+
+use hickory_proto::{
+    op::{Edns, Message, Query, ResponseCode},
+    rr::{Name, RData, RecordType},
+};
+use std::{
+    io::{Read as _, Write as _},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, UdpSocket},
+    time::Duration,
+};
+use support::{
+    ATTACKER, OTHER, PRIVATE, RESOLVER, SERVER,
+    guest::{Guest, serve},
+    world_of,
+};
+use tapgate_model::{Mode, Protocol, Reason, Verdict};
+
+/// Questions of a guest.
+trait Ask {
+    async fn ask(&self, server: Ipv4Addr, message: Vec<u8>) -> (SocketAddr, Message);
+    async fn query(&self, name: &str, kind: RecordType) -> Message;
+}
+
+impl Ask for Guest {
+    async fn ask(&self, server: Ipv4Addr, message: Vec<u8>) -> (SocketAddr, Message) {
+        self.run(move || {
+            let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+            socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+            socket.send_to(&message, (server, 53)).unwrap();
+            let mut buffer = [0; 4096];
+            let (length, from) = socket.recv_from(&mut buffer).unwrap();
+            (from, Message::from_vec(&buffer[..length]).unwrap())
+        })
+        .await
+    }
+
+    async fn query(&self, name: &str, kind: RecordType) -> Message {
+        self.ask(RESOLVER, question(name, kind)).await.1
+    }
+}
+
+fn question(name: &str, kind: RecordType) -> Vec<u8> {
+    let mut message = Message::query();
+    message.metadata.recursion_desired = true;
+    message.add_query(Query::query(Name::from_ascii(name).unwrap(), kind));
+    message.set_edns(Edns::new());
+    message.to_vec().unwrap()
+}
+
+fn addresses(message: &Message) -> Vec<IpAddr> {
+    let of = |data: &RData| match data {
+        RData::A(a) => Some(IpAddr::V4(a.0)),
+        _ => None,
+    };
+    message.answers.iter().filter_map(|record| of(&record.data)).collect()
+}
+
+/// The text of the extended error.
+fn extended(message: &Message) -> (u16, String) {
+    use hickory_proto::rr::rdata::opt::{EdnsCode, EdnsOption};
+    let Some(EdnsOption::Unknown(_, bytes)) = message.edns.as_ref().unwrap().option(EdnsCode::Unknown(15))
+    else {
+        panic!("no extended error: {message:?}")
+    };
+    (u16::from_be_bytes([bytes[0], bytes[1]]), String::from_utf8(bytes[2..].to_vec()).unwrap())
+}
+
+const HERE: &[Ipv4Addr] = &[SERVER, OTHER, ATTACKER, RESOLVER, PRIVATE];
+
+#[test]
+fn a_guests_connection_is_delivered_and_answered() {
+    world_of(HERE, |mut w| async move {
+        let guest = Guest::new("t");
+        serve(&w);
+        w.zone.set("a.example", &[SERVER]);
+        w.serve((SERVER, 80), None).await;
+        w.rules(Mode::Enforce, &["a.example"], &[]);
+        // The address is nobody's; the name leads.
+        let answer = guest
+            .run(|| {
+                let mut stream = TcpStream::connect("203.0.113.200:80").unwrap();
+                stream.write_all(b"GET / HTTP/1.1\r\nHost: a.example\r\nConnection: close\r\n\r\n").unwrap();
+                let mut answer = String::new();
+                stream.read_to_string(&mut answer).unwrap();
+                answer
+            })
+            .await;
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        let event = w.event().await;
+        assert_eq!(
+            (event.verdict.reason(), event.address, event.port),
+            (Reason::Host, Some(SERVER.into()), Some(80))
+        );
+    });
+}
+
+#[test]
+fn dns_answers_allowed_names_from_the_address_that_was_asked() {
+    world_of(HERE, |mut w| async move {
+        let guest = Guest::new("d");
+        serve(&w);
+        w.zone.set("a.example", &[SERVER, PRIVATE, Ipv4Addr::LOCALHOST]);
+        w.zone.set("inner.example", &[PRIVATE]);
+        w.zone.set("big.example", &[SERVER]);
+        w.rules(Mode::Enforce, &["a.example", "inner.example", "big.example", "*.tunnel.example"], &[]);
+        for server in [Ipv4Addr::new(169, 254, 77, 1), Ipv4Addr::new(198, 51, 100, 8)] {
+            let (from, answer) = guest.ask(server, question("A.Example.", RecordType::A)).await;
+            assert_eq!(from, SocketAddr::from((server, 53)));
+            assert_eq!(answer.metadata.response_code, ResponseCode::NoError);
+            assert_eq!(answer.queries[0].name().to_ascii(), "A.Example.");
+            assert_eq!(
+                addresses(&answer),
+                [IpAddr::from(SERVER)],
+                "denied and private addresses are left out"
+            );
+        }
+        // Only to closed ranges: nothing, and said so.
+        let answer = guest.query("inner.example.", RecordType::A).await;
+        assert!(addresses(&answer).is_empty());
+        assert_eq!(extended(&answer).0, 17);
+        assert_eq!(w.event().await.verdict, Verdict::Deny { reason: Reason::Rebinding });
+        // Service bindings and IPv6 that the VM has not: no data, no question.
+        for kind in [RecordType::HTTPS, RecordType::SVCB, RecordType::AAAA] {
+            let answer = guest.query("a.example.", kind).await;
+            assert_eq!((answer.metadata.response_code, answer.answers.len()), (ResponseCode::NoError, 0));
+        }
+        // What does not fit is cut, and comes whole over TCP.
+        let mut plain = Message::from_vec(&question("big.example.", RecordType::TXT)).unwrap();
+        plain.edns = None;
+        let answer = guest.ask(RESOLVER, plain.to_vec().unwrap()).await.1;
+        assert!(answer.metadata.truncation && answer.answers.is_empty());
+        let whole = guest
+            .run(|| {
+                let mut stream = TcpStream::connect("198.51.100.9:53").unwrap();
+                let message = question("big.example.", RecordType::TXT);
+                // One octet at a time.
+                for byte in
+                    [&u16::try_from(message.len()).unwrap().to_be_bytes(), message.as_slice()].concat()
+                {
+                    stream.write_all(&[byte]).unwrap();
+                }
+                let mut length = [0; 2];
+                stream.read_exact(&mut length).unwrap();
+                let mut reply = vec![0; usize::from(u16::from_be_bytes(length))];
+                stream.read_exact(&mut reply).unwrap();
+                Message::from_vec(&reply).unwrap()
+            })
+            .await;
+        assert_eq!(whole.answers.len(), 1);
+        let answer = guest.query("nx.tunnel.example.", RecordType::A).await;
+        assert_eq!(answer.metadata.response_code, ResponseCode::NXDomain);
+    });
+}
+
+#[test]
+fn dns_carries_nothing_out() {
+    world_of(HERE, |mut w| async move {
+        let guest = Guest::new("n");
+        serve(&w);
+        w.zone.set("a.example", &[SERVER]);
+        w.rules(Mode::Enforce, &["a.example"], &[]);
+        for (name, kind, reason) in [
+            ("c3RvbGVu.evil.example.", RecordType::A, Reason::NoRule),
+            ("c3RvbGVu.evil.example.", RecordType::TXT, Reason::NoRule),
+            ("sub.a.example.", RecordType::A, Reason::NoRule),
+            ("a.example.", RecordType::ANY, Reason::DnsQuestion),
+            ("a.example.", RecordType::NULL, Reason::DnsQuestion),
+            ("a.example.", RecordType::AXFR, Reason::DnsQuestion),
+            (".", RecordType::NS, Reason::BadName),
+            ("1.2.0.192.in-addr.arpa.", RecordType::PTR, Reason::NoRule),
+        ] {
+            let answer = guest.query(name, kind).await;
+            assert_eq!(answer.metadata.response_code, ResponseCode::Refused, "{name} {kind}");
+            let event = w.event().await;
+            assert_eq!((event.protocol, event.verdict.reason()), (Protocol::Dns, reason), "{name} {kind}");
+            assert!(extended(&answer).1.contains(event.id.unwrap().as_str()));
+        }
+        // Two questions in one message; rubbish; answers.
+        let mut two = Message::query();
+        two.add_query(Query::query(Name::from_ascii("a.example.").unwrap(), RecordType::A));
+        two.add_query(Query::query(Name::from_ascii("evil.example.").unwrap(), RecordType::A));
+        let answer = guest.ask(RESOLVER, two.to_vec().unwrap()).await.1;
+        assert_eq!(answer.metadata.response_code, ResponseCode::FormErr);
+        w.event().await;
+        let answer =
+            guest.ask(RESOLVER, [&[7, 7, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0][..], &[0xc0; 40]].concat()).await.1;
+        assert_eq!((answer.metadata.id, answer.metadata.response_code), (0x0707, ResponseCode::FormErr));
+        w.event().await;
+        assert!(w.zone.asked.lock().unwrap().is_empty(), "{:?}", w.zone.asked);
+        // In warn it is looked up, and recorded.
+        w.rules(Mode::Warn, &[], &[]);
+        let answer = guest.query("a.example.", RecordType::A).await;
+        assert_eq!(addresses(&answer), [IpAddr::from(SERVER)]);
+        assert_eq!(w.event().await.verdict, Verdict::Tolerate { reason: Reason::NoRule });
+    });
+}
+
+#[test]
+fn an_address_given_by_dns_stands_for_its_name_where_none_is_written() {
+    world_of(HERE, |mut w| async move {
+        let guest = Guest::new("p");
+        serve(&w);
+        let listener = tokio::net::TcpListener::bind((SERVER, 5432)).await.unwrap();
+        tokio::spawn(async move {
+            loop {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                tokio::io::AsyncWriteExt::write_all(&mut stream, b"hello").await.unwrap();
+            }
+        });
+        w.zone.set("db.example", &[SERVER]);
+        w.zone.set("other.example", &[OTHER]);
+        w.rules(Mode::Enforce, &["db.example"], &[]);
+        let connect = || {
+            let mut stream = TcpStream::connect((SERVER, 5432)).unwrap();
+            let mut all = Vec::new();
+            let _ = stream.read_to_end(&mut all);
+            all
+        };
+        assert_eq!(guest.run(connect).await, b"", "not given yet");
+        assert_eq!(w.event().await.verdict, Verdict::Deny { reason: Reason::NoName });
+        guest.query("db.example.", RecordType::A).await;
+        assert_eq!(guest.run(connect).await, b"hello");
+        let event = w.event().await;
+        assert_eq!((event.verdict.reason(), event.host.unwrap().as_str()), (Reason::Pin, "db.example"));
+        // The rule goes, the pin is worth nothing.
+        w.rules(Mode::Enforce, &["other.example"], &[]);
+        assert_eq!(guest.run(connect).await, b"");
+        assert_eq!(w.event().await.verdict, Verdict::Deny { reason: Reason::NoName });
+    });
+}

@@ -1,0 +1,183 @@
+//! What streams, switches or waits: WebSocket, 100-continue, event streams, large bodies, early answers, limits.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod support;
+
+use support::{SERVER, World, unchunk, world};
+use tapgate_model::{Mode, Reason, Verdict};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpListener,
+};
+
+const VALUE: &str = "ghp_realvalue0123456789";
+const BEARER: &str = "Authorization: Bearer IRONSH_PROXY_token\r\n";
+
+async fn start(w: &mut World) {
+    w.zone.set("api.example", &[SERVER]);
+    w.rules(Mode::Enforce, &["api.example"], &[("token", VALUE, &["api.example"])]);
+}
+
+async fn until<S: AsyncRead + Unpin>(stream: &mut S, end: &str) -> String {
+    let mut all = Vec::new();
+    while !String::from_utf8_lossy(&all).contains(end) {
+        let byte = stream.read_u8().await;
+        all.push(byte.unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(&all))));
+    }
+    String::from_utf8(all).unwrap()
+}
+
+#[test]
+fn websockets_pass_after_an_allowed_upgrade_and_are_cut_with_the_rule() {
+    world(|mut w| async move {
+        start(&mut w).await;
+        w.serve((SERVER, 443), Some(w.ca.server(&["api.example"], &["http/1.1"]))).await;
+        let upgrade = format!(
+            "GET /ws HTTP/1.1\r\nHost: api.example\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: x\r\n{BEARER}\r\n"
+        );
+        let mut stream = w.tls((SERVER, 443), "api.example", &["http/1.1"]).await.unwrap();
+        stream.write_all(upgrade.as_bytes()).await.unwrap();
+        let head = until(&mut stream, "\r\n\r\n").await.to_lowercase();
+        assert!(head.starts_with("http/1.1 101") && head.contains("upgrade: websocket"), "{head}");
+        stream.write_all(b"ping").await.unwrap();
+        assert_eq!(until(&mut stream, "ping").await, "ping");
+        let seen = w.log.seen().remove(0);
+        assert_eq!(seen.header("authorization"), Some(format!("Bearer {VALUE}").as_str()));
+        assert_eq!(seen.header("sec-websocket-key"), Some("x"));
+        w.rules(Mode::Enforce, &[], &[]);
+        let mut rest = Vec::new();
+        let _ = stream.read_to_end(&mut rest).await;
+        let event = w.event().await;
+        assert_eq!((event.status, event.verdict), (Some(101), Verdict::Deny { reason: Reason::Revoked }));
+        assert_eq!((event.bytes_out, event.bytes_in), (4, 4));
+    });
+}
+
+#[test]
+fn a_refused_upgrade_opens_no_unguarded_way() {
+    world(|mut w| async move {
+        start(&mut w).await;
+        let listener = TcpListener::bind((SERVER, 80)).await.unwrap();
+        tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            until(&mut stream, "\r\n\r\n").await;
+            stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nno").await.unwrap();
+            let mut rest = String::new();
+            let _ = stream.read_to_string(&mut rest).await;
+            assert_eq!(rest, "", "nothing follows what was to be another protocol");
+        });
+        let request =
+            "GET / HTTP/1.1\r\nHost: api.example\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n";
+        let smuggled = "GET /smuggled HTTP/1.1\r\nHost: api.example\r\nHost: x\r\n\r\n";
+        let answer = w.http((SERVER, 80), &[request, smuggled].concat()).await;
+        assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("no"), "{answer}");
+        assert!(answer.to_lowercase().contains("connection: close"));
+    });
+}
+
+#[test]
+fn a_body_waits_for_100_continue_and_is_streamed() {
+    world(|mut w| async move {
+        start(&mut w).await;
+        w.serve((SERVER, 443), Some(w.ca.server(&["api.example"], &["http/1.1"]))).await;
+        let mut stream = w.tls((SERVER, 443), "api.example", &["http/1.1"]).await.unwrap();
+        let head = "PUT /x HTTP/1.1\r\nHost: api.example\r\nExpect: 100-continue\r\nContent-Length: 5\r\nConnection: close\r\n\r\n";
+        stream.write_all(head.as_bytes()).await.unwrap();
+        assert!(until(&mut stream, "\r\n\r\n").await.starts_with("HTTP/1.1 100"));
+        let answer = support::talk(stream, "hello").await;
+        assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("hello"), "{answer}");
+        // Refused without asking for the body.
+        let answer =
+            w.http((SERVER, 80), &head.replace("api.example", "evil.example").replace("PUT", "POST")).await;
+        assert!(answer.starts_with("HTTP/1.1 403"), "{answer}");
+    });
+}
+
+#[test]
+fn events_arrive_one_by_one_and_cleaned() {
+    world(|mut w| async move {
+        start(&mut w).await;
+        let listener = TcpListener::bind((SERVER, 80)).await.unwrap();
+        let (next, mut wanted) = tokio::sync::mpsc::channel::<()>(1);
+        tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            until(&mut stream, "\r\n\r\n").await;
+            let head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n";
+            stream.write_all(head.as_bytes()).await.unwrap();
+            for n in 0.. {
+                stream.write_all(format!("data: {n} {VALUE}\n\n").as_bytes()).await.unwrap();
+                if wanted.recv().await.is_none() {
+                    return;
+                }
+            }
+        });
+        let mut stream = w.connect((SERVER, 80)).await;
+        let request =
+            format!("GET / HTTP/1.1\r\nHost: api.example\r\nAccept: text/event-stream\r\n{BEARER}\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        for n in 0..5 {
+            // The next is sent only when this one was read, so nothing may be held back.
+            let text = until(&mut stream, &format!("data: {n} IRONSH_PROXY_token\n\n")).await;
+            assert!(!text.contains(VALUE));
+            next.send(()).await.unwrap();
+        }
+    });
+}
+
+#[test]
+fn large_bodies_pass_both_ways_and_an_early_answer_is_heard() {
+    world(|mut w| async move {
+        start(&mut w).await;
+        w.serve((SERVER, 443), Some(w.ca.server(&["api.example"], &["http/1.1"]))).await;
+        let mut stream = w.tls((SERVER, 443), "api.example", &["http/1.1"]).await.unwrap();
+        let body = "0123456789abcdef".repeat(256 * 1024);
+        let head = format!(
+            "POST /length HTTP/1.1\r\nHost: api.example\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
+            body.len()
+        );
+        let (mut read, mut write) = tokio::io::split(&mut stream);
+        let ((), all) = tokio::join!(
+            async {
+                write.write_all(head.as_bytes()).await.unwrap();
+                write.write_all(body.as_bytes()).await.unwrap();
+            },
+            async {
+                let mut all = Vec::new();
+                let _ = read.read_to_end(&mut all).await;
+                all
+            }
+        );
+        assert!(unchunk(&all).ends_with(&body));
+        let event = w.event().await;
+        assert_eq!(event.bytes_out, body.len() as u64);
+        assert!(event.bytes_in > body.len() as u64);
+    });
+}
+
+#[test]
+fn a_vm_at_its_limit_is_refused_and_others_are_not() {
+    world(|mut w| async move {
+        start(&mut w).await;
+        w.serve((SERVER, 80), None).await;
+        // A ClientHello that never ends holds its connection until the deadline.
+        let mut held = Vec::new();
+        for _ in 0..support::CONNECTIONS {
+            let mut stream = w.connect((SERVER, 80)).await;
+            stream.write_all(b"\x16\x03").await.unwrap();
+            held.push(stream);
+        }
+        assert!(w.connect((SERVER, 80)).await.read_u8().await.is_err());
+        assert_eq!(w.event().await.verdict, Verdict::Deny { reason: Reason::Limit });
+        // Another VM, at the same moment.
+        let other = tapgate_model::VmPolicy { vm: tapgate_model::VmId::generate(), ..(*w.policy).clone() };
+        let net = tapgate_model::GuestNet::new(1, [10, 214, 0, 0].into(), None);
+        w.table.insert(net, w.vm_ca.clone(), std::sync::Arc::new(other));
+        let request = "GET / HTTP/1.1\r\nHost: api.example\r\nConnection: close\r\n\r\n";
+        let stream = w.connect_as(net.v4, (SERVER, 80)).await;
+        assert!(support::talk(stream, request).await.starts_with("HTTP/1.1 200"));
+        // A place is given back with its connection.
+        drop(held);
+        w.events(support::CONNECTIONS).await;
+        assert!(w.http((SERVER, 80), request).await.starts_with("HTTP/1.1 200"));
+    });
+}

@@ -1,0 +1,119 @@
+//! A control group (version 2) for each VMM: what one guest may use of the host's CPU, memory and processes.
+//!
+//! Takes what the host offers: where a controller is not delegated, the group is still made (it is how all of a VMM's
+//! processes are found) and the limits that are not in force are named aloud.
+
+use std::fs;
+use std::io::{self, Write as _};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+/// What a VMM may use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// CPUs; one more half is for the VMM's own threads.
+    pub cpus: u32,
+    /// The guest's memory in MiB; what the VMM itself needs is added.
+    pub memory_mib: u32,
+    /// Threads and processes.
+    pub pids: u32,
+}
+
+/// A group that exists.
+#[derive(Debug)]
+pub struct Cgroup {
+    path: PathBuf,
+}
+
+/// What the VMM itself may use beyond the guest's memory: code, buffers, and under TCG the translated code.
+const OVERHEAD_MIB: u64 = 512;
+const PERIOD_US: u64 = 100_000;
+
+impl Cgroup {
+    /// Where the host's version-2 tree is, if it can be written.
+    pub fn root() -> Option<PathBuf> {
+        ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].map(PathBuf::from).into_iter().find(|path| {
+            path.join("cgroup.controllers").exists()
+                && nix::unistd::access(path, nix::unistd::AccessFlags::W_OK).is_ok()
+        })
+    }
+
+    /// Makes `tapgate/<name>` under the root. The second value names the limits that could not be set.
+    pub fn create(root: &Path, name: &str, limits: Limits) -> io::Result<(Self, Vec<String>)> {
+        let parent = root.join("tapgate");
+        fs::create_dir_all(&parent)?;
+        for dir in [root, &parent] {
+            for controller in ["cpu", "memory", "pids", "io"] {
+                // Refused where it is not there; then the limit's file is not there either, and is named below.
+                let _ = write(&dir.join("cgroup.subtree_control"), &format!("+{controller}"));
+            }
+        }
+        let path = parent.join(name);
+        match fs::create_dir(&path) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
+            _ => {}
+        }
+        let memory = (u64::from(limits.memory_mib) + OVERHEAD_MIB) << 20;
+        let quota = u64::from(limits.cpus) * PERIOD_US + PERIOD_US / 2;
+        let settings = [
+            ("cpu.max", format!("{quota} {PERIOD_US}")),
+            ("memory.max", memory.to_string()),
+            ("memory.swap.max", "0".to_owned()),
+            ("memory.oom.group", "1".to_owned()),
+            ("pids.max", limits.pids.to_string()),
+        ];
+        let missing = settings
+            .iter()
+            .filter_map(|(file, value)| write(&path.join(file), value).err().map(|_| (*file).to_owned()))
+            .collect();
+        Ok((Self { path }, missing))
+    }
+
+    /// The group of a VMM that runs already.
+    pub fn open(root: &Path, name: &str) -> Option<Self> {
+        let path = root.join("tapgate").join(name);
+        path.is_dir().then_some(Self { path })
+    }
+
+    /// The file that a process writes `0` to for becoming a member.
+    pub fn entrance(&self) -> io::Result<OwnedFd> {
+        Ok(fs::OpenOptions::new().write(true).open(self.path.join("cgroup.procs"))?.into())
+    }
+
+    /// Kills every member.
+    pub fn kill(&self) {
+        let _ = write(&self.path.join("cgroup.kill"), "1");
+    }
+
+    /// Removes the group once it is empty; one that is not stays until its last member is gone.
+    pub fn remove(&self) -> io::Result<()> {
+        match fs::remove_dir(&self.path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            result => result,
+        }
+    }
+}
+
+fn write(path: &Path, value: &str) -> io::Result<()> {
+    // Not created: outside of the kernel's tree nothing of this may come into being.
+    fs::OpenOptions::new().write(true).open(path)?.write_all(value.as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_group_is_made_says_what_it_lacks_and_goes() {
+        let Some(root) = Cgroup::root().filter(|_| nix::unistd::geteuid().is_root()) else { return };
+        let name = format!("test-{}", std::process::id());
+        let limits = Limits { cpus: 1, memory_mib: 128, pids: 64 };
+        let (group, missing) = Cgroup::create(&root, &name, limits).unwrap();
+        let controllers = fs::read_to_string(root.join("tapgate/cgroup.controllers")).unwrap();
+        assert_eq!(controllers.contains("memory"), !missing.contains(&"memory.max".to_owned()));
+        group.entrance().unwrap();
+        assert!(Cgroup::open(&root, &name).is_some());
+        group.remove().unwrap();
+        assert!(Cgroup::open(&root, &name).is_none());
+    }
+}

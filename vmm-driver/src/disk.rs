@@ -1,0 +1,193 @@
+//! A VM's own disk: a copy-on-write layer over the image's. The image itself is never written.
+//!
+//! Where the file system can share blocks the layer is a reflinked raw file; elsewhere a qcow2 overlay. Which one is
+//! read from the file's name, never guessed from its content: a guest writes that.
+
+use crate::image::Image;
+use crate::spec::VmmError;
+use std::fs::{self, File, OpenOptions};
+use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+const RAW: &str = "disk.raw";
+const QCOW2: &str = "disk.qcow2";
+
+nix::ioctl_write_int!(
+    /// `FICLONE`: shares all blocks of another file.
+    ficlone, 0x94, 9);
+
+/// How a disk is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// The guest's blocks as they are.
+    Raw,
+    /// A qcow2 layer over the image's raw disk.
+    Qcow2,
+}
+
+/// A VM's disk.
+#[derive(Clone, Debug)]
+pub struct Disk {
+    /// Where it is.
+    pub path: PathBuf,
+    /// How it is stored.
+    pub format: Format,
+}
+
+/// Which image a VM's disk was made from; the name of the file in its folder that says so.
+const ORIGIN: &str = "image.json";
+
+/// The image that the VM's disk is a layer over: the one that it was made from, whatever is the newest today. A VM
+/// without a disk gets the given one, and it is noted before the disk is made.
+pub fn origin(dir: &Path, newest: &Image) -> Result<Image, VmmError> {
+    let note = dir.join(ORIGIN);
+    match fs::read(&note) {
+        Ok(bytes) => {
+            let from: PathBuf = serde_json::from_slice(&bytes)
+                .map_err(|e| VmmError::Disk(format!("{}: {e}", note.display())))?;
+            if from == newest.dir() {
+                return Ok(newest.clone());
+            }
+            crate::image::open(&from)
+                .map_err(|e| VmmError::Disk(format!("the image that it was made from cannot be used: {e}")))
+        }
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            let text = serde_json::to_vec(newest.dir()).map_err(|e| VmmError::Disk(e.to_string()))?;
+            let new = note.with_extension("new");
+            fs::write(&new, text)
+                .and_then(|()| fs::rename(&new, &note))
+                .map_err(VmmError::io("noting the image"))?;
+            Ok(newest.clone())
+        }
+        Err(e) => Err(VmmError::io(note.display().to_string())(e)),
+    }
+}
+
+/// Finds the VM's disk in its folder.
+pub fn find(dir: &Path) -> Option<Disk> {
+    [(RAW, Format::Raw), (QCOW2, Format::Qcow2)]
+        .into_iter()
+        .map(|(name, format)| Disk { path: dir.join(name), format })
+        .find(|disk| disk.path.exists())
+}
+
+/// The VM's disk: as it is, or made from the image; grown to `bytes` if it is smaller.
+pub fn prepare(dir: &Path, image: &Image, bytes: u64) -> Result<Disk, VmmError> {
+    let bytes = bytes.max(image.manifest().disk.size).next_multiple_of(1 << 20);
+    let disk = match find(dir) {
+        Some(disk) => disk,
+        None => create(dir, image)?,
+    };
+    grow(&disk, bytes)?;
+    Ok(disk)
+}
+
+fn create(dir: &Path, image: &Image) -> Result<Disk, VmmError> {
+    let raw = Disk { path: dir.join(RAW), format: Format::Raw };
+    if reflink(&image.disk(), &raw.path)? {
+        return Ok(raw);
+    }
+    let disk = Disk { path: dir.join(QCOW2), format: Format::Qcow2 };
+    let new = dir.join("disk.new");
+    let _ = fs::remove_file(&new);
+    qemu_img(&[
+        "create".as_ref(),
+        "-q".as_ref(),
+        "-f".as_ref(),
+        "qcow2".as_ref(),
+        "-F".as_ref(),
+        "raw".as_ref(),
+        "-b".as_ref(),
+        image.disk().as_os_str(),
+        new.as_os_str(),
+    ])?;
+    private(&new)?;
+    fs::rename(&new, &disk.path).map_err(VmmError::io("naming the disk"))?;
+    Ok(disk)
+}
+
+/// Shares the image's blocks; `false` where the file system cannot.
+#[expect(unsafe_code, reason = "the clone ioctl has no safe form")]
+fn reflink(from: &Path, to: &Path) -> Result<bool, VmmError> {
+    let source = File::open(from).map_err(VmmError::io(from.display().to_string()))?;
+    let new = to.with_extension("new");
+    let _ = fs::remove_file(&new);
+    let target = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&new)
+        .map_err(VmmError::io(new.display().to_string()))?;
+    // SAFETY: both descriptors are open for the call, which takes a descriptor as its number.
+    match unsafe { ficlone(target.as_raw_fd(), source.as_raw_fd() as u64) } {
+        Ok(_) => {
+            fs::rename(&new, to).map_err(VmmError::io("naming the disk"))?;
+            Ok(true)
+        }
+        Err(_) => {
+            let _ = fs::remove_file(&new);
+            Ok(false)
+        }
+    }
+}
+
+fn grow(disk: &Disk, bytes: u64) -> Result<(), VmmError> {
+    match disk.format {
+        Format::Raw => {
+            let file = OpenOptions::new()
+                .write(true)
+                .open(&disk.path)
+                .map_err(VmmError::io(disk.path.display().to_string()))?;
+            let size = file.metadata().map_err(VmmError::io("disk"))?.len();
+            if size < bytes { file.set_len(bytes).map_err(VmmError::io("growing the disk")) } else { Ok(()) }
+        }
+        Format::Qcow2 => {
+            if qcow2_size(&disk.path)? >= bytes {
+                return Ok(());
+            }
+            let size = bytes.to_string();
+            qemu_img(&[
+                "resize".as_ref(),
+                "-q".as_ref(),
+                "-f".as_ref(),
+                "qcow2".as_ref(),
+                disk.path.as_os_str(),
+                size.as_ref(),
+            ])
+        }
+    }
+}
+
+/// The virtual size, from octets 24 to 31 of the header.
+fn qcow2_size(path: &Path) -> Result<u64, VmmError> {
+    use std::os::unix::fs::FileExt as _;
+    let mut header = [0u8; 32];
+    File::open(path)
+        .and_then(|file| file.read_exact_at(&mut header, 0))
+        .map_err(VmmError::io(path.display().to_string()))?;
+    if !header.starts_with(b"QFI\xfb") {
+        return Err(VmmError::Disk(format!("{} is not a qcow2 file", path.display())));
+    }
+    let mut size = [0u8; 8];
+    size.copy_from_slice(&header[24..32]);
+    Ok(u64::from_be_bytes(size))
+}
+
+fn private(path: &Path) -> Result<(), VmmError> {
+    use std::os::unix::fs::PermissionsExt as _;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))
+        .map_err(VmmError::io(path.display().to_string()))
+}
+
+fn qemu_img(args: &[&std::ffi::OsStr]) -> Result<(), VmmError> {
+    let output =
+        Command::new("qemu-img").args(args).stdin(Stdio::null()).output().map_err(|source| {
+            VmmError::Missing { program: "qemu-img".into(), package: "qemu-utils", source }
+        })?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(VmmError::Disk(String::from_utf8_lossy(&output.stderr).trim().to_owned()))
+}

@@ -1,0 +1,128 @@
+//! What a VM is to a driver: the specification it boots from, the handle by which it is found again, how it ended.
+
+use crate::image::Image;
+use crate::process::ProcessRef;
+use crate::seed::Seed;
+use serde::{Deserialize, Serialize};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use tapgate_model::{GuestNet, VmId};
+use tapgate_netns::Netns;
+
+/// Everything a driver needs to boot a VM.
+#[derive(Clone, Debug)]
+pub struct VmSpec {
+    /// The VM.
+    pub id: VmId,
+    /// Its own folder, which the driver makes if it is not there: disk, seed, logs, control socket.
+    pub dir: PathBuf,
+    /// What it boots; the namespace driver needs none.
+    pub image: Option<Image>,
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// Size of its disk in octets; at least the image's. A disk that is there already only grows.
+    pub disk_bytes: u64,
+    /// Its place in the network: what the gate was attached for.
+    pub net: GuestNet,
+    /// What the guest is told.
+    pub seed: Seed,
+    /// For the namespace driver: where the guest's processes run. Other drivers ignore it.
+    pub guest_ns: Option<Netns>,
+}
+
+/// What finds a running VM again after the daemon was restarted. Persisted by the caller.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Handle {
+    /// The driver that booted it.
+    pub driver: String,
+    /// The VMM's process, told apart from a later one of the same number.
+    pub process: ProcessRef,
+    /// The VMM's control socket, if it has one.
+    pub control: Option<PathBuf>,
+    /// What the driver wants to remember: accelerator, limits that are in force.
+    #[serde(default)]
+    pub notes: Vec<String>,
+}
+
+/// How a VM ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// The guest shut itself down, by itself or because it was asked to.
+    GuestShutdown,
+    /// The VMM was told to end.
+    Stopped,
+    /// The VMM ended by itself: an error or a signal; its last words.
+    Crashed(String),
+}
+
+/// Why a driver could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum VmmError {
+    /// A gate that belongs to another VM or has no tap to give.
+    #[error("the gate does not fit the VM: {0}")]
+    Gate(String),
+    /// A program is missing.
+    #[error("{program} cannot be started; on Debian: apt-get install {package}")]
+    Missing {
+        /// The program.
+        program: String,
+        /// The package that brings it.
+        package: &'static str,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The VMM did not come up.
+    #[error("the VMM did not start: {0}")]
+    Start(String),
+    /// The VMM does not answer on its control socket, or refuses.
+    #[error("the VMM does not obey: {0}")]
+    Control(String),
+    /// The process of the handle is gone.
+    #[error("the VM is not running any more")]
+    Gone,
+    /// A disk could not be made.
+    #[error("the disk cannot be prepared: {0}")]
+    Disk(String),
+    /// The seed could not be written.
+    #[error(transparent)]
+    Seed(#[from] crate::seed::SeedError),
+    /// This driver cannot do that.
+    #[error("the {driver} driver cannot {what}")]
+    Unsupported {
+        /// The driver.
+        driver: &'static str,
+        /// What it was asked.
+        what: &'static str,
+    },
+    /// A file of the VM could not be read or written.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was tried.
+        what: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
+impl VmmError {
+    pub(crate) fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Self {
+        move |source| Self::Io { what: what.into(), source }
+    }
+}
+
+/// A tap that a VMM is handed.
+pub(crate) type TapFd = OwnedFd;
+
+/// What is seen of a VM while it runs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Observed {
+    /// How often the guest restarted itself since it was booted or adopted.
+    pub reboots: u32,
+    /// Set once, when it ended.
+    pub exit: Option<Arc<Exit>>,
+}

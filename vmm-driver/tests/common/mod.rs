@@ -1,0 +1,216 @@
+//! A closed world for the drivers' tests: a host namespace with a real datapath, real VMs behind real gates, and SSH into
+//! them. Everything goes with the test, however it ends.
+#![allow(dead_code, reason = "each test file uses its own part")]
+#![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+
+use std::future::Future;
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+use tapgate_datapath::{Datapath, DatapathConfig, Gate};
+use tapgate_model::{GuestNet, Mode, RuleSet, UserId, VmId, VmPolicy};
+use tapgate_netns::{Netns, Rtnl};
+use tapgate_vmm::accel::Accel;
+use tapgate_vmm::image::{self, Image};
+use tapgate_vmm::{QemuDriver, Running, Seed, VmSpec, Vmm as _};
+
+static NEXT: AtomicU32 = AtomicU32::new(0);
+
+/// Under TCG on a busy machine a boot takes its time.
+pub const PATIENCE: Duration = Duration::from_secs(180);
+
+/// The base image, built once.
+pub fn debian() -> Image {
+    image::build_debian12(&image::default_cache()).unwrap()
+}
+
+/// A VM is emulated here, whatever the machine offers: the tests are about the driver.
+pub fn driver() -> QemuDriver {
+    QemuDriver::new(Accel::Tcg)
+}
+
+/// The host.
+pub struct World {
+    pub dir: tempfile::TempDir,
+    pub instance: String,
+    pub host: Netns,
+    pub key: PathBuf,
+}
+
+impl World {
+    pub fn new() -> Self {
+        let instance = format!("v{}-{}", std::process::id() % 100_000, NEXT.fetch_add(1, Ordering::Relaxed));
+        let dir = tempfile::tempdir().unwrap();
+        let key = dir.path().join("key");
+        let mut keygen = Command::new("ssh-keygen");
+        assert!(status(keygen.args(["-q", "-t", "ed25519", "-N", "", "-C", "test", "-f"]).arg(&key)));
+        let host = Netns::create(&format!("tgvm-{instance}")).unwrap();
+        Self { dir, instance, host, key }
+    }
+
+    /// Runs the test on threads of the host's namespace.
+    pub fn run<F: Future<Output = ()>>(test: impl FnOnce(Arc<Self>) -> F + Send) {
+        let world = Arc::new(Self::new());
+        let host = world.host.clone();
+        host.run(|| {
+            let runtime =
+                tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+            runtime.block_on(async {
+                let inside = Rtnl::connect(&world.host).unwrap();
+                inside.set_up(inside.link("lo").await.unwrap()).await.unwrap();
+                test(world).await;
+            });
+        })
+        .unwrap();
+    }
+
+    pub fn config(&self) -> DatapathConfig {
+        DatapathConfig {
+            instance: self.instance.clone(),
+            pin_root: PathBuf::from(format!("/sys/fs/bpf/tgvm-{}", self.instance)),
+            guest_v4: "10.214.0.0/16".parse().unwrap(),
+            guest_v6: None,
+        }
+    }
+
+    pub async fn datapath(&self) -> Datapath {
+        Datapath::open(self.config()).await.unwrap()
+    }
+
+    pub fn spec(&self, id: &VmId, slot: u32, env: Vec<(String, String)>) -> VmSpec {
+        VmSpec { image: Some(debian()), ..self.spec_without_image(id, slot, env) }
+    }
+
+    pub fn spec_without_image(&self, id: &VmId, slot: u32, env: Vec<(String, String)>) -> VmSpec {
+        let net = net(slot);
+        let seed = Seed {
+            instance_id: id.to_string(),
+            hostname: "guest-one".into(),
+            ssh_keys: vec![
+                std::fs::read_to_string(self.key.with_extension("pub")).unwrap().trim().to_owned(),
+            ],
+            net,
+            ca_pem: self.ca(),
+            env,
+        };
+        VmSpec {
+            id: id.clone(),
+            dir: self.dir.path().join(id.as_str()),
+            image: None,
+            vcpus: 1,
+            memory_mib: 512,
+            disk_bytes: 4 << 30,
+            net,
+            seed,
+            guest_ns: None,
+        }
+    }
+
+    /// A CA of openssl's making.
+    pub fn ca(&self) -> String {
+        let (key, cert) = (self.dir.path().join("ca.key"), self.dir.path().join("ca.pem"));
+        if !cert.exists() {
+            let args = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 30 -subj /CN=tapgate-test";
+            let mut command = Command::new("openssl");
+            command
+                .args(args.split(' '))
+                .arg("-keyout")
+                .arg(&key)
+                .arg("-out")
+                .arg(&cert)
+                .stderr(Stdio::null());
+            assert!(status(&mut command));
+        }
+        std::fs::read_to_string(cert).unwrap()
+    }
+
+    /// Runs a command in the guest, over SSH from the egress namespace.
+    pub fn ssh(&self, egress: &Netns, net: GuestNet, command: &str) -> Output {
+        let mut ssh = Command::new("ssh");
+        ssh.arg("-i").arg(&self.key).args([
+            "-o",
+            "StrictHostKeyChecking=no",
+            "-o",
+            "UserKnownHostsFile=/dev/null",
+        ]);
+        ssh.args(["-o", "LogLevel=ERROR", "-o", "BatchMode=yes", "-o", "ConnectTimeout=60"]);
+        ssh.arg(format!("root@{}", net.v4)).arg(command).stdin(Stdio::null());
+        egress.run(move || ssh.output()).unwrap().unwrap()
+    }
+
+    /// The same, for commands that must work.
+    pub fn ask(&self, egress: &Netns, net: GuestNet, command: &str) -> String {
+        let output = self.ssh(egress, net, command);
+        let (out, error) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(output.status.success(), "{command}: {out}{error}");
+        out.trim_end_matches('\n').to_owned()
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        let _ = Netns::delete(&format!("tapgate-{}", self.instance));
+        let _ = Netns::delete(self.host.name());
+        let config = self.config();
+        let _ = std::fs::remove_dir_all(config.pin_root.join(&config.instance));
+        let _ = std::fs::remove_dir(&config.pin_root);
+    }
+}
+
+/// Kills a VMM when the test ends, also by a panic.
+pub struct Reap(pub i32);
+
+impl Drop for Reap {
+    fn drop(&mut self) {
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.0), nix::sys::signal::Signal::SIGKILL);
+    }
+}
+
+pub fn net(slot: u32) -> GuestNet {
+    GuestNet::new(slot, Ipv4Addr::new(10, 214, 0, 0), None)
+}
+
+pub fn policy(vm: &VmId) -> VmPolicy {
+    VmPolicy {
+        vm: vm.clone(),
+        user: UserId::generate(),
+        generation: 1,
+        mode: Mode::Enforce,
+        rules: RuleSet::default(),
+        secrets: Arc::new([]),
+        secrets_over_http: Default::default(),
+    }
+}
+
+pub async fn gate(datapath: &Datapath, spec: &VmSpec) -> Gate {
+    datapath.attach_tap(&spec.id, spec.net, &policy(&spec.id)).await.unwrap()
+}
+
+/// Boots and waits until SSH answers; the console is shown if it does not.
+pub async fn boot(datapath: &Datapath, spec: &VmSpec) -> (Box<dyn Running>, Reap) {
+    let machine = driver().boot(spec, gate(datapath, spec).await).await.unwrap();
+    let reap = Reap(machine.handle().process.pid);
+    ready(datapath, spec, machine.as_ref()).await;
+    (machine, reap)
+}
+
+pub async fn ready(datapath: &Datapath, spec: &VmSpec, machine: &dyn Running) {
+    let started = std::time::Instant::now();
+    tokio::select! {
+        () = machine.ready(datapath.egress()) => eprintln!("ready after {:?}", started.elapsed()),
+        exit = machine.wait() => panic!("it ended: {exit:?}\n{}", console(&spec.dir)),
+        () = tokio::time::sleep(PATIENCE) => panic!("SSH never answered\n{}", console(&spec.dir)),
+    }
+}
+
+pub fn console(dir: &Path) -> String {
+    let read = |name: &str| std::fs::read_to_string(dir.join(name)).unwrap_or_default();
+    format!("{}\n{}", read("console.log"), read("vmm.log"))
+}
+
+fn status(command: &mut Command) -> bool {
+    command.stdin(Stdio::null()).status().unwrap().success()
+}

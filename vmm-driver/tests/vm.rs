@@ -1,0 +1,278 @@
+//! Real VMs behind real gates: what a guest is given, how it ends, how it is found again. Needs root; TCG will do.
+//! Tests that boot a machine have `real_vm` in their names: `cargo xtask test --fast` leaves them out.
+#![allow(missing_docs, reason = "tests")]
+#![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+
+mod common;
+
+use common::{PATIENCE, World, boot, driver, gate, net, ready};
+use std::time::Duration;
+use tapgate_model::VmId;
+use tapgate_vmm::{Exit, NetnsDriver, Vmm as _, VmmError};
+
+const NASTY: &str = r#"a'b"c$(touch /tmp/x)`id` \ %n %% ; # ! é\" \n end"#;
+const LINES: &str = "first\nsecond 'quoted'\n\tthird";
+
+#[test]
+fn real_vm_a_guest_is_what_its_seed_says_and_lives_through_a_reboot() {
+    World::run(|world| async move {
+        let datapath = world.datapath().await;
+        let id = VmId::generate();
+        let env = [("TOKEN", "IRONSH_PROXY_token"), ("NASTY", NASTY), ("MANY", LINES)];
+        let spec = world.spec(&id, 0, env.map(|(n, v)| (n.to_owned(), v.to_owned())).to_vec());
+        let (machine, _reap) = boot(&datapath, &spec).await;
+        let ask = |command: &str| world.ask(datapath.egress(), spec.net, command);
+
+        assert_eq!(ask("hostname"), "guest-one");
+        assert_eq!(ask("printenv TOKEN"), "IRONSH_PROXY_token");
+        assert_eq!(ask("printenv NASTY"), NASTY);
+        assert_eq!(ask("printenv MANY"), LINES, "several lines, in a command over SSH");
+        assert_eq!(ask("env -i bash -lc 'printenv NASTY'"), NASTY, "a login shell");
+        assert_eq!(ask("env -i bash -lc 'printenv MANY'"), LINES);
+        let service = |name: &str| {
+            let unit = format!(
+                "[Service]\\nType=oneshot\\nExecStart=/usr/bin/printenv {name}\\nStandardOutput=truncate:/run/printed\\n"
+            );
+            let command = "systemctl daemon-reload && systemctl start printed && cat /run/printed";
+            ask(&format!("printf '{unit}' > /run/systemd/system/printed.service && {command}"))
+        };
+        assert_eq!(service("NASTY"), NASTY, "a service");
+        assert_eq!(service("MANY"), LINES);
+        assert!(ask("ls /tmp/x 2>&1 || true").contains("No such"), "nothing in a value was run");
+
+        let ca = "/usr/local/share/ca-certificates/tapgate.crt";
+        assert!(
+            ask(&format!("openssl verify -CAfile /etc/ssl/certs/ca-certificates.crt {ca}")).ends_with("OK")
+        );
+        assert!(ask(&format!("openssl verify -no-CAfile -CApath /etc/ssl/certs {ca}")).ends_with("OK"));
+        let python = "import ssl; print(sum('tapgate-test' in str(c) for c in ssl.create_default_context().get_ca_certs()))";
+        assert_eq!(ask(&format!("python3 -c \"{python}\"")), "1");
+        assert_eq!(ask("printenv NODE_EXTRA_CA_CERTS"), ca);
+
+        assert!(ask("ip -4 -o addr show dev eth0").contains(" 10.214.0.1/32 "));
+        assert_eq!(ask("ip route"), "default via 169.254.77.1 dev eth0 onlink ");
+        assert!(ask("cat /etc/resolv.conf").contains("nameserver 169.254.77.1"));
+        let size: u64 = ask("df --output=size -B1 / | tail -1").trim().parse().unwrap();
+        assert!(size > 3 << 30, "the root file system has grown into its disk: {size}");
+        let skew: i64 = ask("date +%s").parse::<i64>().unwrap() - now();
+        assert!(skew.abs() < 30, "the clock is {skew} s off");
+        assert_eq!(ask("systemctl list-units --failed --no-legend --plain"), "");
+
+        let before = (ask("cat /etc/machine-id"), ask("cat /etc/ssh/ssh_host_ed25519_key.pub"));
+        let mut observed = machine.observed();
+        world.ssh(datapath.egress(), spec.net, "systemctl reboot");
+        let rebooted = observed.wait_for(|seen| seen.reboots == 1);
+        tokio::time::timeout(PATIENCE, rebooted).await.unwrap().unwrap();
+        ready(&datapath, &spec, machine.as_ref()).await;
+        assert_eq!(before, (ask("cat /etc/machine-id"), ask("cat /etc/ssh/ssh_host_ed25519_key.pub")));
+        assert_eq!(ask("printenv NASTY"), NASTY);
+
+        let exit = machine.shutdown(PATIENCE).await.unwrap();
+        assert_eq!(exit, Exit::GuestShutdown, "the power button reaches the guest");
+        let console = common::console(&spec.dir);
+        assert!(console.contains("Linux version") && console.contains("reboot: Power down"), "{console}");
+    });
+}
+
+#[test]
+fn real_vm_a_vmm_has_no_rights_and_its_end_is_told_apart() {
+    World::run(|world| async move {
+        let datapath = world.datapath().await;
+        let id = VmId::generate();
+        let spec = world.spec(&id, 1, Vec::new());
+        let (machine, _reap) = boot(&datapath, &spec).await;
+        let pid = machine.handle().process.pid;
+
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let field = |name: &str| {
+            let line = status.lines().find(|line| line.starts_with(name)).unwrap();
+            line.split_once(':').unwrap().1.split_whitespace().map(str::to_owned).collect::<Vec<_>>()
+        };
+        let uid = tapgate_vmm::uid_of(1).to_string();
+        assert_eq!(field("Uid"), vec![uid.clone(); 4]);
+        assert_eq!(field("Gid"), vec![uid; 4]);
+        assert!(field("Groups").is_empty());
+        for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
+            assert_eq!(field(set), ["0000000000000000"], "{set}");
+        }
+        assert_eq!(field("NoNewPrivs"), ["1"]);
+        assert_eq!(field("Seccomp"), ["2"]);
+        let session = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        let fields: Vec<&str> = session.rsplit_once(')').unwrap().1.split_whitespace().collect();
+        assert_eq!(fields[3], pid.to_string(), "a session of its own");
+
+        // Another VM's gate, and another slot's, are no proof for this one.
+        let other = world.spec(&VmId::generate(), 2, Vec::new());
+        let foreign = gate(&datapath, &other).await;
+        assert!(matches!(driver().boot(&spec, foreign).await, Err(VmmError::Gate(_))));
+
+        world.ssh(datapath.egress(), spec.net, "systemctl poweroff");
+        let exit = tokio::time::timeout(PATIENCE, machine.wait()).await.unwrap();
+        assert_eq!(exit, Exit::GuestShutdown);
+        datapath.detach(spec.net).await.unwrap();
+
+        let (machine, _reap) = boot(&datapath, &spec).await;
+        nix::sys::signal::kill(
+            nix::unistd::Pid::from_raw(machine.handle().process.pid),
+            nix::sys::signal::SIGSEGV,
+        )
+        .unwrap();
+        let exit = tokio::time::timeout(PATIENCE, machine.wait()).await.unwrap();
+        assert!(matches!(&exit, Exit::Crashed(why) if why.contains("signal 11")), "{exit:?}");
+        datapath.detach(spec.net).await.unwrap();
+
+        let (machine, _reap) = boot(&datapath, &spec).await;
+        assert_eq!(machine.kill().await.unwrap(), Exit::Stopped);
+        assert!(tapgate_vmm::noted_handle(&spec.dir).is_none(), "what is gone leaves no handle");
+    });
+}
+
+/// The process that is killed after it booted a VM: this test binary again.
+const LAUNCHER: &str = "TAPGATE_TEST_LAUNCH_IN";
+
+#[test]
+fn real_vm_a_vm_outlives_its_daemon_and_is_adopted() {
+    if let Some(at) = std::env::var_os(LAUNCHER) {
+        return launch_and_wait_for_death(std::path::Path::new(&at));
+    }
+    World::run(|world| async move {
+        let state = world.dir.path().join("state.json");
+        let me = std::env::current_exe().unwrap();
+        let mut launcher = std::process::Command::new(me);
+        let test = "real_vm_a_vm_outlives_its_daemon_and_is_adopted";
+        launcher.args(["--exact", test, "--nocapture"]).env(LAUNCHER, world.dir.path());
+        let text = format!("{}\n{}", world.instance, world.key.display());
+        std::fs::write(world.dir.path().join("world"), text).unwrap();
+        let mut launcher = launcher.spawn().unwrap();
+        while !state.exists() {
+            assert!(launcher.try_wait().unwrap().is_none(), "the launcher ended");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        launcher.kill().unwrap();
+        launcher.wait().unwrap();
+
+        let (id, handle): (VmId, tapgate_vmm::Handle) =
+            serde_json::from_slice(&std::fs::read(&state).unwrap()).unwrap();
+        let _reap = common::Reap(handle.process.pid);
+        let spec = world.spec(&id, 3, Vec::new());
+        let datapath = world.datapath().await;
+        let wrong = tapgate_vmm::Handle {
+            process: tapgate_vmm::process::ProcessRef { start_time: 1, ..handle.process.clone() },
+            ..handle.clone()
+        };
+        let gate = datapath.adopt(&id, net(3), &common::policy(&id)).await.unwrap();
+        assert_eq!(tapgate_vmm::noted_handle(&spec.dir).as_ref(), Some(&handle));
+        let machine = driver().adopt(&spec, &handle, gate).await.unwrap();
+        ready(&datapath, &spec, machine.as_ref()).await;
+        assert_eq!(world.ask(datapath.egress(), spec.net, "hostname"), "guest-one");
+
+        // Off while nobody watches: the next daemon still learns that the guest did it.
+        drop(machine);
+        world.ssh(datapath.egress(), spec.net, "systemctl poweroff");
+        datapath.detach(spec.net).await.unwrap();
+        let gate = common::gate(&datapath, &spec).await;
+        assert!(matches!(driver().adopt(&spec, &wrong, gate).await, Err(VmmError::Gone)), "never a stranger");
+    });
+}
+
+fn launch_and_wait_for_death(dir: &std::path::Path) {
+    let text = std::fs::read_to_string(dir.join("world")).unwrap();
+    let (instance, key) = text.split_once('\n').unwrap();
+    let world = World {
+        dir: tempfile::Builder::new().tempdir_in(dir).unwrap(),
+        instance: instance.to_owned(),
+        host: tapgate_netns::Netns::open(&format!("tgvm-{instance}")).unwrap(),
+        key: key.into(),
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let datapath = world.datapath().await;
+        let id = VmId::generate();
+        let mut spec = world.spec(&id, 3, Vec::new());
+        spec.dir = dir.join(id.as_str());
+        let machine = driver().boot(&spec, gate(&datapath, &spec).await).await.unwrap();
+        let text = serde_json::to_vec(&(&id, machine.handle())).unwrap();
+        std::fs::write(dir.join("state.new"), text).unwrap();
+        std::fs::rename(dir.join("state.new"), dir.join("state.json")).unwrap();
+        std::future::pending::<()>().await;
+    });
+}
+
+#[test]
+fn real_vm_a_disk_stays_with_the_image_that_it_was_made_from() {
+    use tapgate_vmm::{disk, image};
+    let image = common::debian();
+    let (dir, newer) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    for name in ["manifest.json", "kernel", "initrd", "disk.raw"] {
+        std::os::unix::fs::symlink(image.dir().join(name), newer.path().join(name)).unwrap();
+    }
+    let newer = image::open(newer.path()).unwrap();
+    let first = disk::origin(dir.path(), &image).unwrap();
+    let made = disk::prepare(dir.path(), &first, 4 << 30).unwrap();
+    assert_eq!(disk::origin(dir.path(), &newer).unwrap().dir(), image.dir());
+    let again = disk::prepare(dir.path(), &image, 5 << 30).unwrap();
+    assert_eq!((again.path, again.format), (made.path, made.format), "the same disk, grown");
+    std::fs::write(dir.path().join("image.json"), "\"/nowhere\"").unwrap();
+    let error = disk::origin(dir.path(), &newer).unwrap_err().to_string();
+    assert!(error.contains("cannot be used") && error.contains("/nowhere"), "{error}");
+}
+
+#[test]
+fn real_vm_the_probe_believes_a_kernel_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let probe = || tapgate_vmm::accel::probe(&common::debian(), &tapgate_vmm::default_program(), dir.path());
+    let found = probe();
+    eprintln!("{:?}: {}", found.accel, found.reason);
+    assert!(!found.reason.is_empty());
+    // What was found is remembered for this boot and kernel: the second time, no QEMU is needed.
+    let missing = std::path::Path::new("/nowhere/qemu");
+    assert_eq!(tapgate_vmm::accel::probe(&common::debian(), missing, dir.path()), found);
+    std::fs::write(dir.path().join("accel.json"), "rubbish").unwrap();
+    assert_eq!(probe(), found);
+}
+
+#[test]
+fn a_namespace_stands_for_a_vm_and_says_so() {
+    World::run(|world| async move {
+        let datapath = world.datapath().await;
+        let id = VmId::generate();
+        let guest = tapgate_netns::Netns::create(&format!("tgvm-{}-g", world.instance)).unwrap();
+        let name = guest.name().to_owned();
+        let mut spec = world.spec_without_image(&id, 5, vec![("TOKEN".into(), NASTY.into())]);
+        spec.guest_ns = Some(guest.clone());
+        let gate = datapath.attach_netns(&id, spec.net, &common::policy(&id), &guest).await.unwrap();
+        let machine = NetnsDriver::new().boot(&spec, gate).await.unwrap();
+        let _reap = common::Reap(machine.handle().process.pid);
+        assert!(machine.handle().notes.iter().any(|note| note.contains("nothing but the network")));
+        tokio::time::timeout(PATIENCE, machine.ready(datapath.egress())).await.unwrap();
+        let run = |program: &str, args: &[&str]| {
+            let output = tapgate_vmm::netns_exec(&spec, program, args).unwrap();
+            String::from_utf8(output.stdout).unwrap()
+        };
+        assert_eq!(run("printenv", &["TOKEN"]).trim_end_matches('\n'), NASTY);
+        assert!(run("ip", &["-4", "-o", "addr", "show", "eth0"]).contains("10.214.0.6/32"));
+        assert_eq!(run("cat", &["/etc/resolv.conf"]), "nameserver 169.254.77.1\n");
+        let bundle = run("printenv", &["SSL_CERT_FILE"]);
+        let text = std::fs::read_to_string(bundle.trim()).unwrap();
+        assert!(text.contains(spec.seed.ca_pem.trim()), "its CA is trusted inside");
+        assert!(
+            !std::fs::read_to_string("/etc/resolv.conf").unwrap().contains("169.254.77.1"),
+            "and the host's own file is as it was"
+        );
+
+        let handle = machine.handle().clone();
+        drop(machine);
+        let gate = datapath.adopt(&id, spec.net, &common::policy(&id)).await;
+        assert!(gate.is_err(), "this datapath holds it already");
+        datapath.detach(spec.net).await.unwrap();
+        let gate = datapath.attach_netns(&id, spec.net, &common::policy(&id), &guest).await.unwrap();
+        let machine = NetnsDriver::new().adopt(&spec, &handle, gate).await.unwrap();
+        assert_eq!(machine.kill().await.unwrap(), Exit::Stopped);
+        tapgate_netns::Netns::delete(&name).unwrap();
+    });
+}
+
+fn now() -> i64 {
+    i64::try_from(std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs())
+        .unwrap()
+}

@@ -1,0 +1,23 @@
+//! `build-ebpf` and `test-ebpf`: the BPF programs with the crate that embeds and loads them.
+
+use crate::{
+    run::{cargo, run},
+    tally::Tally,
+    test,
+};
+use anyhow::Result;
+
+/// The crate whose build compiles the programs.
+const PACKAGE: &str = "tapgate-datapath";
+
+/// Builds the programs and embeds them.
+pub fn build() -> Result<()> {
+    run(cargo().args(["build", "--package", PACKAGE]))
+}
+
+/// Runs the datapath's own tests.
+pub fn test() -> Result<()> {
+    let mut tally = Tally::default();
+    tally.add(test::rust(&["--package", PACKAGE, "--package", "tapgate-ebpf-common"], false)?);
+    tally.conclude()
+}

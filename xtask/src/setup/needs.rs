@@ -1,0 +1,114 @@
+//! The table of what building and testing need from the machine. Data only; looks at nothing itself.
+
+/// How one sees that something is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sign {
+    /// A compiler for the BPF target with the sources of `core`.
+    BpfCompiler,
+    /// This file or folder exists.
+    File(&'static str),
+    /// A program of this name can be run.
+    Program(&'static str),
+}
+
+/// One thing that is needed.
+#[derive(Debug)]
+pub struct Need {
+    /// What people call it.
+    pub what: &'static str,
+    /// What needs it.
+    pub why: &'static str,
+    /// It is there when all of these are.
+    pub signs: &'static [Sign],
+    /// The Debian packages that bring it.
+    pub packages: &'static [&'static str],
+}
+
+/// Everything, in the order in which it is reported.
+pub const NEEDS: &[Need] = &[
+    Need {
+        what: "a C compiler",
+        why: "linking, and the C parts of the crates",
+        signs: &[Sign::Program("cc"), Sign::Program("make"), Sign::Program("pkg-config")],
+        packages: &["gcc", "g++", "libc6-dev", "make", "pkg-config"],
+    },
+    Need {
+        what: "Rust for the BPF target",
+        why: "the BPF programs",
+        signs: &[Sign::BpfCompiler],
+        packages: &["rustc-web", "rust-web-src", "cargo-web"],
+    },
+    Need {
+        what: "LLVM 22",
+        why: "bpf-linker",
+        signs: &[Sign::File("/usr/lib/llvm-22/bin/llvm-config")],
+        packages: &["llvm-22-dev"],
+    },
+    Need {
+        what: "QEMU",
+        why: "guests",
+        signs: &[Sign::Program("qemu-system-x86_64")],
+        packages: &["qemu-system-x86"],
+    },
+    Need {
+        what: "mmdebstrap and mkfs.ext4",
+        why: "the base image",
+        signs: &[Sign::Program("mmdebstrap"), Sign::Program("mkfs.ext4")],
+        packages: &["mmdebstrap", "e2fsprogs"],
+    },
+    Need {
+        what: "ip and nft",
+        why: "the network of guests and tests",
+        signs: &[Sign::Program("ip"), Sign::Program("nft"), Sign::Program("nsenter"), Sign::Program("ping")],
+        packages: &["iproute2", "nftables", "util-linux", "iputils-ping"],
+    },
+    Need {
+        what: "OpenSSH",
+        why: "reaching guests, and guests of the namespace driver",
+        signs: &[Sign::Program("ssh"), Sign::Program("ssh-keygen"), Sign::Program("sshd")],
+        packages: &["openssh-client", "openssh-server"],
+    },
+    Need {
+        what: "git with its HTTP backend",
+        why: "tests with a git server",
+        signs: &[Sign::Program("git")],
+        packages: &["git"],
+    },
+    Need {
+        what: "curl, openssl and dig",
+        why: "tests with real clients",
+        signs: &[
+            Sign::Program("curl"),
+            Sign::Program("openssl"),
+            Sign::Program("dig"),
+            Sign::File("/etc/ssl/certs/ca-certificates.crt"),
+        ],
+        packages: &["curl", "openssl", "bind9-dnsutils", "ca-certificates"],
+    },
+];
+
+/// The packages of these needs, each once.
+pub fn packages(needs: &[&Need]) -> Vec<&'static str> {
+    let mut packages: Vec<&str> = needs.iter().flat_map(|need| need.packages).copied().collect();
+    packages.sort_unstable();
+    packages.dedup();
+    packages
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_need_can_be_seen_and_satisfied() {
+        for need in NEEDS {
+            assert!(!need.signs.is_empty() && !need.packages.is_empty(), "{}", need.what);
+        }
+    }
+
+    #[test]
+    fn a_package_is_asked_for_once() {
+        let need = Need { what: "x", why: "y", signs: &[], packages: &["b", "a"] };
+        assert_eq!(packages(&[&need, &need]), ["a", "b"]);
+    }
+}
