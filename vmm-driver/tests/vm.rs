@@ -75,6 +75,38 @@ fn real_vm_a_guest_is_what_its_seed_says_and_lives_through_a_reboot() {
 }
 
 #[test]
+fn real_vm_changes_reach_a_running_guest() {
+    World::run(|world| async move {
+        let datapath = world.datapath().await;
+        let id = VmId::generate();
+        let mut spec = world.spec(&id, 4, vec![("OLD".into(), "1".into())]);
+        let service = common::Service::start(&datapath, spec.seed.user_data().unwrap());
+        let (_machine, _reap) = boot(&datapath, &spec).await;
+        let ask = |command: &str| world.ask(datapath.egress(), spec.net, command);
+        assert_eq!(ask("printenv OLD"), "1");
+        spec.seed.env = vec![("NEW".into(), NASTY.into())];
+        *service.answer.lock().unwrap() = spec.seed.user_data().unwrap();
+        let end = std::time::Instant::now() + PATIENCE;
+        while ask("printenv NEW || true") != NASTY {
+            assert!(std::time::Instant::now() < end, "the change never arrived");
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
+        assert_eq!(ask("printenv OLD || echo gone"), "gone");
+        let unit = "[Service]\\nType=oneshot\\nExecStart=/usr/bin/printenv NEW\\nStandardOutput=truncate:/run/printed\\n";
+        let command = "systemctl daemon-reload && systemctl start printed && cat /run/printed";
+        assert_eq!(
+            ask(&format!("printf '{unit}' > /run/systemd/system/printed.service && {command}")),
+            NASTY
+        );
+
+        // Rubbish changes nothing.
+        *service.answer.lock().unwrap() = "#!/bin/sh\nreboot\n".into();
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        assert_eq!(ask("printenv NEW"), NASTY);
+    });
+}
+
+#[test]
 fn real_vm_a_vmm_has_no_rights_and_its_end_is_told_apart() {
     World::run(|world| async move {
         let datapath = world.datapath().await;

@@ -3,14 +3,18 @@
 #![allow(dead_code, reason = "each test file uses its own part")]
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
+use socket2::{Domain, Protocol, Socket, Type};
 use std::future::Future;
-use std::net::Ipv4Addr;
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 use tapgate_datapath::{Datapath, DatapathConfig, Gate};
+use tapgate_ebpf_common::net::port;
 use tapgate_model::{GuestNet, Mode, RuleSet, UserId, VmId, VmPolicy};
 use tapgate_netns::{Netns, Rtnl};
 use tapgate_vmm::accel::Accel;
@@ -166,6 +170,64 @@ pub struct Reap(pub i32);
 impl Drop for Reap {
     fn drop(&mut self) {
         let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.0), nix::sys::signal::Signal::SIGKILL);
+    }
+}
+
+/// The guest service as the daemon's: answers `user-data` with a tag, and holds a question that has that tag.
+pub struct Service {
+    pub answer: Arc<std::sync::Mutex<String>>,
+    _others: Vec<Socket>,
+}
+
+impl Service {
+    pub fn start(datapath: &Datapath, first: String) -> Self {
+        let socket = |kind: Type, protocol: Protocol, number: u16| {
+            let socket = Socket::new(Domain::IPV4, kind, Some(protocol)).unwrap();
+            socket.set_ip_transparent_v4(true).unwrap();
+            socket.bind(&SocketAddr::from((Ipv4Addr::UNSPECIFIED, number)).into()).unwrap();
+            if kind == Type::STREAM {
+                socket.listen(16).unwrap();
+            }
+            socket
+        };
+        let (tcp, dns_udp, dns_tcp, service) = datapath
+            .egress()
+            .run(|| {
+                let tcp = |number| socket(Type::STREAM, Protocol::TCP, number);
+                let udp = socket(Type::DGRAM, Protocol::UDP, port::DNS_UDP);
+                (tcp(port::TCP), udp, tcp(port::DNS_TCP), tcp(port::SERVICE))
+            })
+            .unwrap();
+        datapath
+            .set_listeners(false, tcp.as_fd(), dns_udp.as_fd(), dns_tcp.as_fd(), service.as_fd())
+            .unwrap();
+        let answer = Arc::new(std::sync::Mutex::new(first));
+        let (shown, listener) = (answer.clone(), std::net::TcpListener::from(service));
+        std::thread::spawn(move || {
+            while let Ok((stream, _)) = listener.accept() {
+                let shown = shown.clone();
+                std::thread::spawn(move || serve(stream, &shown));
+            }
+        });
+        Self { answer, _others: vec![tcp, dns_udp, dns_tcp] }
+    }
+}
+
+fn serve(mut stream: std::net::TcpStream, shown: &std::sync::Mutex<String>) {
+    let mut request = vec![0u8; 4096];
+    let n = stream.read(&mut request).unwrap_or(0);
+    let request = String::from_utf8_lossy(&request[..n]).into_owned();
+    assert!(request.starts_with("GET /v1/user-data HTTP/1.1\r\n"), "{request}");
+    loop {
+        let text = shown.lock().unwrap().clone();
+        let tag =
+            format!("\"{}\"", text.bytes().fold(7u64, |sum, b| sum.wrapping_mul(31).wrapping_add(b.into())));
+        if !request.contains(&format!("If-None-Match: {tag}\r\n")) {
+            let head = format!("HTTP/1.1 200 OK\r\netag: {tag}\r\ncontent-length: {}\r\n\r\n", text.len());
+            let _ = stream.write_all((head + &text).as_bytes());
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(100));
     }
 }
 
