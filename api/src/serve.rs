@@ -108,7 +108,8 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     );
     let (handle, commands) = engine::Handle::new();
     let notifier = handle.notifier();
-    let state = AppState::new(store.clone(), handle, Arc::new(make_ca), api_settings(&config));
+    let state = AppState::try_new(store.clone(), handle, Arc::new(make_ca), api_settings(&config))
+        .context("cannot set up the API")?;
     let engine = Engine::new(config.clone(), store, datapath, table, driver, image, notifier, stop.clone());
     engine.watch_host_addresses().context("cannot hand the host's addresses to the datapath")?;
     let guests = guest_service::router(engine.guests());
