@@ -5,7 +5,7 @@
 
 use crate::{
     config::{self, AccelChoice, Config, DriverKind},
-    engine::{self, Engine},
+    engine::{self, Engine, Parts},
     guest_service,
     http::{AppState, Settings, router},
     images,
@@ -110,7 +110,16 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let notifier = handle.notifier();
     let state = AppState::try_new(store.clone(), handle, Arc::new(make_ca), api_settings(&config))
         .context("cannot set up the API")?;
-    let engine = Engine::new(config.clone(), store, datapath, table, driver, image, notifier, stop.clone());
+    let engine = Engine::new(Parts {
+        config: config.clone(),
+        store,
+        datapath,
+        table,
+        driver,
+        image,
+        notifier,
+        stop: stop.clone(),
+    });
     engine.watch_host_addresses().context("cannot hand the host's addresses to the datapath")?;
     let guests = guest_service::router(engine.guests());
 

@@ -36,6 +36,35 @@ pub struct Disk {
     pub format: Format,
 }
 
+/// Which image a VM's disk was made from; the name of the file in its folder that says so.
+const ORIGIN: &str = "image.json";
+
+/// The image that the VM's disk is a layer over: the one that it was made from, whatever is the newest today. A VM
+/// without a disk gets the given one, and it is noted before the disk is made.
+pub fn origin(dir: &Path, newest: &Image) -> Result<Image, VmmError> {
+    let note = dir.join(ORIGIN);
+    match fs::read(&note) {
+        Ok(bytes) => {
+            let from: PathBuf = serde_json::from_slice(&bytes)
+                .map_err(|e| VmmError::Disk(format!("{}: {e}", note.display())))?;
+            if from == newest.dir() {
+                return Ok(newest.clone());
+            }
+            crate::image::open(&from)
+                .map_err(|e| VmmError::Disk(format!("the image that it was made from cannot be used: {e}")))
+        }
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            let text = serde_json::to_vec(newest.dir()).map_err(|e| VmmError::Disk(e.to_string()))?;
+            let new = note.with_extension("new");
+            fs::write(&new, text)
+                .and_then(|()| fs::rename(&new, &note))
+                .map_err(VmmError::io("noting the image"))?;
+            Ok(newest.clone())
+        }
+        Err(e) => Err(VmmError::io(note.display().to_string())(e)),
+    }
+}
+
 /// Finds the VM's disk in its folder.
 pub fn find(dir: &Path) -> Option<Disk> {
     [(RAW, Format::Raw), (QCOW2, Format::Qcow2)]
@@ -148,13 +177,15 @@ fn qcow2_size(path: &Path) -> Result<u64, VmmError> {
 
 fn private(path: &Path) -> Result<(), VmmError> {
     use std::os::unix::fs::PermissionsExt as _;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(VmmError::io(path.display().to_string()))
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))
+        .map_err(VmmError::io(path.display().to_string()))
 }
 
 fn qemu_img(args: &[&std::ffi::OsStr]) -> Result<(), VmmError> {
-    let output = Command::new("qemu-img").args(args).stdin(Stdio::null()).output().map_err(|source| {
-        VmmError::Missing { program: "qemu-img".into(), package: "qemu-utils", source }
-    })?;
+    let output =
+        Command::new("qemu-img").args(args).stdin(Stdio::null()).output().map_err(|source| {
+            VmmError::Missing { program: "qemu-img".into(), package: "qemu-utils", source }
+        })?;
     if output.status.success() {
         return Ok(());
     }

@@ -38,11 +38,18 @@ pub struct Qmp {
 impl Qmp {
     /// Connects to the socket and leaves negotiation mode.
     pub async fn connect(path: &Path) -> Result<Self, VmmError> {
-        let stream = connect_any_length(path).map_err(|e| VmmError::Control(format!("{}: {e}", path.display())))?;
+        let stream =
+            connect_any_length(path).map_err(|e| VmmError::Control(format!("{}: {e}", path.display())))?;
         stream.set_nonblocking(true).map_err(VmmError::io("control socket"))?;
-        let (reader, writer) = UnixStream::from_std(stream).map_err(VmmError::io("control socket"))?.into_split();
-        let mut qmp =
-            Self { reader: BufReader::new(reader), writer, partial: Vec::new(), next_id: 0, pending: Vec::new() };
+        let (reader, writer) =
+            UnixStream::from_std(stream).map_err(VmmError::io("control socket"))?.into_split();
+        let mut qmp = Self {
+            reader: BufReader::new(reader),
+            writer,
+            partial: Vec::new(),
+            next_id: 0,
+            pending: Vec::new(),
+        };
         let greeting = timeout(DEADLINE, qmp.line()).await.map_err(|_| late("its greeting"))??;
         if greeting.get("QMP").is_none() {
             return Err(VmmError::Control("what answers is not QEMU".into()));
@@ -73,7 +80,8 @@ impl Qmp {
                     self.pending.push(event);
                 } else if answer.get("id").and_then(Value::as_u64) == Some(id) {
                     if let Some(error) = answer.get("error") {
-                        let text = error.get("desc").and_then(Value::as_str).unwrap_or("an error without words");
+                        let text =
+                            error.get("desc").and_then(Value::as_str).unwrap_or("an error without words");
                         return Err(VmmError::Control(format!("{name}: {text}")));
                     }
                     return Ok(answer["return"].take());
@@ -101,7 +109,8 @@ impl Qmp {
         let mut limited = (&mut self.reader).take(room);
         let n = limited.read_until(b'\n', &mut self.partial).await.map_err(VmmError::io("control socket"))?;
         if !self.partial.ends_with(b"\n") {
-            let why = if n == 0 && room > 0 { "it closed its control socket" } else { "it sends an endless line" };
+            let why =
+                if n == 0 && room > 0 { "it closed its control socket" } else { "it sends an endless line" };
             return Err(VmmError::Control(why.into()));
         }
         let line = std::mem::take(&mut self.partial);

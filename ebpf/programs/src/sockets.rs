@@ -82,7 +82,7 @@ fn lookup(skb: &Skb, tuple: *mut bpf_sock_tuple, size: u32) -> Found {
 /// An IPv4 socket must never be given an IPv6 frame: the kernel does not check, and would read a part that it has not.
 #[inline(always)]
 pub fn assign(skb: &Skb, listener: Listener, v6: bool) -> bool {
-    let index = listener as u32;
+    let index = listener.index(v6);
     // SAFETY: the map lives as long as the program; the key is a `u32` as the map wants it.
     let socket = unsafe {
         bpf_map_lookup_elem((&raw const LISTENERS).cast::<c_void>().cast_mut(), (&raw const index).cast())

@@ -9,6 +9,7 @@
 
 mod apply;
 mod files;
+mod http;
 mod identity;
 mod init;
 mod net;

@@ -5,6 +5,7 @@
 mod args;
 mod launch;
 mod supervise;
+mod tsc;
 
 pub use launch::uid_of;
 pub use supervise::file;
@@ -81,6 +82,7 @@ impl QemuDriver {
             .create(&spec.dir)
             .map_err(VmmError::io(spec.dir.display().to_string()))?;
         let image = spec.image.as_ref().ok_or_else(|| VmmError::Disk("the VM has no image".into()))?;
+        let image = &disk::origin(&spec.dir, image)?;
         let disk = disk::prepare(&spec.dir, image, spec.disk_bytes)?;
         let seed = spec.dir.join(file::SEED);
         spec.seed.write(&seed)?;
@@ -106,6 +108,7 @@ impl QemuDriver {
             disk: disk.format,
             net: spec.net,
             cmdline: &image.manifest().cmdline,
+            tsc_khz: tsc::khz(),
         };
         let mut notes = vec![format!("accel={:?}", self.accel).to_lowercase()];
         let cgroup = self.enclose(spec, &mut notes);
@@ -143,7 +146,12 @@ impl QemuDriver {
         }
     }
 
-    async fn take_over(&self, spec: &VmSpec, handle: &Handle, gate: Gate) -> Result<Box<dyn Running>, VmmError> {
+    async fn take_over(
+        &self,
+        spec: &VmSpec,
+        handle: &Handle,
+        gate: Gate,
+    ) -> Result<Box<dyn Running>, VmmError> {
         fits(spec, &gate)?;
         let process = Process::open(&handle.process).map_err(VmmError::io("pidfd"))?.ok_or(VmmError::Gone)?;
         let mut qmp = connect(&spec.dir, &process).await?;
@@ -177,7 +185,9 @@ pub(crate) fn remember(dir: &Path, handle: &Handle) -> Result<(), VmmError> {
     let text = serde_json::to_vec(handle).map_err(|e| VmmError::Start(e.to_string()))?;
     let path = dir.join(file::HANDLE);
     let new = path.with_extension("new");
-    fs::write(&new, text).and_then(|()| fs::rename(&new, &path)).map_err(VmmError::io(path.display().to_string()))
+    fs::write(&new, text)
+        .and_then(|()| fs::rename(&new, &path))
+        .map_err(VmmError::io(path.display().to_string()))
 }
 
 pub(crate) fn fits(spec: &VmSpec, gate: &Gate) -> Result<(), VmmError> {

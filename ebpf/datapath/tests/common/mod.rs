@@ -345,15 +345,18 @@ pub fn listeners_of(datapath: &Datapath, domain: Domain) -> Listeners {
 }
 
 pub fn hand_over(datapath: &Datapath, listeners: &Listeners) {
-    datapath
-        .set_listeners(
-            false,
-            listeners.tcp.as_fd(),
-            listeners.dns_udp.as_fd(),
-            listeners.dns_tcp.as_fd(),
-            listeners.service.as_fd(),
-        )
-        .unwrap();
+    // Sockets of IPv6 that take IPv4 too: one set for both families.
+    for v6 in [false, true] {
+        datapath
+            .set_listeners(
+                v6,
+                listeners.tcp.as_fd(),
+                listeners.dns_udp.as_fd(),
+                listeners.dns_tcp.as_fd(),
+                listeners.service.as_fd(),
+            )
+            .unwrap();
+    }
 }
 
 /// A tap as a VMM holds it: whole frames in and out.
