@@ -108,7 +108,8 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     );
     let (handle, commands) = engine::Handle::new();
     let notifier = handle.notifier();
-    let state = AppState::new(store.clone(), handle, Arc::new(make_ca), api_settings(&config));
+    let state = AppState::try_new(store.clone(), handle, Arc::new(make_ca), api_settings(&config))
+        .context("cannot set up the API")?;
     let engine = Engine::new(Parts {
         config: config.clone(),
         store,

@@ -157,6 +157,7 @@ pub(crate) async fn update(
     mut fields: Fields,
 ) -> Result<Json<SecretView>, ApiError> {
     params.finish()?;
+    fields.given()?;
     if fields.patch_text("name")?.is_some() {
         return Err(ApiError::validation("`name` cannot be changed; delete the secret and create it again"));
     }
