@@ -38,7 +38,7 @@ async fn copy(vm: &QemuRunning, to: &Path) -> Result<SnapshotInfo, VmmError> {
         let bytes = disk::size(&disk)?;
         disk::create_snapshot(&target, bytes)?;
         let recipe = disk::origin(&dir, &image)?.manifest().recipe.clone();
-        Ok((bytes, recipe, launch::open(&target, true)?))
+        Ok::<_, VmmError>((bytes, recipe, launch::open(&target, true)?))
     };
     let (disk_bytes, image_recipe, target) =
         tokio::task::spawn_blocking(prepare).await.map_err(|e| VmmError::Disk(e.to_string()))??;
