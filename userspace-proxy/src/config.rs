@@ -48,6 +48,8 @@ pub struct Limits {
     pub connections: usize,
     /// New connections a second, sustained; a burst of twice as many is let through.
     pub new_per_second: u32,
+    /// Octets a second through the proxy, both ways together; none means no bound.
+    pub octets_per_second: Option<u64>,
     /// DNS questions being answered at one time.
     pub dns_in_flight: usize,
     /// Addresses kept as given to the VM by DNS.
@@ -56,6 +58,12 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { connections: 2048, new_per_second: 1000, dns_in_flight: 64, pins: 4096 }
+        Self {
+            connections: 2048,
+            new_per_second: 1000,
+            octets_per_second: None,
+            dns_in_flight: 64,
+            pins: 4096,
+        }
     }
 }

@@ -72,10 +72,13 @@ pub(crate) async fn handle(shared: Arc<Shared>, accepted: Accepted) {
     }
     let _ = conn.stream.set_nodelay(true);
     let timeouts = conn.shared.config.timeouts;
-    // A short wait is for servers that speak first, where that may happen at all: a slow client of any other
-    // connection has as long for its first byte as for the rest.
-    let server_first = !matches!(to.port(), 80 | 443) && conn.unnamed().verdict.passes();
-    let silence = if server_first { timeouts.server_first } else { timeouts.hello };
+    // A short wait is for servers that speak first, where that may happen at all. Where a client speaks first, a slow
+    // one has as long for its first byte as for the rest; where nothing will come of silence, not quite as long.
+    let silence = match to.port() {
+        80 | 443 => timeouts.hello,
+        _ if conn.unnamed().verdict.passes() => timeouts.server_first,
+        _ => timeouts.server_first * 6,
+    };
     match peek::peek(&mut conn.stream, timeouts.hello, silence).await {
         Ok((first, raw)) => conn.dispatch(first, raw).await,
         Err(_) => conn.dispatch(First::Closed, Bytes::new()).await,
@@ -121,7 +124,7 @@ impl Conn {
     }
 
     async fn http(self, alpn: Alpn, raw: Bytes) {
-        let conn = HttpConn::new(self.shared, self.entry, self.to, None, alpn);
+        let conn = HttpConn::new(self.shared, self.entry, self.to, None, alpn, alpn);
         serve(conn, Prefixed::new(raw, self.stream), CancellationToken::new()).await;
     }
 
@@ -208,7 +211,8 @@ impl Conn {
         // The record is handed over where the handshake fails; where it succeeds, each request has its own.
         let Ok((Ok(stream), record)) = accepted else { return };
         record.discard();
-        let conn = HttpConn::new(self.shared, self.entry, self.to, Some(name), alpn);
+        let offer = if offers_http2 { Alpn::Http2 } else { Alpn::Http1 };
+        let conn = HttpConn::new(self.shared, self.entry, self.to, Some(name), alpn, offer);
         if let Some(upstream) = upstream {
             conn.park(upstream);
         }
@@ -217,14 +221,15 @@ impl Conn {
 
     /// What HTTP the upstream speaks is known only from the upstream.
     async fn first_upstream(&self, name: &HostName, route: Route) -> Option<Upstream> {
-        let key = Key::new(Some(name.clone()), route, self.to);
+        let key = Key::new(Some(name.clone()), route, self.to, Alpn::Http2);
         let pooled = self.shared.pool.take(&self.policy.vm, &key);
         let dialer = &self.shared.connector.dialer;
         if let Some(upstream) = pooled.filter(|up| dialer.admits(&self.policy, up.address.ip()).is_ok()) {
             return Some(upstream);
         }
         // A failure is told to the guest as the answer to its first request.
-        self.shared.connector.connect(&self.policy, key, Alpn::Http2).await.ok()
+        let connected = self.shared.connector.connect(&self.policy, key).await;
+        connected.inspect_err(|error| tracing::debug!(%name, %error, "no upstream yet")).ok()
     }
 
     /// Passes the bytes through as they are.
@@ -267,8 +272,15 @@ impl Conn {
         record.dialled(address.ip());
         upstream.write_all(&raw).await.map_err(DialError::Unreachable)?;
         let idle = self.shared.config.timeouts.idle;
-        let relayed =
-            splice::relay(&self.stream, &upstream, &self.shared.pipes, &record.counters, idle).await;
+        let relayed = splice::relay(
+            &self.stream,
+            &upstream,
+            &self.shared.pipes,
+            &record.counters,
+            &self.entry.throttle,
+            idle,
+        )
+        .await;
         if relayed.is_err() {
             // One side broke off; the other is told so.
             reset(&upstream);

@@ -1,13 +1,13 @@
 //! Streams with bytes put back in front, counted, or closed politely. Owns no decisions.
 
-use crate::audit::Counters;
+use crate::{audit::Counters, table::VmEntry, throttle::Pause};
 use bytes::{Buf as _, Bytes};
 use std::{
     io::{self, IoSlice},
     pin::Pin,
     sync::{Arc, atomic::Ordering},
     task::{Context, Poll, ready},
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 
@@ -16,12 +16,20 @@ pub(crate) struct Prefixed<S> {
     prefix: Bytes,
     inner: S,
     counters: Option<Arc<Counters>>,
+    bound: Option<Arc<VmEntry>>,
+    pause: Pause,
 }
 
 impl<S> Prefixed<S> {
     /// Puts the bytes back.
     pub(crate) fn new(prefix: Bytes, inner: S) -> Self {
-        Self { prefix, inner, counters: None }
+        Self { prefix, inner, counters: None, bound: None, pause: Pause::default() }
+    }
+
+    /// Reads no faster than the VM may move.
+    pub(crate) fn throttled(mut self, entry: Arc<VmEntry>) -> Self {
+        self.bound = Some(entry);
+        self
     }
 
     /// Counts what is read as from the guest, and what is written as to it.
@@ -37,6 +45,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Prefixed<S> {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        ready!(self.pause.poll(cx));
         let before = buf.filled().len();
         if self.prefix.is_empty() {
             ready!(Pin::new(&mut self.inner).poll_read(cx, buf))?;
@@ -45,8 +54,13 @@ impl<S: AsyncRead + Unpin> AsyncRead for Prefixed<S> {
             buf.put_slice(&self.prefix[..length]);
             self.prefix.advance(length);
         }
+        let read = buf.filled().len() - before;
         if let Some(counters) = &self.counters {
-            counters.out.fetch_add((buf.filled().len() - before) as u64, Ordering::Relaxed);
+            counters.out.fetch_add(read as u64, Ordering::Relaxed);
+        }
+        if let Some(entry) = &self.bound {
+            let pause = entry.throttle.spend(read, Instant::now());
+            self.pause.begin(pause);
         }
         Poll::Ready(Ok(()))
     }

@@ -22,6 +22,7 @@ mod resolve;
 mod secret;
 mod splice;
 mod table;
+mod throttle;
 
 pub use config::{Limits, ProxyConfig, Timeouts};
 pub use conn::Accepted;
@@ -33,7 +34,8 @@ pub use table::{HostPrefix, PolicyTable};
 /// What the fuzz targets and property tests reach of the parsers; no part of the interface.
 #[doc(hidden)]
 pub mod internal {
-    pub use crate::http::authority::Authority;
+    pub use crate::dns::answer::refuse_question;
+    pub use crate::http::authority::{Authority, Named};
     pub use crate::http::guard::GuardedIo;
     pub use crate::peek::http1::{Framing, Head, check_head};
     pub use crate::peek::tls::{Hello, HelloReader};

@@ -3,7 +3,7 @@
 //! A pipe is borrowed only while bytes are in it, so an idle connection holds none. Bytes are counted as they arrive.
 //! Back-pressure is the sockets' own: nothing is read that was not written on.
 
-use crate::audit::Counters;
+use crate::{audit::Counters, throttle::Throttle};
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
 use std::{
     io,
@@ -63,12 +63,13 @@ pub(crate) async fn relay(
     upstream: &TcpStream,
     pipes: &Pipes,
     counters: &Arc<Counters>,
+    throttle: &Throttle,
     idle: Duration,
 ) -> io::Result<()> {
     let both = async {
         tokio::try_join!(
-            one_way(guest, upstream, pipes, &counters.out),
-            one_way(upstream, guest, pipes, &counters.r#in),
+            one_way(guest, upstream, pipes, &counters.out, throttle),
+            one_way(upstream, guest, pipes, &counters.r#in, throttle),
         )
     };
     tokio::pin!(both);
@@ -85,7 +86,13 @@ pub(crate) async fn relay(
     }
 }
 
-async fn one_way(from: &TcpStream, to: &TcpStream, pipes: &Pipes, count: &AtomicU64) -> io::Result<()> {
+async fn one_way(
+    from: &TcpStream,
+    to: &TcpStream,
+    pipes: &Pipes,
+    count: &AtomicU64,
+    throttle: &Throttle,
+) -> io::Result<()> {
     let flags = SpliceFFlags::SPLICE_F_MOVE | SpliceFFlags::SPLICE_F_NONBLOCK;
     loop {
         from.readable().await?;
@@ -104,6 +111,7 @@ async fn one_way(from: &TcpStream, to: &TcpStream, pipes: &Pipes, count: &Atomic
             Err(error) => return Err(error),
         };
         count.fetch_add(held as u64, Ordering::Relaxed);
+        let moved = held;
         while held > 0 {
             let write = || Ok(splice(&pipe.read, None, to, None, held, flags)?);
             match to.async_io(Interest::WRITABLE, write).await? {
@@ -112,6 +120,7 @@ async fn one_way(from: &TcpStream, to: &TcpStream, pipes: &Pipes, count: &Atomic
             }
         }
         pipes.give(pipe);
+        throttle.moved(moved).await;
     }
     match nix::sys::socket::shutdown(std::os::fd::AsRawFd::as_raw_fd(to), nix::sys::socket::Shutdown::Write) {
         Ok(()) | Err(nix::errno::Errno::ENOTCONN) => Ok(()),
@@ -141,7 +150,10 @@ mod tests {
         let pipes = Arc::new(Pipes::default());
         let relayed = tokio::spawn({
             let (counters, pipes) = (counters.clone(), pipes.clone());
-            async move { relay(&guest, &upstream, &pipes, &counters, Duration::from_secs(60)).await }
+            async move {
+                relay(&guest, &upstream, &pipes, &counters, &Throttle::new(None), Duration::from_secs(60))
+                    .await
+            }
         });
         let sent = data.clone();
         let client = tokio::spawn(async move {
@@ -169,8 +181,15 @@ mod tests {
         let ((client, guest), (upstream, server)) = (pair().await, pair().await);
         socket2::SockRef::from(&client).set_linger(Some(Duration::ZERO)).unwrap();
         drop(client);
-        let relayed =
-            relay(&guest, &upstream, &Pipes::default(), &Arc::default(), Duration::from_secs(60)).await;
+        let relayed = relay(
+            &guest,
+            &upstream,
+            &Pipes::default(),
+            &Arc::default(),
+            &Throttle::new(None),
+            Duration::from_secs(60),
+        )
+        .await;
         assert!(relayed.is_err());
         drop(server);
     }
@@ -178,8 +197,15 @@ mod tests {
     #[tokio::test]
     async fn an_idle_connection_is_closed() {
         let ((_client, guest), (upstream, _server)) = (pair().await, pair().await);
-        let relayed =
-            relay(&guest, &upstream, &Pipes::default(), &Arc::default(), Duration::from_millis(20)).await;
+        let relayed = relay(
+            &guest,
+            &upstream,
+            &Pipes::default(),
+            &Arc::default(),
+            &Throttle::new(None),
+            Duration::from_millis(20),
+        )
+        .await;
         assert_eq!(relayed.unwrap_err().kind(), io::ErrorKind::TimedOut);
     }
 }

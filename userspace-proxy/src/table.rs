@@ -7,6 +7,7 @@ use crate::{
     intercept::ca::VmCa,
     registry::{Registry, Subject, Ticket},
     secret::clean::Patterns,
+    throttle::Throttle,
 };
 use arc_swap::{ArcSwap, ArcSwapOption};
 use std::{
@@ -45,6 +46,8 @@ pub(crate) struct VmEntry {
     /// Questions being answered.
     pub dns: Arc<Semaphore>,
     limits: Limits,
+    /// What it moves.
+    pub throttle: Throttle,
     /// Sockets accepted from it and not yet closed.
     open: AtomicUsize,
     /// New connections: tokens left, and when they were counted last.
@@ -159,6 +162,7 @@ impl PolicyTable {
             patterns: ArcSwapOption::empty(),
             dns: Arc::new(Semaphore::new(limits.dns_in_flight)),
             limits: *limits,
+            throttle: Throttle::new(limits.octets_per_second),
             open: AtomicUsize::new(0),
             arrivals: Mutex::new((f64::from(limits.new_per_second) * 2.0, Instant::now())),
         });

@@ -223,6 +223,44 @@ fn a_secret_for_another_host_is_left_and_said_so() {
 }
 
 #[test]
+fn two_secrets_for_one_host_both_go_in_and_cookies_come_back_clean() {
+    world(|mut w| async move {
+        start(&mut w).await;
+        let secrets: &[(&str, &str, &[&str])] = &[
+            ("token", VALUE, &["api.example"]),
+            ("token-two", "value-of-two", &["*.example", "api.example"]),
+            ("any", "value-of-any", &["*"]),
+        ];
+        w.rules(Mode::Enforce, &["api.example", "*.example", "*"], secrets);
+        let header = "Cookie: a=IRONSH_PROXY_token; b=IRONSH_PROXY_token-two; c=IRONSH_PROXY_any; d=IRONSH_PROXY_token\r\n";
+        let answer = w.https((SERVER, 443), "api.example", &get("api.example", "/", header)).await;
+        let cookie = format!("a={VALUE}; b=value-of-two; c=value-of-any; d={VALUE}");
+        assert_eq!(w.log.seen()[0].header("cookie"), Some(cookie.as_str()));
+        assert!(
+            answer.contains("b=IRONSH_PROXY_token-two; c=IRONSH_PROXY_any; d=IRONSH_PROXY_token\n"),
+            "{answer}"
+        );
+        assert_eq!(w.event().await.secrets, ["any", "token", "token-two"]);
+    });
+}
+
+#[test]
+fn what_a_value_looks_like_in_json_urls_and_html_is_cleaned_too() {
+    world(|mut w| async move {
+        start(&mut w).await;
+        let value = "p\"ss/w<rd&1";
+        w.rules(Mode::Enforce, &["api.example"], &[("token", value, &["api.example"])]);
+        let body = r#"p\"ss/w<rd&1 p\"ss\/w<rd&1 p%22ss%2Fw%3Crd%261 p%22ss%2fw%3crd%261 p&quot;ss/w&lt;rd&amp;1 p"ss/w<rd&1"#;
+        let request = format!(
+            "POST / HTTP/1.1\r\nHost: api.example\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        let answer = w.https((SERVER, 443), "api.example", &request).await;
+        assert!(answer.ends_with(&["IRONSH_PROXY_token"; 6].join(" ")), "{answer}");
+    });
+}
+
+#[test]
 fn bodies_and_targets_are_not_substituted() {
     world(|mut w| async move {
         start(&mut w).await;

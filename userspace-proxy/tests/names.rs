@@ -137,6 +137,45 @@ fn names_never_lead_to_private_host_or_guest_addresses() {
             assert!(answer.starts_with("HTTP/1.1 403"), "{address}: {answer}");
             assert_eq!(w.event().await.verdict.reason(), Reason::Rebinding, "{address}");
         }
+        for (n, address) in [
+            "0.1.2.3",
+            "100.64.0.1",
+            "100.100.100.200",
+            "169.254.170.2",
+            "169.254.77.1",
+            "192.0.0.192",
+            "192.88.99.1",
+            "168.63.129.16",
+            "198.18.0.1",
+            "224.0.0.1",
+            "240.0.0.1",
+            "255.255.255.255",
+            "10.214.9.9",
+            "::",
+            "::1",
+            "::ffff:127.0.0.1",
+            "::ffff:192.0.2.10",
+            "::192.0.2.10",
+            "64:ff9b::7f00:1",
+            "64:ff9b:1::1",
+            "2002:7f00:1::",
+            "2001::1",
+            "fe80::1",
+            "fec0::1",
+            "fd00:ec2::254",
+            "fd12::1",
+            "ff02::1",
+            "100::1",
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let name = format!("n{n}.example");
+            w.zone.records.lock().unwrap().insert(name.clone(), vec![vec![address.parse().unwrap()]]);
+            let answer = w.http((SERVER, 80), &get(&name, "")).await;
+            assert!(answer.starts_with("HTTP/1.1 403"), "{address}: {answer}");
+            assert_eq!(w.event().await.verdict.reason(), Reason::Rebinding, "{address}");
+        }
         // Rebinding: public when asked first, private when dialled; the second answer is the one that is judged.
         w.zone.turns("turns.example", &[SERVER, Ipv4Addr::LOCALHOST]);
         let first = w.http((SERVER, 80), &get("turns.example", "")).await;

@@ -13,62 +13,20 @@ use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, UdpSocket},
     time::Duration,
 };
-use support::{ATTACKER, GUEST, OTHER, PRIVATE, RESOLVER, SERVER, World, sh, world_of};
-use tapgate_ebpf_common::net::port;
+use support::{
+    ATTACKER, OTHER, PRIVATE, RESOLVER, SERVER,
+    guest::{Guest, serve},
+    world_of,
+};
 use tapgate_model::{Mode, Protocol, Reason, Verdict};
-use tapgate_proxy::{Listeners, Proxy};
 
-/// A guest's namespace, removed with this value.
-struct Guest(String);
+/// Questions of a guest.
+trait Ask {
+    async fn ask(&self, server: Ipv4Addr, message: Vec<u8>) -> (SocketAddr, Message);
+    async fn query(&self, name: &str, kind: RecordType) -> Message;
+}
 
-impl Guest {
-    /// Makes the guest, its veth, and the hand-over to the listeners in this thread's namespace.
-    fn new(tag: &str) -> Self {
-        let name = format!("tgp{}{tag}", std::process::id());
-        let guest = Self(name.clone());
-        sh(&format!(
-            "ip netns add {name}
-             ip link add {name} type veth peer name eth0 netns {name}
-             ip -n {name} link set lo up
-             ip -n {name} link set eth0 up
-             ip -n {name} addr add {GUEST}/32 dev eth0
-             ip -n {name} route add default via 169.254.77.1 dev eth0 onlink
-             ip link set {name} up
-             ip addr add 169.254.77.1/32 dev lo
-             echo 0 > /proc/sys/net/ipv4/conf/all/rp_filter
-             echo 0 > /proc/sys/net/ipv4/conf/{name}/rp_filter
-             ip route add {GUEST}/32 dev {name}
-             ip rule add fwmark 1 lookup 100
-             ip route add local default dev lo table 100
-             nft -f - <<'NFT'
-             table ip handover {{
-                 chain in {{
-                     type filter hook prerouting priority mangle
-                     iifname {name} udp dport 53 tproxy to :{} meta mark set 1 accept
-                     iifname {name} tcp dport 53 tproxy to 127.0.0.1:{} meta mark set 1 accept
-                     iifname {name} meta l4proto tcp tproxy to 127.0.0.1:{} meta mark set 1 accept
-                 }}
-             }}
-NFT",
-            port::DNS_UDP,
-            port::DNS_TCP,
-            port::TCP
-        ));
-        guest
-    }
-
-    /// Runs something inside the guest.
-    async fn run<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
-        let path = format!("/run/netns/{}", self.0);
-        let thread = std::thread::spawn(move || {
-            let namespace = std::fs::File::open(path).unwrap();
-            nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
-            work()
-        });
-        tokio::task::spawn_blocking(move || thread.join().unwrap()).await.unwrap()
-    }
-
-    /// Asks over UDP; gives who answered, and what.
+impl Ask for Guest {
     async fn ask(&self, server: Ipv4Addr, message: Vec<u8>) -> (SocketAddr, Message) {
         self.run(move || {
             let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
@@ -83,12 +41,6 @@ NFT",
 
     async fn query(&self, name: &str, kind: RecordType) -> Message {
         self.ask(RESOLVER, question(name, kind)).await.1
-    }
-}
-
-impl Drop for Guest {
-    fn drop(&mut self) {
-        sh(&format!("ip netns del {}", self.0));
     }
 }
 
@@ -116,13 +68,6 @@ fn extended(message: &Message) -> (u16, String) {
         panic!("no extended error: {message:?}")
     };
     (u16::from_be_bytes([bytes[0], bytes[1]]), String::from_utf8(bytes[2..].to_vec()).unwrap())
-}
-
-fn serve(w: &World) {
-    let listeners = Listeners::bind().unwrap();
-    assert!(listeners.fds().service.is_some());
-    let proxy = Proxy::new(support::config(&w.ca), w.table.clone(), w.sink.clone());
-    tokio::spawn(proxy.serve(listeners, w.stop.clone()));
 }
 
 const HERE: &[Ipv4Addr] = &[SERVER, OTHER, ATTACKER, RESOLVER, PRIVATE];

@@ -3,6 +3,7 @@
 
 pub mod agents;
 pub mod audit;
+mod audit_stream;
 pub mod device;
 pub mod egress;
 pub mod env;

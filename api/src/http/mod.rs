@@ -5,6 +5,7 @@ mod error;
 mod fields;
 mod ids;
 mod limits;
+pub mod openapi;
 mod params;
 mod password;
 mod router;

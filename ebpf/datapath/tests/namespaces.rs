@@ -9,7 +9,7 @@ use std::{
     net::{SocketAddr, TcpStream, UdpSocket},
     time::{Duration, Instant},
 };
-use tapgate_datapath::Datapath;
+use tapgate_datapath::{Attachment, Datapath};
 use tapgate_ebpf_common::Reason;
 use tapgate_model::{Mode, Verdict};
 use tapgate_netns::{Netns, nft};
@@ -338,6 +338,70 @@ fn a_flood_is_counted_not_passed_on_and_hides_nobody_else() {
         assert!((512..=allowed).contains(&of_a), "{of_a}");
         let counters = datapath.counters(0).unwrap();
         assert_eq!(of_a + counters.events_lost, counters.dropped(Reason::NoRule));
+        datapath.teardown().await.unwrap();
+    });
+}
+
+#[test]
+fn filters_of_clsact_hold_and_are_adopted_as_on_older_kernels() {
+    in_world(|world| async move {
+        let open = || Datapath::open_attaching(world.config.clone(), Attachment::Clsact);
+        let datapath = open().await.unwrap();
+        let a = guest(&datapath, 0, Mode::Enforce, &["198.51.100.0/24"]).await;
+        let server = echo(listen(&world.internet.0, "198.51.100.1:5000"));
+        let mut stream = a.connect("198.51.100.1:5000").unwrap();
+        round_trip(&mut stream).unwrap();
+        drop(datapath);
+        round_trip(&mut stream).expect("the filters outlive the daemon");
+        let arrived = world.arrived();
+        let _ = a.udp().send_to(b"x", "203.0.113.1:9");
+        assert_eq!(world.arrived(), arrived);
+
+        let datapath = open().await.unwrap();
+        let policy = policy(&a.vm, Mode::Enforce, &["198.51.100.0/24"]);
+        datapath.adopt(&a.vm, a.net, &policy).await.unwrap();
+        round_trip(&mut stream).expect("and adoption");
+        drop(stream);
+        server.join().unwrap();
+        let tc = |arguments: &[&str]| {
+            let run = || std::process::Command::new("tc").args(arguments).output().unwrap();
+            String::from_utf8(datapath.egress().run(run).unwrap().stdout).unwrap()
+        };
+        let shown = tc(&["filter", "show", "dev", "tg0", "ingress"]);
+        assert_eq!(shown.matches("direct-action").count(), 1, "{shown}");
+        tc(&["filter", "del", "dev", "tg0", "ingress"]);
+        drop(datapath);
+        let datapath = open().await.unwrap();
+        assert!(datapath.adopt(&a.vm, a.net, &policy).await.is_err(), "a filter that is gone is no gate");
+        datapath.teardown().await.unwrap();
+    });
+}
+
+#[test]
+fn a_daemon_with_other_maps_takes_over_live_taps() {
+    in_world(|world| async move {
+        let datapath = world.open().await;
+        let a = guest(&datapath, 0, Mode::Enforce, &["198.51.100.0/24"]).await;
+        let server = echo(listen(&world.internet.0, "198.51.100.1:5000"));
+        let mut stream = a.connect("198.51.100.1:5000").unwrap();
+        round_trip(&mut stream).unwrap();
+        drop(datapath);
+        // As a daemon of another version left it.
+        let own = format!("maps-{}", tapgate_ebpf_common::maps::VERSION);
+        std::fs::rename(world.pins().join(&own), world.pins().join("maps-0")).unwrap();
+        let datapath = world.open().await;
+        round_trip(&mut stream).expect("the other version's programs and maps still work");
+        let policy = policy(&a.vm, Mode::Enforce, &["198.51.100.0/24"]);
+        datapath.adopt(&a.vm, a.net, &policy).await.unwrap();
+        round_trip(&mut stream).expect("a connection that the new maps have not seen goes on");
+        assert!(datapath.counters(0).unwrap().packets_out > 0, "the new maps count");
+        datapath.detach_others(&[a.net]).await.unwrap();
+        let left: Vec<_> =
+            std::fs::read_dir(world.pins()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert!(!left.contains(&"maps-0".into()), "{left:?}");
+        round_trip(&mut stream).unwrap();
+        drop(stream);
+        server.join().unwrap();
         datapath.teardown().await.unwrap();
     });
 }

@@ -81,6 +81,19 @@ pub(crate) async fn answer(asker: Asker<'_>, message: &[u8], transport: Transpor
     encode(&request, answer, transport)
 }
 
+/// Refuses whatever is a question: the parts of an answer that need no resolver.
+pub fn refuse_question(message: &[u8]) -> Option<Vec<u8>> {
+    let request = match Message::from_vec(message) {
+        Ok(request) if request.metadata.message_type == MessageType::Query => request,
+        Ok(_) => return None,
+        Err(_) => return form_error(message),
+    };
+    let name = request.queries.first().map(|query| HostName::parse_wire(query.name().to_ascii().as_bytes()));
+    let text = format!("not allowed: {name:?}");
+    let answer = Answer::code(ResponseCode::Refused).because(Info::Blocked, text);
+    encode(&request, answer, Transport::Udp)
+}
+
 /// Says that the VM asks too much at a time.
 pub(crate) fn busy(asker: &Asker<'_>, message: &[u8]) -> Option<Vec<u8>> {
     let policy = asker.entry.policy.load_full();
@@ -92,6 +105,10 @@ pub(crate) fn busy(asker: &Asker<'_>, message: &[u8]) -> Option<Vec<u8>> {
 
 fn malformed(asker: &Asker<'_>, policy: &VmPolicy, message: &[u8], started: Instant) -> Option<Vec<u8>> {
     drop(asker.record(policy, Verdict::Deny { reason: Reason::Malformed }, None, started));
+    form_error(message)
+}
+
+fn form_error(message: &[u8]) -> Option<Vec<u8>> {
     // Only with a whole header that says "question" is there an id to answer to.
     let (id, flags) = (message.get(..2)?, *message.get(2)?);
     if message.len() < 12 || flags & 0x80 != 0 {

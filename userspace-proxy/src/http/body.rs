@@ -5,6 +5,8 @@ use crate::{
     audit::Record,
     registry::Ticket,
     secret::clean::{Cleaner, Patterns},
+    table::VmEntry,
+    throttle::Pause,
 };
 use bytes::Bytes;
 use http_body::{Frame, SizeHint};
@@ -16,6 +18,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
     task::{Context, Poll, ready},
+    time::{Duration, Instant},
 };
 use tapgate_model::{Reason, Verdict};
 use tokio_util::sync::WaitForCancellationFutureOwned;
@@ -34,11 +37,17 @@ pub(crate) fn full(bytes: Bytes) -> Body {
 pub(crate) struct Outgoing {
     inner: hyper::body::Incoming,
     count: Arc<crate::audit::Counters>,
+    entry: Arc<VmEntry>,
+    pause: Pause,
 }
 
 impl Outgoing {
-    pub(crate) fn wrap(inner: hyper::body::Incoming, count: Arc<crate::audit::Counters>) -> Body {
-        Self { inner, count }.boxed_unsync()
+    pub(crate) fn wrap(
+        inner: hyper::body::Incoming,
+        count: Arc<crate::audit::Counters>,
+        entry: Arc<VmEntry>,
+    ) -> Body {
+        Self { inner, count, entry, pause: Pause::default() }.boxed_unsync()
     }
 }
 
@@ -46,6 +55,10 @@ fn add(count: &AtomicU64, frame: &Frame<Bytes>) {
     if let Some(data) = frame.data_ref() {
         count.fetch_add(data.len() as u64, Ordering::Relaxed);
     }
+}
+
+fn spend(entry: &VmEntry, frame: &Frame<Bytes>) -> Option<Duration> {
+    entry.throttle.spend(frame.data_ref().map_or(0, Bytes::len), Instant::now())
 }
 
 impl http_body::Body for Outgoing {
@@ -56,9 +69,12 @@ impl http_body::Body for Outgoing {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        ready!(self.pause.poll(cx));
         let mut frame = ready!(Pin::new(&mut self.inner).poll_frame(cx));
         if let Some(Ok(frame)) = &mut frame {
             add(&self.count.out, frame);
+            let pause = spend(&self.entry, frame);
+            self.pause.begin(pause);
             if let Some(trailers) = frame.trailers_mut() {
                 strip_trailers(trailers);
             }
@@ -82,12 +98,15 @@ pub(crate) struct Incoming {
     record: Option<Record>,
     revoked: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
     _ticket: Option<Ticket>,
+    entry: Arc<VmEntry>,
+    pause: Pause,
 }
 
 impl Incoming {
-    pub(crate) fn wrap(inner: Body, record: Record, ticket: Option<Ticket>) -> Body {
+    pub(crate) fn wrap(inner: Body, record: Record, ticket: Option<Ticket>, entry: Arc<VmEntry>) -> Body {
         let revoked = ticket.as_ref().map(|ticket| Box::pin(ticket.revoked.clone().cancelled_owned()));
-        Self { inner, record: Some(record), revoked, _ticket: ticket }.boxed_unsync()
+        let pause = Pause::default();
+        Self { inner, record: Some(record), revoked, _ticket: ticket, entry, pause }.boxed_unsync()
     }
 }
 
@@ -108,7 +127,12 @@ impl http_body::Body for Incoming {
             }
             return Poll::Ready(Some(Err("the rules no longer allow this request".into())));
         }
+        ready!(self.pause.poll(cx));
         let frame = ready!(Pin::new(&mut self.inner).poll_frame(cx));
+        if let Some(Ok(frame)) = &frame {
+            let pause = spend(&self.entry, frame);
+            self.pause.begin(pause);
+        }
         match (&frame, &self.record) {
             (Some(Ok(frame)), Some(record)) => add(&record.counters.r#in, frame),
             _ => drop(self.record.take()),

@@ -46,8 +46,10 @@ pub(crate) struct HttpConn {
     pub(crate) to: SocketAddr,
     /// The name of SNI, where TLS was opened.
     pub(crate) tls: Option<HostName>,
-    /// What the guest speaks, and upstreams are offered.
+    /// What the guest speaks.
     pub(crate) alpn: Alpn,
+    /// The best that upstreams are offered.
+    offer: Alpn,
     refusal: Option<Refusal>,
     requests: AtomicU64,
     parked: Mutex<Option<Upstream>>,
@@ -81,6 +83,7 @@ impl HttpConn {
         to: SocketAddr,
         tls: Option<HostName>,
         alpn: Alpn,
+        offer: Alpn,
     ) -> Self {
         Self {
             shared,
@@ -88,6 +91,7 @@ impl HttpConn {
             to,
             tls,
             alpn,
+            offer,
             refusal: None,
             requests: AtomicU64::new(0),
             parked: Mutex::default(),
@@ -207,8 +211,11 @@ impl HttpConn {
         record.secrets(outcome.injected.into_iter().collect(), outcome.withheld.into_iter().collect());
         let patterns = self.entry.patterns(&policy, outcome.credentials);
         let method = parts.method.clone();
-        let request = Request::from_parts(parts, Outgoing::wrap(body, record.counters.clone()));
-        let key = Key::new(self.tls.clone(), decision.route.clone(), self.to);
+        let request =
+            Request::from_parts(parts, Outgoing::wrap(body, record.counters.clone(), self.entry.clone()));
+        // Another protocol can follow on HTTP/1.1 alone.
+        let offer = if guest_upgrade.is_some() { Alpn::Http1 } else { self.offer };
+        let key = Key::new(self.tls.clone(), decision.route.clone(), self.to, offer);
         let sent = tokio::select! {
             biased;
             () = ticket.revoked.cancelled() => {
@@ -219,7 +226,6 @@ impl HttpConn {
         let (response, upstream) = match sent {
             Ok(sent) => sent,
             Err(error) => {
-                eprintln!("DBG {error:?}");
                 tracing::debug!(vm = %policy.vm, host = ?host, %error, "no answer from the upstream");
                 return self.deny(record, error.reason(), host, None, &asked);
             }
@@ -228,7 +234,9 @@ impl HttpConn {
         record.status(response.status().as_u16());
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
             return match guest_upgrade {
-                Some(guest) => super::serve::switch(response, guest, record, ticket, patterns),
+                Some(guest) => {
+                    super::serve::switch(response, guest, record, ticket, patterns, self.entry.clone())
+                }
                 None => self.deny(
                     record,
                     Reason::Tunnel,
@@ -246,7 +254,7 @@ impl HttpConn {
                     // What follows on this connection was announced as another protocol.
                     response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
                 }
-                response.map(|body| Incoming::wrap(body, record, Some(ticket)))
+                response.map(|body| Incoming::wrap(body, record, Some(ticket), self.entry.clone()))
             }
             Err(error) => {
                 drop(ticket);
@@ -314,8 +322,7 @@ impl HttpConn {
                 }
             }
         }
-        let offer = if fresh { Alpn::Http1 } else { self.alpn };
-        let mut upstream = self.shared.connector.connect(policy, key.clone(), offer).await?;
+        let mut upstream = self.shared.connector.connect(policy, key.clone()).await?;
         upstream.ready().await;
         Ok((upstream, false))
     }
@@ -327,8 +334,10 @@ impl HttpConn {
         mut request: Request<Body>,
         upgrade: bool,
     ) -> Result<(Response<hyper::body::Incoming>, Upstream), UpstreamError> {
+        let mut again = repeatable(&request);
+        let mut fresh = upgrade;
         loop {
-            let (mut upstream, used) = self.upstream(policy, &key, upgrade).await?;
+            let (mut upstream, used) = self.upstream(policy, &key, fresh).await?;
             if let Some(shared) = upstream.share() {
                 self.park(shared);
             }
@@ -337,6 +346,11 @@ impl HttpConn {
                 Ok(response) => return Ok((response, upstream)),
                 // It was closed while at rest, and nothing was sent.
                 Err((_, Some(back))) if used => request = back,
+                // It ended between two requests (GOAWAY, a keep-alive that ran out), or on the way to this one.
+                Err((error, None)) if used => match again.take() {
+                    Some(copy) => (request, fresh) = (copy, true),
+                    None => return Err(error.into()),
+                },
                 Err((error, _)) => return Err(error.into()),
             }
         }
@@ -359,7 +373,8 @@ impl HttpConn {
         let response = Denial { reason, host, event: record.id(), detail }.response(accept);
         record.verdict(Verdict::Deny { reason });
         record.status(response.status().as_u16());
-        let mut response = response.map(|text| Incoming::wrap(body::full(text), record, None));
+        let mut response =
+            response.map(|text| Incoming::wrap(body::full(text), record, None, self.entry.clone()));
         let form =
             [Reason::BadRequest, Reason::BadName, Reason::NameMismatch, Reason::Tunnel].contains(&reason);
         if form && self.alpn == Alpn::Http1 {
@@ -433,25 +448,39 @@ fn take_upgrade(parts: &mut Parts) -> Option<OnUpgrade> {
     on.filter(|_| asks && parts.version == Version::HTTP_11)
 }
 
-/// Addresses a request in the way of the connection it goes out on.
+/// A copy to send again, of a request that does the same twice as once (RFC 9110 §9.2.2) and has no body.
+fn repeatable(request: &Request<Body>) -> Option<Request<Body>> {
+    (request.method().is_idempotent() && http_body::Body::is_end_stream(request.body())).then(|| {
+        let mut copy = Request::new(body::full(bytes::Bytes::new()));
+        *copy.method_mut() = request.method().clone();
+        *copy.uri_mut() = request.uri().clone();
+        *copy.headers_mut() = request.headers().clone();
+        copy
+    })
+}
+
+/// Addresses a request in the way of the connection it goes out on; it may have been addressed for another before.
 fn address(request: &mut Request<Body>, sender: &Sender, tls: bool) {
-    let path = request.uri().path_and_query().cloned();
-    let path = path.unwrap_or_else(|| uri::PathAndQuery::from_static("/"));
     let mut uri = uri::Parts::default();
+    let path = request.uri().path_and_query().cloned();
+    uri.path_and_query = Some(path.unwrap_or_else(|| uri::PathAndQuery::from_static("/")));
+    let host = request.headers_mut().remove(header::HOST);
+    let host = host.and_then(|host| uri::Authority::try_from(host.as_bytes()).ok());
+    let host = host.or_else(|| request.uri().authority().cloned());
     match sender {
         Sender::Http1(_) => {
             *request.version_mut() = Version::HTTP_11;
+            if let Some(Ok(host)) = host.map(|host| HeaderValue::from_str(host.as_str())) {
+                request.headers_mut().insert(header::HOST, host);
+            }
             join_cookies(request.headers_mut());
         }
         Sender::Http2(_) => {
-            let host = request.headers_mut().remove(header::HOST);
-            uri.authority = host.and_then(|host| uri::Authority::try_from(host.as_bytes()).ok());
-            uri.scheme =
-                uri.authority.as_ref().map(|_| if tls { uri::Scheme::HTTPS } else { uri::Scheme::HTTP });
             *request.version_mut() = Version::HTTP_2;
+            uri.scheme = host.as_ref().map(|_| if tls { uri::Scheme::HTTPS } else { uri::Scheme::HTTP });
+            uri.authority = host;
         }
     }
-    uri.path_and_query = Some(path);
     if let Ok(uri) = Uri::from_parts(uri) {
         *request.uri_mut() = uri;
     }

@@ -5,7 +5,10 @@ use super::{
     guard::{GuardedIo, MAX_HEAD},
     request::HttpConn,
 };
-use crate::{audit::Record, intercept::leaf::Alpn, io::Prefixed, registry::Ticket, secret::clean::Patterns};
+use crate::{
+    audit::Record, intercept::leaf::Alpn, io::Prefixed, registry::Ticket, secret::clean::Patterns,
+    table::VmEntry,
+};
 use bytes::Bytes;
 use http::{HeaderValue, Response, header};
 use hyper::{
@@ -111,6 +114,7 @@ pub(crate) fn switch(
     mut record: Record,
     ticket: Ticket,
     patterns: Option<Arc<Patterns>>,
+    entry: Arc<VmEntry>,
 ) -> Response<Body> {
     let upstream = hyper::upgrade::on(&mut response);
     let (mut parts, _) = response.into_parts();
@@ -123,8 +127,10 @@ pub(crate) fn switch(
     tokio::spawn(async move {
         let talk = async {
             let (guest, upstream) = tokio::try_join!(guest, upstream).ok()?;
-            let mut guest = Prefixed::new(Bytes::new(), TokioIo::new(guest)).counted(record.counters.clone());
-            let mut upstream = TokioIo::new(upstream);
+            let mut guest = Prefixed::new(Bytes::new(), TokioIo::new(guest))
+                .counted(record.counters.clone())
+                .throttled(entry.clone());
+            let mut upstream = Prefixed::new(Bytes::new(), TokioIo::new(upstream)).throttled(entry);
             tokio::io::copy_bidirectional_with_sizes(&mut guest, &mut upstream, 16 * 1024, 16 * 1024)
                 .await
                 .ok()

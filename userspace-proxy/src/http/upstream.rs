@@ -28,6 +28,8 @@ pub(crate) struct Key {
     pub route: Route,
     /// The guest's destination: its port, and its address where the route is that address.
     pub to: SocketAddr,
+    /// The best HTTP that was offered; what was chosen is the connection's own.
+    pub offer: Alpn,
 }
 
 /// Why there is no upstream connection.
@@ -191,18 +193,13 @@ impl Connector {
         }
     }
 
-    /// Dials, verifies, and begins HTTP in what was negotiated. `prior` begins HTTP/2 in clear text.
-    pub(crate) async fn connect(
-        &self,
-        policy: &VmPolicy,
-        key: Key,
-        offer: Alpn,
-    ) -> Result<Upstream, UpstreamError> {
+    /// Dials, verifies, and begins HTTP in what was negotiated; in clear text, in what is offered.
+    pub(crate) async fn connect(&self, policy: &VmPolicy, key: Key) -> Result<Upstream, UpstreamError> {
         let (stream, address) = self.dialer.dial(policy, &key.route, key.to).await?;
         let sender = match &key.tls {
-            None => begin(stream, offer).await?,
+            None => begin(stream, key.offer).await?,
             Some(name) => {
-                let stream = self.tls(stream, name, offer).await?;
+                let stream = self.tls(stream, name, key.offer).await?;
                 let http2 = stream.get_ref().1.alpn_protocol() == Some(Alpn::Http2.word());
                 begin(stream, if http2 { Alpn::Http2 } else { Alpn::Http1 }).await?
             }
@@ -242,11 +239,11 @@ where
 
 impl Key {
     /// Where a name is dialled, only the port of the guest's destination counts.
-    pub(crate) fn new(tls: Option<HostName>, route: Route, to: SocketAddr) -> Self {
+    pub(crate) fn new(tls: Option<HostName>, route: Route, to: SocketAddr, offer: Alpn) -> Self {
         let to = match route {
             Route::Name(_) => SocketAddr::new(std::net::Ipv4Addr::UNSPECIFIED.into(), to.port()),
             Route::Address => to,
         };
-        Self { tls, route, to }
+        Self { tls, route, to, offer }
     }
 }

@@ -86,6 +86,8 @@ impl Leaves {
             Alpn::Http1 => vec![Alpn::Http1.word().to_vec()],
             Alpn::Http2 => vec![Alpn::Http2.word().to_vec(), Alpn::Http1.word().to_vec()],
         };
+        // Who speaks 1.0 alone says so.
+        config.alpn_protocols.push(b"http/1.0".to_vec());
         Ok(config)
     }
 }

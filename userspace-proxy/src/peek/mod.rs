@@ -145,6 +145,25 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_first_flight_that_never_ends_has_one_deadline_and_one_bound() {
+        for start in [&b"\x16\x03\x01\x02\x00\x01"[..], b"GET / HT", b"PRI * HT"] {
+            let (mut guest, mut ours) = tokio::io::duplex(64);
+            tokio::io::AsyncWriteExt::write_all(&mut guest, start).await.unwrap();
+            let (first, raw) =
+                peek(&mut ours, Duration::from_millis(20), Duration::from_secs(60)).await.unwrap();
+            assert!(matches!(first, First::BadHello | First::BadHttp), "{first:?}");
+            assert_eq!(raw, start, "what was read is kept");
+        }
+        // Records without end, of a hello that announces more than is read.
+        let record = [&b"\x16\x03\x01\x40\x00\x01\xff\xff\xff"[..], &[0; 0x4000 - 4]].concat();
+        let endless = record.repeat(40);
+        let mut all = endless.as_slice();
+        let (first, raw) = peek(&mut all, Duration::from_secs(60), Duration::from_secs(60)).await.unwrap();
+        assert!(matches!(first, First::BadHello), "{first:?}");
+        assert!(raw.len() <= 2 * MOST, "{}", raw.len());
+    }
+
+    #[tokio::test]
     async fn a_broken_hello_is_refused() {
         assert!(matches!(of(&[b"\x16\x03\x01\0\x05hello"]).await, First::BadHello));
         assert!(matches!(of(&[b"\x16\x03\x01\x02\0\x01"]).await, First::BadHello));

@@ -102,7 +102,13 @@ mod tests {
 
     /// The same handshake message over records of at most `size` octets.
     fn in_records(hello: &[u8], size: usize) -> Vec<u8> {
-        hello[5..].chunks(size).fold(Vec::new(), |mut all, part| {
+        let (mut message, mut rest) = (Vec::new(), hello);
+        while let [_, _, _, high, low, after @ ..] = rest {
+            let (part, next) = after.split_at(usize::from(u16::from_be_bytes([*high, *low])));
+            message.extend(part);
+            rest = next;
+        }
+        message.chunks(size).fold(Vec::new(), |mut all, part| {
             all.extend([HANDSHAKE, 3, 1]);
             all.extend(u16::try_from(part.len()).unwrap().to_be_bytes());
             all.extend(part);
@@ -130,6 +136,43 @@ mod tests {
             assert_eq!(read.name, Some("a.example".parse()), "{size}");
             assert!(read.http && !read.http2);
         }
+    }
+
+    #[test]
+    fn a_hello_of_more_than_one_full_record_is_read() {
+        let long: Vec<Vec<u8>> = (0..90u8).map(|n| vec![n; 250]).collect();
+        let alpn: Vec<&[u8]> = long.iter().map(Vec::as_slice).collect();
+        let bytes = hello("a.example", &alpn);
+        assert!(bytes.len() > 20_000);
+        for bytes in [&bytes, &in_records(&bytes, 999)] {
+            let mut reader = HelloReader::default();
+            assert_eq!(reader.advance(&bytes[..17_000]).unwrap(), None);
+            let read = reader.advance(bytes).unwrap().unwrap();
+            assert_eq!(read.name, Some("a.example".parse()));
+            assert!(!read.http, "it offers other protocols only");
+        }
+    }
+
+    #[test]
+    fn the_outer_name_is_the_name_whatever_is_encrypted() {
+        use rustls::{
+            client::{EchGreaseConfig, EchMode},
+            crypto::{aws_lc_rs::hpke::DH_KEM_X25519_HKDF_SHA256_AES_128, hpke::Hpke as _},
+        };
+        let suite = DH_KEM_X25519_HKDF_SHA256_AES_128;
+        let (key, _) = suite.generate_key_pair().unwrap();
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let config = rustls::ClientConfig::builder_with_provider(provider)
+            .with_ech(EchMode::Grease(EchGreaseConfig::new(suite, key)))
+            .unwrap()
+            .with_root_certificates(rustls::RootCertStore::empty())
+            .with_no_client_auth();
+        let name = "outer.example".try_into().unwrap();
+        let mut client = rustls::ClientConnection::new(Arc::new(config), name).unwrap();
+        let mut bytes = Vec::new();
+        client.write_tls(&mut bytes).unwrap();
+        let read = HelloReader::default().advance(&bytes).unwrap().unwrap();
+        assert_eq!(read.name, Some("outer.example".parse()));
     }
 
     #[test]

@@ -2,6 +2,8 @@
 //! name server, TLS and HTTP servers of a test CA, the proxy, and a guest whose destinations are chosen freely.
 #![allow(dead_code, missing_docs, clippy::unwrap_used, reason = "shared by tests that each use a part")]
 
+pub mod guest;
+
 use bytes::Bytes;
 use hickory_proto::{
     op::{Message, ResponseCode},
@@ -122,6 +124,7 @@ impl Log {
 pub struct TestCa {
     issuer: Issuer<'static, KeyPair>,
     pub der: CertificateDer<'static>,
+    pub pem: String,
 }
 
 impl TestCa {
@@ -129,14 +132,20 @@ impl TestCa {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let der = params.self_signed(&key).unwrap().der().clone();
-        Self { issuer: Issuer::new(params, key), der }
+        let cert = params.self_signed(&key).unwrap();
+        Self { issuer: Issuer::new(params, key), der: cert.der().clone(), pem: cert.pem() }
     }
 
-    pub fn server(&self, names: &[&str], alpn: &[&str]) -> Arc<ServerConfig> {
+    /// A certificate for the names, and its key.
+    pub fn mint(&self, names: &[&str]) -> (rcgen::Certificate, KeyPair) {
         let key = KeyPair::generate().unwrap();
         let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
         let cert = CertificateParams::new(names).unwrap().signed_by(&key, &self.issuer).unwrap();
+        (cert, key)
+    }
+
+    pub fn server(&self, names: &[&str], alpn: &[&str]) -> Arc<ServerConfig> {
+        let (cert, key) = self.mint(names);
         let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
         let mut config = ServerConfig::builder_with_provider(provider())
             .with_safe_default_protocol_versions()
@@ -189,7 +198,13 @@ impl Zone {
             response.metadata.response_code = ResponseCode::NXDomain;
             return response.to_vec().unwrap();
         };
-        if query.query_type() == RecordType::A {
+        if query.query_type() == RecordType::AAAA {
+            for address in &turns[0] {
+                let IpAddr::V6(v6) = address else { continue };
+                let owner = Name::from_ascii(format!("{name}.")).unwrap();
+                response.add_answer(Record::from_rdata(owner, 0, RData::AAAA(rdata::AAAA(*v6))));
+            }
+        } else if query.query_type() == RecordType::A {
             let addresses = if turns.len() > 1 { turns.remove(0) } else { turns[0].clone() };
             for address in addresses {
                 let IpAddr::V4(v4) = address else { continue };
@@ -397,7 +412,6 @@ pub fn config(ca: &TestCa) -> ProxyConfig {
         resolvers: vec![SocketAddr::from((RESOLVER, 5300))],
         extra_roots: vec![ca.der.clone()],
         timeouts: Timeouts { server_first: std::time::Duration::from_millis(50), ..Timeouts::default() },
-        ..ProxyConfig::default()
     }
 }
 

@@ -1,0 +1,83 @@
+//! A guest in a namespace of its own, its packets handed to the transparent listeners by nftables' tproxy.
+
+use super::{GUEST, World, config, sh};
+use tapgate_ebpf_common::net::port;
+use tapgate_proxy::{Listeners, Proxy};
+
+/// A guest's namespace, removed with this value.
+pub struct Guest(String);
+
+impl Guest {
+    /// Makes the guest, its veth, and the hand-over to the listeners in this thread's namespace.
+    pub fn new(tag: &str) -> Self {
+        let name = format!("tgp{}{tag}", std::process::id());
+        let guest = Self(name.clone());
+        sh(&format!(
+            "mkdir -p /etc/netns/{name}
+             echo nameserver 169.254.77.1 > /etc/netns/{name}/resolv.conf
+             ip netns add {name}
+             ip link add {name} type veth peer name eth0 netns {name}
+             ip -n {name} link set lo up
+             ip -n {name} link set eth0 up
+             ip -n {name} addr add {GUEST}/32 dev eth0
+             ip -n {name} route add default via 169.254.77.1 dev eth0 onlink
+             ip link set {name} up
+             ip addr add 169.254.77.1/32 dev lo
+             echo 0 > /proc/sys/net/ipv4/conf/all/rp_filter
+             echo 0 > /proc/sys/net/ipv4/conf/{name}/rp_filter
+             ip route add {GUEST}/32 dev {name}
+             ip rule add fwmark 1 lookup 100
+             ip route add local default dev lo table 100
+             nft -f - <<'NFT'
+             table ip handover {{
+                 chain in {{
+                     type filter hook prerouting priority mangle
+                     iifname {name} udp dport 53 tproxy to :{} meta mark set 1 accept
+                     iifname {name} tcp dport 53 tproxy to 127.0.0.1:{} meta mark set 1 accept
+                     iifname {name} meta l4proto tcp tproxy to 127.0.0.1:{} meta mark set 1 accept
+                 }}
+             }}
+NFT",
+            port::DNS_UDP,
+            port::DNS_TCP,
+            port::TCP
+        ));
+        guest
+    }
+
+    /// Runs something inside the guest.
+    pub async fn run<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
+        let path = format!("/run/netns/{}", self.0);
+        let thread = std::thread::spawn(move || {
+            let namespace = std::fs::File::open(path).unwrap();
+            nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            work()
+        });
+        tokio::task::spawn_blocking(move || thread.join().unwrap()).await.unwrap()
+    }
+
+    /// Runs a command inside the guest, which asks the gateway for names; gives what it printed, or what went wrong.
+    pub async fn shell(&self, command: &str) -> Result<String, String> {
+        let line = format!("ip netns exec {} sh -ec '{}'", self.0, command.replace('\'', "'\\''"));
+        let done = tokio::process::Command::new("sh").args(["-c", &line]).output().await.unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        match done.status.success() {
+            true => Ok(text(&done.stdout)),
+            false => Err(format!("{}{}", text(&done.stdout), text(&done.stderr))),
+        }
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        sh(&format!("ip netns del {0}; rm -r /etc/netns/{0}", self.0));
+    }
+}
+
+/// Serves the guest by real listeners.
+pub fn serve(w: &World) {
+    let listeners = Listeners::bind().unwrap();
+    assert!(listeners.fds().service.is_some());
+    let proxy = Proxy::new(config(&w.ca), w.table.clone(), w.sink.clone());
+    tokio::spawn(proxy.serve(listeners, w.stop.clone()));
+}
