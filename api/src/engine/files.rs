@@ -23,6 +23,7 @@ pub(super) async fn spec(shared: &Shared, record: &VmRecord) -> Result<VmSpec, S
         dir: dir(shared, &record.id),
         image: shared.image.clone(),
         guest_ns: guest_namespace(shared, record)?,
+        snapshot: None,
         vcpus: record.resources.vcpus,
         memory_mib: record.resources.memory_mib,
         disk_bytes: record.resources.disk_bytes,
