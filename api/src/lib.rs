@@ -14,6 +14,7 @@ pub mod http;
 pub mod images;
 mod log;
 pub mod mail;
+pub mod retention;
 pub mod serve;
 
 pub use http::{AppState, Settings, router};
