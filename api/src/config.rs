@@ -3,7 +3,7 @@
 //! Owns reading, merging (flag, then variable, then file, then default) and checking. Unknown keys are errors; every
 //! message names the key and says what to write instead. Nothing is started here.
 
-use crate::{mail::Via, retention::Retention};
+use crate::{http::SignUp, mail::Via, retention::Retention};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::Deserialize;
 use std::{
@@ -71,6 +71,9 @@ pub struct Settings {
     /// Where people reach the REST API, for links [default: from `listen`]
     #[arg(long, env = "TAPGATE_PUBLIC_URL", value_name = "URL")]
     pub public_url: Option<String>,
+    /// Who may make an account [default: open]
+    #[arg(long, env = "TAPGATE_SIGN_UP")]
+    pub sign_up: Option<SignUp>,
     /// Mail server, like smtps://user:password@mail.example.com [default: mails are files in DATA_DIR/mail]
     #[arg(long, env = "TAPGATE_SMTP_URL", value_name = "URL", hide_env_values = true)]
     pub smtp_url: Option<String>,
@@ -141,6 +144,8 @@ pub struct Config {
     pub tls: Option<(PathBuf, PathBuf)>,
     /// Where people reach the API.
     pub public_url: String,
+    /// Who may make an account.
+    pub sign_up: SignUp,
     /// How mails leave.
     pub mail: Via,
     /// The address that mails come from.
@@ -234,6 +239,7 @@ impl Settings {
             tls_cert,
             tls_key,
             public_url,
+            sign_up,
             smtp_url,
             mail_from,
             audit_days,
@@ -367,6 +373,7 @@ impl Settings {
             listen,
             tls,
             public_url,
+            sign_up: self.sign_up.unwrap_or_default(),
             mail: self.smtp_url.map_or_else(|| Via::Spool(data_dir.join("mail")), Via::Smtp),
             mail_from: self.mail_from.unwrap_or_else(|| "tapgate@localhost.localdomain".into()),
             retention,

@@ -4,6 +4,7 @@
 //! writes down what is wanted, wakes the engine, and answers. It never touches a tap, a process or a socket of a guest.
 #![forbid(unsafe_code)]
 
+pub mod admin;
 pub mod cli;
 pub mod config;
 mod controllers;

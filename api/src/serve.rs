@@ -224,6 +224,7 @@ fn api_settings(config: &Config) -> Settings {
     Settings {
         public_host: config.public_host.clone(),
         public_url: config.public_url.clone(),
+        sign_up: config.sign_up,
         mail: config.mail.clone(),
         mail_from: config.mail_from.clone(),
         ssh_ports: config.ssh_ports.clone(),
