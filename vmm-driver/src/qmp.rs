@@ -4,10 +4,11 @@
 
 use crate::spec::VmmError;
 use serde_json::{Value, json};
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::Path;
 use std::time::Duration;
-use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::time::timeout;
@@ -60,6 +61,16 @@ impl Qmp {
 
     /// Sends a command and waits for its answer.
     pub async fn command(&mut self, name: &str, arguments: Value) -> Result<Value, VmmError> {
+        self.command_with(name, arguments, None).await
+    }
+
+    /// The same, with a descriptor for QEMU.
+    pub async fn command_with(
+        &mut self,
+        name: &str,
+        arguments: Value,
+        descriptor: Option<OwnedFd>,
+    ) -> Result<Value, VmmError> {
         self.next_id += 1;
         let id = self.next_id;
         let mut message = json!({"execute": name, "id": id});
@@ -69,7 +80,13 @@ impl Qmp {
         let mut text = message.to_string();
         text.push('\n');
         let exchange = async {
-            self.writer.write_all(text.as_bytes()).await.map_err(VmmError::io(format!("sending {name}")))?;
+            let sent = match &descriptor {
+                Some(descriptor) => send_with(self.writer.as_ref(), text.as_bytes(), descriptor).await,
+                None => Ok(0),
+            };
+            let io = || VmmError::io(format!("sending {name}"));
+            let rest = &text.as_bytes()[sent.map_err(io())?..];
+            self.writer.write_all(rest).await.map_err(io())?;
             loop {
                 let mut answer = self.line().await?;
                 if let Some(event) = as_event(&answer) {
@@ -118,6 +135,19 @@ impl Qmp {
     }
 }
 
+/// Sends the first octets together with a descriptor; answers how many went.
+async fn send_with(stream: &UnixStream, text: &[u8], descriptor: &OwnedFd) -> std::io::Result<usize> {
+    use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+    stream
+        .async_io(Interest::WRITABLE, || {
+            let descriptors = [descriptor.as_raw_fd()];
+            let along = [ControlMessage::ScmRights(&descriptors)];
+            let text = [std::io::IoSlice::new(text)];
+            Ok(sendmsg::<()>(stream.as_raw_fd(), &text, &along, MsgFlags::MSG_NOSIGNAL, None)?)
+        })
+        .await
+}
+
 fn late(what: &str) -> VmmError {
     VmmError::Control(format!("no answer to {what} within {} s", DEADLINE.as_secs()))
 }
@@ -135,7 +165,6 @@ pub fn connect_any_length(path: &Path) -> std::io::Result<StdUnixStream> {
 
 /// The socket's short name and the open folder that the name goes through.
 pub fn short_path(path: &Path) -> std::io::Result<(std::fs::File, std::path::PathBuf)> {
-    use std::os::fd::AsRawFd as _;
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(std::io::Error::from(std::io::ErrorKind::InvalidInput));
     };

@@ -8,7 +8,7 @@ mod common;
 use common::{PATIENCE, World, boot, driver, gate, net, ready};
 use std::time::Duration;
 use tapgate_model::VmId;
-use tapgate_vmm::{Exit, NetnsDriver, Vmm as _, VmmError};
+use tapgate_vmm::{Exit, NetnsDriver, VmSpec, Vmm as _, VmmError};
 
 const NASTY: &str = r#"a'b"c$(touch /tmp/x)`id` \ %n %% ; # ! é\" \n end"#;
 const LINES: &str = "first\nsecond 'quoted'\n\tthird";
@@ -103,6 +103,45 @@ fn real_vm_changes_reach_a_running_guest() {
         *service.answer.lock().unwrap() = "#!/bin/sh\nreboot\n".into();
         tokio::time::sleep(Duration::from_secs(3)).await;
         assert_eq!(ask("printenv NEW"), NASTY);
+    });
+}
+
+#[test]
+fn real_vm_a_snapshot_of_a_running_guest_becomes_another_machine() {
+    World::run(|world| async move {
+        let datapath = world.datapath().await;
+        let id = VmId::generate();
+        let spec = world.spec(&id, 6, Vec::new());
+        let (machine, _reap) = boot(&datapath, &spec).await;
+        let ask = |command: &str| world.ask(datapath.egress(), spec.net, command);
+        ask("echo before > /root/kept && sync");
+        // Not synced: only a freeze brings it to the disk.
+        ask("head -c 3000000 /dev/urandom > /root/blob && sha256sum /root/blob > /root/blob.sum");
+        let old = (ask("cat /etc/machine-id"), ask("cat /etc/ssh/ssh_host_ed25519_key.pub"));
+        let file = world.dir.path().join("snapshot.qcow2");
+        let writer = "for i in $(seq 2000); do echo $i >> /root/log; done; echo after > /root/late";
+        ask(&format!("nohup sh -c '{writer}' > /dev/null 2>&1 &"));
+        let info = machine.snapshot(&file).await.unwrap();
+        eprintln!("{info:?}, file of {} MiB", std::fs::metadata(&file).unwrap().len() >> 20);
+        assert!(info.frozen && info.disk_bytes == 4 << 30, "{info:?}");
+        assert_eq!(ask("echo alive"), "alive");
+        assert!(machine.snapshot(&file).await.is_err(), "never over a file that is there");
+        assert!(file.exists());
+        let second = machine.snapshot(&world.dir.path().join("second.qcow2")).await.unwrap();
+        assert!(second.frozen, "and again");
+
+        let other = VmId::generate();
+        let clone = VmSpec { snapshot: Some(file.clone()), ..world.spec(&other, 7, Vec::new()) };
+        let (_clone_machine, _clone_reap) = boot(&datapath, &clone).await;
+        std::fs::remove_file(&file).unwrap();
+        let ask = |command: &str| world.ask(datapath.egress(), clone.net, command);
+        assert_eq!(ask("cat /root/kept"), "before");
+        assert_eq!(ask("sha256sum -c /root/blob.sum"), "/root/blob: OK");
+        let new = (ask("cat /etc/machine-id"), ask("cat /etc/ssh/ssh_host_ed25519_key.pub"));
+        assert!(new.0 != old.0 && new.1 != old.1, "another identity");
+        assert!(ask("dmesg").contains("EXT4-fs (vda): mounted"));
+        assert!(!ask("dmesg").contains("EXT4-fs error"));
+        assert_eq!(ask("ip -4 -o addr show dev eth0 | grep -c 10.214.0.8/32"), "1");
     });
 }
 
@@ -240,9 +279,9 @@ fn real_vm_a_disk_stays_with_the_image_that_it_was_made_from() {
     }
     let newer = image::open(newer.path()).unwrap();
     let first = disk::origin(dir.path(), &image).unwrap();
-    let made = disk::prepare(dir.path(), &first, 4 << 30).unwrap();
+    let made = disk::prepare(dir.path(), &first, None, 4 << 30).unwrap();
     assert_eq!(disk::origin(dir.path(), &newer).unwrap().dir(), image.dir());
-    let again = disk::prepare(dir.path(), &image, 5 << 30).unwrap();
+    let again = disk::prepare(dir.path(), &image, None, 5 << 30).unwrap();
     assert_eq!((again.path, again.format), (made.path, made.format), "the same disk, grown");
     std::fs::write(dir.path().join("image.json"), "\"/nowhere\"").unwrap();
     let error = disk::origin(dir.path(), &newer).unwrap_err().to_string();

@@ -146,6 +146,7 @@ impl Engine {
                 Command::Vm(vm) => self.wake(vm),
                 Command::Policy(scope) => {
                     policy::refresh(&self.shared, &scope).await;
+                    self.shared.notifier.policy_in_force();
                     // Secrets bring placeholders with them.
                     self.shared.news.send_modify(|news| *news = news.wrapping_add(1));
                 }

@@ -8,6 +8,7 @@
 #![deny(unsafe_code)]
 
 mod apply;
+mod channel;
 mod files;
 mod http;
 mod identity;

@@ -4,7 +4,7 @@
 //! `If-None-Match` the service holds the question until it differs. What comes is applied as at boot.
 
 use crate::http::{Answer, get};
-use crate::{apply, power, seed, trust};
+use crate::{apply, channel, power, seed, trust};
 use std::fs;
 use std::process::{Command, Stdio};
 use std::thread::sleep;
@@ -22,6 +22,7 @@ pub fn run() -> Result<(), String> {
         eprintln!("seed: {error}");
     }
     power::listen();
+    std::thread::spawn(channel::listen);
     if let Err(error) = trust::apply_java() {
         eprintln!("java: {error}");
     }

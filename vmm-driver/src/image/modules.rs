@@ -12,6 +12,7 @@ pub const WANTED: &[&str] = &[
     "nls_ascii",
     "vfat",
     "virtio-rng",
+    "virtio_console",
     "button",
     "evdev",
 ];

@@ -26,6 +26,8 @@ pub mod fd {
     pub const INITRD: i32 = 9;
     /// `/dev/kvm`.
     pub const KVM: i32 = 10;
+    /// The listening socket of the guest agent's channel.
+    pub const AGENT: i32 = 11;
 }
 
 /// How much console output is kept until the daemon fetches it.
@@ -42,7 +44,7 @@ pub struct Plan<'a> {
     pub vcpus: u32,
     /// Memory in MiB.
     pub memory_mib: u32,
-    /// How the VM's disk is stored.
+    /// How the VM's disk is stored, and whether it lies over the image's.
     pub disk: Format,
     /// MAC address.
     pub net: GuestNet,
@@ -91,6 +93,10 @@ pub fn build(plan: &Plan<'_>) -> Vec<OsString> {
     add(&["-chardev", &format!("ringbuf,id=console,size={CONSOLE}"), "-serial", "chardev:console"]);
     add(&["-chardev", &format!("socket,id=qmp,fd={},server=on,wait=off", fd::QMP)]);
     add(&["-mon", "chardev=qmp,mode=control"]);
+    // The guest agent's channel: for freezing file systems before a snapshot.
+    add(&["-device", "virtio-serial-device,max_ports=2"]);
+    add(&["-chardev", &format!("socket,id=agent,fd={},server=on,wait=off", fd::AGENT)]);
+    add(&["-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"]);
     // After a guest's shutdown QEMU waits for the daemon, which learns by this that it was one, even if it was away.
     add(&["-action", "shutdown=pause"]);
     args
@@ -109,6 +115,8 @@ fn disks(format: Format, add: &mut impl FnMut(&[&str])) {
     let root = match format {
         Format::Raw => json!({"node-name": "root", "driver": "raw", "discard": "unmap", "file": own}),
         // The image's disk is named here, not in the overlay's header: that is a file that exists for the guest alone.
+        Format::Standalone => json!({"node-name": "root", "driver": "qcow2", "discard": "unmap", "file": own,
+            "backing": null}),
         Format::Qcow2 => json!({"node-name": "root", "driver": "qcow2", "discard": "unmap", "file": own,
             "backing": {"driver": "raw", "read-only": true, "file": read_only(fd::BASE)}}),
     };

@@ -2,8 +2,10 @@
 //!
 //! A VM's folder belongs to the daemon; the VMM gets open files and cannot go there itself.
 
+mod agent;
 mod args;
 mod launch;
+mod snapshot;
 mod supervise;
 mod tsc;
 
@@ -16,10 +18,11 @@ use crate::disk;
 use crate::driver::{BoxFuture, Running, Vmm};
 use crate::process::{Process, ProcessRef};
 use crate::qmp::Qmp;
-use crate::spec::{Exit, Handle, Observed, TapFd, VmSpec, VmmError};
+use crate::spec::{Exit, Handle, Observed, SnapshotInfo, TapFd, VmSpec, VmmError};
 use args::{Plan, fd};
 use serde_json::Value;
 use std::fs;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -83,7 +86,7 @@ impl QemuDriver {
             .map_err(VmmError::io(spec.dir.display().to_string()))?;
         let image = spec.image.as_ref().ok_or_else(|| VmmError::Disk("the VM has no image".into()))?;
         let image = &disk::origin(&spec.dir, image)?;
-        let disk = disk::prepare(&spec.dir, image, spec.disk_bytes)?;
+        let disk = disk::prepare(&spec.dir, image, spec.snapshot.as_deref(), spec.disk_bytes)?;
         let seed = spec.dir.join(file::SEED);
         spec.seed.write(&seed)?;
         let _ = fs::remove_file(spec.dir.join(file::VMM));
@@ -91,6 +94,7 @@ impl QemuDriver {
         let mut descriptors = vec![
             (tap, fd::TAP),
             (launch::control_socket(&control)?, fd::QMP),
+            (launch::control_socket(&spec.dir.join(file::AGENT))?, fd::AGENT),
             (launch::open(&disk.path, true)?, fd::DISK),
             (launch::open(&image.disk(), false)?, fd::BASE),
             (launch::open(&seed, false)?, fd::SEED),
@@ -168,6 +172,7 @@ impl QemuDriver {
         }
         let _ = fs::remove_file(spec.dir.join(file::HANDLE));
         let _ = fs::remove_file(spec.dir.join(file::CONTROL));
+        let _ = fs::remove_file(spec.dir.join(file::AGENT));
     }
 }
 
@@ -255,8 +260,18 @@ impl QemuRunning {
 
     /// Sends QEMU a command.
     pub async fn command(&self, name: &'static str, arguments: Value) -> Result<Value, VmmError> {
-        let (sender, receiver) = oneshot::channel();
-        self.commands.send((name, arguments, sender)).await.map_err(|_| VmmError::Gone)?;
+        self.command_with(name, arguments, None).await
+    }
+
+    async fn command_with(
+        &self,
+        name: &'static str,
+        arguments: Value,
+        descriptor: Option<OwnedFd>,
+    ) -> Result<Value, VmmError> {
+        let (answer, receiver) = oneshot::channel();
+        let command = Command { name, arguments, descriptor, answer };
+        self.commands.send(command).await.map_err(|_| VmmError::Gone)?;
         receiver.await.map_err(|_| VmmError::Gone)?
     }
 
@@ -328,6 +343,10 @@ impl Running for QemuRunning {
 
     fn shutdown(&self, grace: Duration) -> BoxFuture<'_, Result<Exit, VmmError>> {
         Box::pin(self.ask(grace))
+    }
+
+    fn snapshot<'a>(&'a self, to: &'a Path) -> BoxFuture<'a, Result<SnapshotInfo, VmmError>> {
+        Box::pin(snapshot::take(self, to))
     }
 
     fn kill(&self) -> BoxFuture<'_, Result<Exit, VmmError>> {

@@ -109,6 +109,7 @@ impl World {
             disk_bytes: 4 << 30,
             net,
             seed,
+            snapshot: None,
             guest_ns: None,
         }
     }
