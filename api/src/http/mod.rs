@@ -14,6 +14,7 @@ pub mod server;
 mod state;
 mod view;
 
+pub(crate) use crate::controllers::users::{check_email, check_password};
 pub use auth::Account;
 pub use error::ApiError;
 pub use fields::Fields;
@@ -25,5 +26,5 @@ pub use params::Params;
 pub(crate) use params::invalid as params_invalid;
 pub(crate) use password::{hash_password, verify_password};
 pub use router::router;
-pub use state::{AppState, CaMaker, Quotas, Settings};
+pub use state::{AppState, CaMaker, Quotas, Settings, SignUp};
 pub use view::{List, exact_time, time};

@@ -135,7 +135,7 @@ fn operations() -> Vec<Operation> {
         post "/v1/agents" createAgent "Agents" "Create an agent and its VM", none(), Some("NewAgent") => 201 Some("Agent"), [409];
         get "/v1/agents/{agent_id}" getAgent "Agents" "Get an agent", none(), None => 200 Some("Agent"), [404];
         delete "/v1/agents/{agent_id}" destroyAgent "Agents" "Destroy an agent and its VM", none(), None => 204 None, [404];
-        post "/v1/users" createUser "Accounts" "Create an account", none(), Some("NewUser") => 201 Some("SignedUp"), [409];
+        post "/v1/users" createUser "Accounts" "Create an account", none(), Some("NewUser") => 201 Some("SignedUp"), [403, 409];
         post "/v1/auth/login" login "Accounts" "Get an API key by password", none(), Some("Login") => 201 Some("SignedUp"), [401];
         put "/v1/auth/password" changePassword "Accounts" "Change the password", none(), Some("PasswordChange") => 204 None, [];
         post "/v1/auth/device/code" requestDeviceCode "Accounts" "Request a device code", none(), None => 200 Some("DeviceCodeData"), [];
@@ -151,6 +151,7 @@ fn error(status: u16) -> Value {
     let what = match status {
         400 => "The request is malformed",
         401 => "The API key is missing or not valid",
+        403 => "It is not allowed here",
         404 => "There is no such resource",
         408 => "The body did not arrive in time",
         409 => "It conflicts with what is there",
