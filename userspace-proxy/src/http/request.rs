@@ -50,6 +50,7 @@ pub(crate) struct HttpConn {
     pub(crate) alpn: Alpn,
     /// The best that upstreams are offered.
     offer: Alpn,
+    started: Instant,
     refusal: Option<Refusal>,
     requests: AtomicU64,
     parked: Mutex<Option<Upstream>>,
@@ -92,6 +93,7 @@ impl HttpConn {
             tls,
             alpn,
             offer,
+            started: Instant::now(),
             refusal: None,
             requests: AtomicU64::new(0),
             parked: Mutex::default(),
@@ -387,6 +389,13 @@ impl HttpConn {
 
 impl Drop for HttpConn {
     fn drop(&mut self) {
+        if let (Some(name), 0) = (&self.tls, *self.requests.get_mut()) {
+            // Opened, and nothing asked: that it was tried is said all the same.
+            let policy = self.entry.policy.load();
+            let verdict = decide::named(&self.shared.table, &policy, name, self.to).verdict;
+            let mut record = Record::begin(&self.shared.sink, &policy, Protocol::Tls, verdict, self.started);
+            record.destination(Some(name), self.to.ip(), self.to.port());
+        }
         let upstream = self.parked.get_mut().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(upstream) = upstream {
             let vm = self.entry.policy.load().vm.clone();
