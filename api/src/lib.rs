@@ -13,6 +13,7 @@ mod guest_service;
 pub mod http;
 pub mod images;
 mod log;
+pub mod mail;
 pub mod serve;
 
 pub use http::{AppState, Settings, router};

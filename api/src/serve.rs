@@ -5,7 +5,7 @@
 
 use crate::{
     config::{self, AccelChoice, Config, DriverKind},
-    engine::{self, Engine},
+    engine::{self, Engine, Parts},
     guest_service,
     http::{AppState, Settings, router},
     images,
@@ -108,8 +108,18 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     );
     let (handle, commands) = engine::Handle::new();
     let notifier = handle.notifier();
-    let state = AppState::new(store.clone(), handle, Arc::new(make_ca), api_settings(&config));
-    let engine = Engine::new(config.clone(), store, datapath, table, driver, image, notifier, stop.clone());
+    let state = AppState::try_new(store.clone(), handle, Arc::new(make_ca), api_settings(&config))
+        .context("cannot set up the API")?;
+    let engine = Engine::new(Parts {
+        config: config.clone(),
+        store,
+        datapath,
+        table,
+        driver,
+        image,
+        notifier,
+        stop: stop.clone(),
+    });
     engine.watch_host_addresses().context("cannot hand the host's addresses to the datapath")?;
     let guests = guest_service::router(engine.guests());
 
@@ -163,7 +173,9 @@ fn lock(config: &Config) -> anyhow::Result<nix::fcntl::Flock<std::fs::File>> {
 
 async fn open_driver(config: &Config) -> anyhow::Result<(Option<Image>, Arc<dyn Vmm>)> {
     if config.driver == DriverKind::Netns {
-        tracing::warn!("driver `netns` runs workloads on the host itself: it isolates nothing but the network");
+        tracing::warn!(
+            "driver `netns` runs workloads on the host itself: it isolates nothing but the network"
+        );
         return Ok((None, Arc::new(NetnsDriver::new())));
     }
     let image = images::find(&config.image_dir, &config.image)?;

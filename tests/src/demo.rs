@@ -9,7 +9,7 @@ mod show;
 mod stage;
 mod steps;
 
-pub use stage::{Stage, WORLD_CA};
+pub use stage::Stage;
 
 use crate::{
     World,

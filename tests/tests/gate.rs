@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use tapgate_e2e::{
     World,
     daemon::{self, Daemon, Driver, Settings},
-    demo::{Stage, WORLD_CA},
+    demo::Stage,
     sites,
     world::GIT_TOKEN,
 };
@@ -26,7 +26,8 @@ fn with_guest(test: impl FnOnce(&mut Stage<'_>)) {
 
 /// What curl in the guest ended with and printed; the world's authority is trusted, nothing else.
 fn curl(stage: &Stage<'_>, arguments: &str) -> (i32, String) {
-    let done = stage.sh(&format!("curl -sS --max-time 20 --cacert {WORLD_CA} {arguments}")).unwrap();
+    let done =
+        stage.sh(&format!("curl -sS --max-time 20 --cacert {} {arguments}", stage.world_ca())).unwrap();
     (done.code, format!("{}{}", done.out, done.err))
 }
 

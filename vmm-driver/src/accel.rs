@@ -137,7 +137,10 @@ mod tests {
 
     #[test]
     fn only_a_kernels_first_line_counts() {
-        assert!(speaks(script("printf 'firmware\\n[0.0] Linux ver'; printf 'sion 6.1'; exec sleep 1000"), PATIENCE));
+        assert!(speaks(
+            script("printf 'firmware\\n[0.0] Linux ver'; printf 'sion 6.1'; exec sleep 1000"),
+            PATIENCE
+        ));
         assert!(!speaks(script("echo firmware"), PATIENCE), "it ended without a word");
         assert!(!speaks(script("exec sleep 1000"), Duration::from_millis(200)), "it hangs");
     }

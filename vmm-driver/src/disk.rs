@@ -13,6 +13,7 @@ use std::process::{Command, Stdio};
 
 const RAW: &str = "disk.raw";
 const QCOW2: &str = "disk.qcow2";
+const STANDALONE: &str = "disk.standalone.qcow2";
 
 nix::ioctl_write_int!(
     /// `FICLONE`: shares all blocks of another file.
@@ -25,6 +26,8 @@ pub enum Format {
     Raw,
     /// A qcow2 layer over the image's raw disk.
     Qcow2,
+    /// A qcow2 file that holds all of the disk: from a snapshot.
+    Standalone,
 }
 
 /// A VM's disk.
@@ -36,20 +39,50 @@ pub struct Disk {
     pub format: Format,
 }
 
+/// Which image a VM's disk was made from; the name of the file in its folder that says so.
+const ORIGIN: &str = "image.json";
+
+/// The image that the VM's disk is a layer over: the one that it was made from, whatever is the newest today. A VM
+/// without a disk gets the given one, and it is noted before the disk is made.
+pub fn origin(dir: &Path, newest: &Image) -> Result<Image, VmmError> {
+    let note = dir.join(ORIGIN);
+    match fs::read(&note) {
+        Ok(bytes) => {
+            let from: PathBuf = serde_json::from_slice(&bytes)
+                .map_err(|e| VmmError::Disk(format!("{}: {e}", note.display())))?;
+            if from == newest.dir() {
+                return Ok(newest.clone());
+            }
+            crate::image::open(&from)
+                .map_err(|e| VmmError::Disk(format!("the image that it was made from cannot be used: {e}")))
+        }
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            let text = serde_json::to_vec(newest.dir()).map_err(|e| VmmError::Disk(e.to_string()))?;
+            let new = note.with_extension("new");
+            fs::write(&new, text)
+                .and_then(|()| fs::rename(&new, &note))
+                .map_err(VmmError::io("noting the image"))?;
+            Ok(newest.clone())
+        }
+        Err(e) => Err(VmmError::io(note.display().to_string())(e)),
+    }
+}
+
 /// Finds the VM's disk in its folder.
 pub fn find(dir: &Path) -> Option<Disk> {
-    [(RAW, Format::Raw), (QCOW2, Format::Qcow2)]
+    [(RAW, Format::Raw), (QCOW2, Format::Qcow2), (STANDALONE, Format::Standalone)]
         .into_iter()
         .map(|(name, format)| Disk { path: dir.join(name), format })
         .find(|disk| disk.path.exists())
 }
 
-/// The VM's disk: as it is, or made from the image; grown to `bytes` if it is smaller.
-pub fn prepare(dir: &Path, image: &Image, bytes: u64) -> Result<Disk, VmmError> {
+/// The VM's disk: as it is, or made from the snapshot or else the image; grown to `bytes` if it is smaller.
+pub fn prepare(dir: &Path, image: &Image, snapshot: Option<&Path>, bytes: u64) -> Result<Disk, VmmError> {
     let bytes = bytes.max(image.manifest().disk.size).next_multiple_of(1 << 20);
-    let disk = match find(dir) {
-        Some(disk) => disk,
-        None => create(dir, image)?,
+    let disk = match (find(dir), snapshot) {
+        (Some(disk), _) => disk,
+        (None, Some(snapshot)) => copy_snapshot(dir, snapshot)?,
+        (None, None) => create(dir, image)?,
     };
     grow(&disk, bytes)?;
     Ok(disk)
@@ -77,6 +110,39 @@ fn create(dir: &Path, image: &Image) -> Result<Disk, VmmError> {
     private(&new)?;
     fs::rename(&new, &disk.path).map_err(VmmError::io("naming the disk"))?;
     Ok(disk)
+}
+
+/// A disk of its own from a snapshot: nothing ties it to the snapshot's file afterwards.
+fn copy_snapshot(dir: &Path, snapshot: &Path) -> Result<Disk, VmmError> {
+    let disk = Disk { path: dir.join(STANDALONE), format: Format::Standalone };
+    // A snapshot may come from far: it must not name a file of this host as its backing.
+    if backing_offset(snapshot)? != 0 {
+        return Err(VmmError::Disk(format!(
+            "{} is not a snapshot: it depends on another file",
+            snapshot.display()
+        )));
+    }
+    if !reflink(snapshot, &disk.path)? {
+        let new = dir.join("disk.new");
+        fs::copy(snapshot, &new).map_err(VmmError::io(snapshot.display().to_string()))?;
+        private(&new)?;
+        fs::rename(&new, &disk.path).map_err(VmmError::io("naming the disk"))?;
+    }
+    Ok(disk)
+}
+
+/// An empty qcow2 file of a disk's size, for a snapshot to be written to.
+pub fn create_snapshot(path: &Path, bytes: u64) -> Result<(), VmmError> {
+    let size = bytes.to_string();
+    qemu_img(&[
+        "create".as_ref(),
+        "-q".as_ref(),
+        "-f".as_ref(),
+        "qcow2".as_ref(),
+        path.as_os_str(),
+        size.as_ref(),
+    ])?;
+    private(path)
 }
 
 /// Shares the image's blocks; `false` where the file system cannot.
@@ -114,7 +180,7 @@ fn grow(disk: &Disk, bytes: u64) -> Result<(), VmmError> {
             let size = file.metadata().map_err(VmmError::io("disk"))?.len();
             if size < bytes { file.set_len(bytes).map_err(VmmError::io("growing the disk")) } else { Ok(()) }
         }
-        Format::Qcow2 => {
+        Format::Qcow2 | Format::Standalone => {
             if qcow2_size(&disk.path)? >= bytes {
                 return Ok(());
             }
@@ -131,30 +197,53 @@ fn grow(disk: &Disk, bytes: u64) -> Result<(), VmmError> {
     }
 }
 
-/// The virtual size, from octets 24 to 31 of the header.
+/// The virtual size of a disk.
+pub fn size(disk: &Disk) -> Result<u64, VmmError> {
+    match disk.format {
+        Format::Raw => {
+            Ok(fs::metadata(&disk.path).map_err(VmmError::io(disk.path.display().to_string()))?.len())
+        }
+        Format::Qcow2 | Format::Standalone => qcow2_size(&disk.path),
+    }
+}
+
 fn qcow2_size(path: &Path) -> Result<u64, VmmError> {
+    header_field(path, 24)
+}
+
+/// Where the name of the backing file is; 0 where there is none. A data file of its own (a bit in the features) is no
+/// better than a backing file.
+fn backing_offset(path: &Path) -> Result<u64, VmmError> {
+    const EXTERNAL_DATA: u64 = 1 << 2;
+    Ok(header_field(path, 8)? | (header_field(path, 72)? & EXTERNAL_DATA))
+}
+
+/// Eight octets of a qcow2 file's header (version 3: at least 104 octets).
+fn header_field(path: &Path, at: usize) -> Result<u64, VmmError> {
     use std::os::unix::fs::FileExt as _;
-    let mut header = [0u8; 32];
+    let mut header = [0u8; 104];
     File::open(path)
         .and_then(|file| file.read_exact_at(&mut header, 0))
         .map_err(VmmError::io(path.display().to_string()))?;
-    if !header.starts_with(b"QFI\xfb") {
-        return Err(VmmError::Disk(format!("{} is not a qcow2 file", path.display())));
+    if !header.starts_with(b"QFI\xfb\0\0\0\x03") {
+        return Err(VmmError::Disk(format!("{} is not a qcow2 file of version 3", path.display())));
     }
-    let mut size = [0u8; 8];
-    size.copy_from_slice(&header[24..32]);
-    Ok(u64::from_be_bytes(size))
+    let mut field = [0u8; 8];
+    field.copy_from_slice(&header[at..at + 8]);
+    Ok(u64::from_be_bytes(field))
 }
 
 fn private(path: &Path) -> Result<(), VmmError> {
     use std::os::unix::fs::PermissionsExt as _;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(VmmError::io(path.display().to_string()))
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))
+        .map_err(VmmError::io(path.display().to_string()))
 }
 
 fn qemu_img(args: &[&std::ffi::OsStr]) -> Result<(), VmmError> {
-    let output = Command::new("qemu-img").args(args).stdin(Stdio::null()).output().map_err(|source| {
-        VmmError::Missing { program: "qemu-img".into(), package: "qemu-utils", source }
-    })?;
+    let output =
+        Command::new("qemu-img").args(args).stdin(Stdio::null()).output().map_err(|source| {
+            VmmError::Missing { program: "qemu-img".into(), package: "qemu-utils", source }
+        })?;
     if output.status.success() {
         return Ok(());
     }

@@ -1,7 +1,8 @@
 //! The trait that every driver fulfils. No way to boot or adopt a VM leads past a gate.
 
-use crate::spec::{Exit, Handle, Observed, VmSpec, VmmError};
+use crate::spec::{Exit, Handle, Observed, SnapshotInfo, VmSpec, VmmError};
 use std::future::Future;
+use std::path::Path;
 use std::pin::Pin;
 use std::time::Duration;
 use tapgate_datapath::Gate;
@@ -44,6 +45,11 @@ pub trait Running: Send + Sync {
 
     /// Asks the guest to shut down; after `grace` ends it. Comes back when it has ended.
     fn shutdown(&self, grace: Duration) -> BoxFuture<'_, Result<Exit, VmmError>>;
+
+    /// Copies the disk, as it is now, to a new file, while the guest runs on. See [`crate::VmSpec::snapshot`].
+    fn snapshot<'a>(&'a self, _to: &'a Path) -> BoxFuture<'a, Result<SnapshotInfo, VmmError>> {
+        Box::pin(async { Err(VmmError::Unsupported { driver: "this", what: "take snapshots" }) })
+    }
 
     /// Ends it at once.
     fn kill(&self) -> BoxFuture<'_, Result<Exit, VmmError>>;

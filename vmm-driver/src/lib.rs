@@ -22,4 +22,4 @@ pub use driver::{BoxFuture, Running, Vmm};
 pub use netns_driver::{NetnsDriver, NetnsRunning, exec as netns_exec};
 pub use qemu::{QemuDriver, QemuRunning, default_program, noted_handle, uid_of};
 pub use seed::Seed;
-pub use spec::{Exit, Handle, Observed, VmSpec, VmmError};
+pub use spec::{Exit, Handle, Observed, SnapshotInfo, VmSpec, VmmError};

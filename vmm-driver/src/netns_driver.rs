@@ -115,7 +115,9 @@ impl NetnsRunning {
         let _ = self.process.signal(libc::SIGTERM);
         end_all(&self.guest, group);
         self.process.signal(libc::SIGKILL).map_err(VmmError::io("signal"))?;
-        timeout(END, self.wait()).await.map_err(|_| VmmError::Control("it does not end, although it was killed".into()))
+        timeout(END, self.wait())
+            .await
+            .map_err(|_| VmmError::Control("it does not end, although it was killed".into()))
     }
 }
 
@@ -162,11 +164,14 @@ fn end_all(guest: &Netns, leader: nix::unistd::Pid) {
     let Ok(wanted) = fs::metadata(Path::new("/run/netns").join(guest.name())) else { return };
     let Ok(processes) = fs::read_dir("/proc") else { return };
     for entry in processes.flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else {
+            continue;
+        };
         let inside = fs::metadata(entry.path().join("ns/net"))
             .is_ok_and(|own| own.ino() == wanted.ino() && own.dev() == wanted.dev());
         if inside && pid != leader.as_raw() && pid != nix::unistd::getpid().as_raw() {
-            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+            let _ =
+                nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
         }
     }
 }
@@ -174,7 +179,9 @@ fn end_all(guest: &Netns, leader: nix::unistd::Pid) {
 fn environment(spec: &VmSpec) -> Vec<(String, String)> {
     let place = |name: &str| spec.dir.join(name).display().to_string();
     let mut env = spec.seed.environment_with(&place("ca-bundle.crt"), &place("ca.crt"));
-    for (name, value) in [("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"), ("HOME", "/root")] {
+    for (name, value) in
+        [("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"), ("HOME", "/root")]
+    {
         if !env.iter().any(|(known, _)| known == name) {
             env.push((name.into(), value.into()));
         }
@@ -203,7 +210,11 @@ fn prepare_sshd(spec: &VmSpec) -> Result<(), VmmError> {
             .arg(&key)
             .stdin(Stdio::null())
             .status()
-            .map_err(|source| VmmError::Missing { program: "ssh-keygen".into(), package: "openssh-client", source })?;
+            .map_err(|source| VmmError::Missing {
+                program: "ssh-keygen".into(),
+                package: "openssh-client",
+                source,
+            })?;
         if !status.success() {
             return Err(VmmError::Start("ssh-keygen made no host key".into()));
         }

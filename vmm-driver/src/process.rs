@@ -74,7 +74,8 @@ impl Process {
     pub fn signal(&self, signal: i32) -> io::Result<()> {
         let fd = self.fd.get_ref().as_raw_fd();
         // SAFETY: an open pidfd, a number and a null siginfo, which the call allows.
-        let result = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, signal, std::ptr::null::<u8>(), 0) };
+        let result =
+            unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, signal, std::ptr::null::<u8>(), 0) };
         match result {
             0 => Ok(()),
             _ => match io::Error::last_os_error() {
@@ -159,6 +160,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_process_is_found_again_waited_for_and_never_mistaken() {
+        #[expect(clippy::zombie_processes, reason = "the pidfd reaps it")]
         let child = Command::new("sleep").arg("1000").spawn().unwrap();
         let identity = ProcessRef::of(child.id() as i32).unwrap();
         let process = Process::open(&identity).unwrap().expect("alive");

@@ -4,10 +4,11 @@
 
 use crate::spec::VmmError;
 use serde_json::{Value, json};
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::Path;
 use std::time::Duration;
-use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::time::timeout;
@@ -38,11 +39,18 @@ pub struct Qmp {
 impl Qmp {
     /// Connects to the socket and leaves negotiation mode.
     pub async fn connect(path: &Path) -> Result<Self, VmmError> {
-        let stream = connect_any_length(path).map_err(|e| VmmError::Control(format!("{}: {e}", path.display())))?;
+        let stream =
+            connect_any_length(path).map_err(|e| VmmError::Control(format!("{}: {e}", path.display())))?;
         stream.set_nonblocking(true).map_err(VmmError::io("control socket"))?;
-        let (reader, writer) = UnixStream::from_std(stream).map_err(VmmError::io("control socket"))?.into_split();
-        let mut qmp =
-            Self { reader: BufReader::new(reader), writer, partial: Vec::new(), next_id: 0, pending: Vec::new() };
+        let (reader, writer) =
+            UnixStream::from_std(stream).map_err(VmmError::io("control socket"))?.into_split();
+        let mut qmp = Self {
+            reader: BufReader::new(reader),
+            writer,
+            partial: Vec::new(),
+            next_id: 0,
+            pending: Vec::new(),
+        };
         let greeting = timeout(DEADLINE, qmp.line()).await.map_err(|_| late("its greeting"))??;
         if greeting.get("QMP").is_none() {
             return Err(VmmError::Control("what answers is not QEMU".into()));
@@ -53,6 +61,16 @@ impl Qmp {
 
     /// Sends a command and waits for its answer.
     pub async fn command(&mut self, name: &str, arguments: Value) -> Result<Value, VmmError> {
+        self.command_with(name, arguments, None).await
+    }
+
+    /// The same, with a descriptor for QEMU.
+    pub async fn command_with(
+        &mut self,
+        name: &str,
+        arguments: Value,
+        descriptor: Option<OwnedFd>,
+    ) -> Result<Value, VmmError> {
         self.next_id += 1;
         let id = self.next_id;
         let mut message = json!({"execute": name, "id": id});
@@ -62,7 +80,13 @@ impl Qmp {
         let mut text = message.to_string();
         text.push('\n');
         let exchange = async {
-            self.writer.write_all(text.as_bytes()).await.map_err(VmmError::io(format!("sending {name}")))?;
+            let sent = match &descriptor {
+                Some(descriptor) => send_with(self.writer.as_ref(), text.as_bytes(), descriptor).await,
+                None => Ok(0),
+            };
+            let io = || VmmError::io(format!("sending {name}"));
+            let rest = &text.as_bytes()[sent.map_err(io())?..];
+            self.writer.write_all(rest).await.map_err(io())?;
             loop {
                 let mut answer = self.line().await?;
                 if let Some(event) = as_event(&answer) {
@@ -73,7 +97,8 @@ impl Qmp {
                     self.pending.push(event);
                 } else if answer.get("id").and_then(Value::as_u64) == Some(id) {
                     if let Some(error) = answer.get("error") {
-                        let text = error.get("desc").and_then(Value::as_str).unwrap_or("an error without words");
+                        let text =
+                            error.get("desc").and_then(Value::as_str).unwrap_or("an error without words");
                         return Err(VmmError::Control(format!("{name}: {text}")));
                     }
                     return Ok(answer["return"].take());
@@ -101,12 +126,26 @@ impl Qmp {
         let mut limited = (&mut self.reader).take(room);
         let n = limited.read_until(b'\n', &mut self.partial).await.map_err(VmmError::io("control socket"))?;
         if !self.partial.ends_with(b"\n") {
-            let why = if n == 0 && room > 0 { "it closed its control socket" } else { "it sends an endless line" };
+            let why =
+                if n == 0 && room > 0 { "it closed its control socket" } else { "it sends an endless line" };
             return Err(VmmError::Control(why.into()));
         }
         let line = std::mem::take(&mut self.partial);
         serde_json::from_slice(&line).map_err(|_| VmmError::Control("it does not speak JSON".into()))
     }
+}
+
+/// Sends the first octets together with a descriptor; answers how many went.
+async fn send_with(stream: &UnixStream, text: &[u8], descriptor: &OwnedFd) -> std::io::Result<usize> {
+    use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+    stream
+        .async_io(Interest::WRITABLE, || {
+            let descriptors = [descriptor.as_raw_fd()];
+            let along = [ControlMessage::ScmRights(&descriptors)];
+            let text = [std::io::IoSlice::new(text)];
+            Ok(sendmsg::<()>(stream.as_raw_fd(), &text, &along, MsgFlags::MSG_NOSIGNAL, None)?)
+        })
+        .await
 }
 
 fn late(what: &str) -> VmmError {
@@ -126,7 +165,6 @@ pub fn connect_any_length(path: &Path) -> std::io::Result<StdUnixStream> {
 
 /// The socket's short name and the open folder that the name goes through.
 pub fn short_path(path: &Path) -> std::io::Result<(std::fs::File, std::path::PathBuf)> {
-    use std::os::fd::AsRawFd as _;
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(std::io::Error::from(std::io::ErrorKind::InvalidInput));
     };

@@ -16,14 +16,17 @@ pub const MAX_VALUE: usize = 96 * 1024;
 
 /// Checks a variable: a portable name, and a value that every one of the formats below can carry.
 pub fn check(name: &str, value: &str) -> Result<(), EnvError> {
-    let error = |reason| EnvError { name: name.chars().filter(|c| !c.is_control()).take(64).collect(), reason };
+    let error =
+        |reason| EnvError { name: name.chars().filter(|c| !c.is_control()).take(64).collect(), reason };
     let mut bytes = name.bytes();
     let first = bytes.next().is_some_and(|b| b.is_ascii_alphabetic() || b == b'_');
     if !first || !bytes.all(|b| b.is_ascii_alphanumeric() || b == b'_') || name.len() > 256 {
         return Err(error("needs a name of letters, digits and `_` that does not begin with a digit"));
     }
     if value.contains('\0') {
-        return Err(error("has a value with NUL, which no process can be given; encode it, for example as base64"));
+        return Err(error(
+            "has a value with NUL, which no process can be given; encode it, for example as base64",
+        ));
     }
     if value.len() > MAX_VALUE {
         return Err(error("has a value of more than 96 KiB"));
@@ -58,7 +61,8 @@ pub const SESSION: &str = "/etc/tapgate/session.sh";
 pub fn session(env: &[(String, String)]) -> String {
     let mut text = String::new();
     for (name, value) in env.iter().filter(|(_, value)| is_long(value)) {
-        let _ = writeln!(text, "[ -n \"${{{name}+x}}\" ] || export {name}='{}'", value.replace('\'', r"'\''"));
+        let _ =
+            writeln!(text, "[ -n \"${{{name}+x}}\" ] || export {name}='{}'", value.replace('\'', r"'\''"));
     }
     text
 }

@@ -16,7 +16,8 @@ pub async fn ssh(egress: &Netns, net: &GuestNet) {
     let address = SocketAddr::from((net.v4, SSH));
     loop {
         let egress = egress.clone();
-        let answered = tokio::task::spawn_blocking(move || egress.run(|| greets(address)).unwrap_or(false)).await;
+        let answered =
+            tokio::task::spawn_blocking(move || egress.run(|| greets(address)).unwrap_or(false)).await;
         if answered.unwrap_or(false) {
             return;
         }

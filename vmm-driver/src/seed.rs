@@ -110,9 +110,7 @@ impl Seed {
     pub fn user_data(&self) -> Result<String, SeedError> {
         self.check()?;
         let env = self.environment();
-        let file = |path: &str, mode: &str, content: String| {
-            json!({"path": path, "permissions": mode, "owner": "root:root", "content": content})
-        };
+        let file = |path: &str, mode: &str, content: String| json!({"path": path, "permissions": mode, "owner": "root:root", "content": content});
         let mut config = json!({
             "hostname": self.hostname,
             "preserve_hostname": false,
@@ -151,7 +149,8 @@ impl Seed {
             OWN_CA => own_ca.to_owned(),
             other => other.to_owned(),
         };
-        let trust = TRUST.iter().filter(|_| !self.ca_pem.is_empty()).map(|(n, v)| ((*n).to_owned(), place(v)));
+        let trust =
+            TRUST.iter().filter(|_| !self.ca_pem.is_empty()).map(|(n, v)| ((*n).to_owned(), place(v)));
         let mut all: Vec<(String, String)> = Vec::new();
         for (name, value) in trust.chain(self.env.iter().cloned()) {
             match all.iter_mut().find(|(known, _)| *known == name) {
@@ -199,7 +198,11 @@ impl Seed {
     fn check(&self) -> Result<(), SeedError> {
         let name = &self.hostname;
         let plain = |b: u8| b.is_ascii_alphanumeric() || b == b'-';
-        if !(1..=63).contains(&name.len()) || !name.bytes().all(plain) || name.starts_with('-') || name.ends_with('-') {
+        if !(1..=63).contains(&name.len())
+            || !name.bytes().all(plain)
+            || name.starts_with('-')
+            || name.ends_with('-')
+        {
             return Err(SeedError::Hostname(name.chars().filter(|c| !c.is_control()).take(64).collect()));
         }
         if self.ssh_keys.iter().any(|key| key.contains(['\n', '\r', '\0'])) {

@@ -29,6 +29,8 @@ pub struct VmSpec {
     pub net: GuestNet,
     /// What the guest is told.
     pub seed: Seed,
+    /// The file of a snapshot that its disk is made from, if it has none yet; not needed any more afterwards.
+    pub snapshot: Option<PathBuf>,
     /// For the namespace driver: where the guest's processes run. Other drivers ignore it.
     pub guest_ns: Option<Netns>,
 }
@@ -113,6 +115,19 @@ impl VmmError {
     pub(crate) fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Self {
         move |source| Self::Io { what: what.into(), source }
     }
+}
+
+/// A snapshot that was taken.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotInfo {
+    /// Size of the disk in octets.
+    pub disk_bytes: u64,
+    /// Whether the guest's file systems were held still for it. Otherwise it is what a power cut would have left.
+    pub frozen: bool,
+    /// How long the guest was held, in microseconds.
+    pub held_us: u64,
+    /// The recipe of the image whose kernel the disk belongs to.
+    pub image_recipe: String,
 }
 
 /// A tap that a VMM is handed.

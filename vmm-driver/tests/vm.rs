@@ -1,22 +1,20 @@
 //! Real VMs behind real gates: what a guest is given, how it ends, how it is found again. Needs root; TCG will do.
+//! Tests that boot a machine have `real_vm` in their names: `cargo xtask test --fast` leaves them out.
 #![allow(missing_docs, reason = "tests")]
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
 mod common;
 
-use common::{PATIENCE, World, boot, driver, gate, net, ready, wanted};
+use common::{PATIENCE, World, boot, driver, gate, net, ready};
 use std::time::Duration;
 use tapgate_model::VmId;
-use tapgate_vmm::{Exit, Vmm as _, VmmError};
+use tapgate_vmm::{Exit, NetnsDriver, VmSpec, Vmm as _, VmmError};
 
 const NASTY: &str = r#"a'b"c$(touch /tmp/x)`id` \ %n %% ; # ! é\" \n end"#;
 const LINES: &str = "first\nsecond 'quoted'\n\tthird";
 
 #[test]
-fn a_guest_is_what_its_seed_says_and_lives_through_a_reboot() {
-    if !wanted() {
-        return;
-    }
+fn real_vm_a_guest_is_what_its_seed_says_and_lives_through_a_reboot() {
     World::run(|world| async move {
         let datapath = world.datapath().await;
         let id = VmId::generate();
@@ -40,10 +38,12 @@ fn a_guest_is_what_its_seed_says_and_lives_through_a_reboot() {
         };
         assert_eq!(service("NASTY"), NASTY, "a service");
         assert_eq!(service("MANY"), LINES);
-        assert_eq!(ask("ls /tmp/x 2>&1 || true").contains("No such"), true, "nothing in a value was run");
+        assert!(ask("ls /tmp/x 2>&1 || true").contains("No such"), "nothing in a value was run");
 
         let ca = "/usr/local/share/ca-certificates/tapgate.crt";
-        assert!(ask(&format!("openssl verify -CAfile /etc/ssl/certs/ca-certificates.crt {ca}")).ends_with("OK"));
+        assert!(
+            ask(&format!("openssl verify -CAfile /etc/ssl/certs/ca-certificates.crt {ca}")).ends_with("OK")
+        );
         assert!(ask(&format!("openssl verify -no-CAfile -CApath /etc/ssl/certs {ca}")).ends_with("OK"));
         let python = "import ssl; print(sum('tapgate-test' in str(c) for c in ssl.create_default_context().get_ca_certs()))";
         assert_eq!(ask(&format!("python3 -c \"{python}\"")), "1");
@@ -75,10 +75,78 @@ fn a_guest_is_what_its_seed_says_and_lives_through_a_reboot() {
 }
 
 #[test]
-fn a_vmm_has_no_rights_and_its_end_is_told_apart() {
-    if !wanted() {
-        return;
-    }
+fn real_vm_changes_reach_a_running_guest() {
+    World::run(|world| async move {
+        let datapath = world.datapath().await;
+        let id = VmId::generate();
+        let mut spec = world.spec(&id, 4, vec![("OLD".into(), "1".into())]);
+        let service = common::Service::start(&datapath, spec.seed.user_data().unwrap());
+        let (_machine, _reap) = boot(&datapath, &spec).await;
+        let ask = |command: &str| world.ask(datapath.egress(), spec.net, command);
+        assert_eq!(ask("printenv OLD"), "1");
+        spec.seed.env = vec![("NEW".into(), NASTY.into())];
+        *service.answer.lock().unwrap() = spec.seed.user_data().unwrap();
+        let end = std::time::Instant::now() + PATIENCE;
+        while ask("printenv NEW || true") != NASTY {
+            assert!(std::time::Instant::now() < end, "the change never arrived");
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
+        assert_eq!(ask("printenv OLD || echo gone"), "gone");
+        let unit = "[Service]\\nType=oneshot\\nExecStart=/usr/bin/printenv NEW\\nStandardOutput=truncate:/run/printed\\n";
+        let command = "systemctl daemon-reload && systemctl start printed && cat /run/printed";
+        assert_eq!(
+            ask(&format!("printf '{unit}' > /run/systemd/system/printed.service && {command}")),
+            NASTY
+        );
+
+        // Rubbish changes nothing.
+        *service.answer.lock().unwrap() = "#!/bin/sh\nreboot\n".into();
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        assert_eq!(ask("printenv NEW"), NASTY);
+    });
+}
+
+#[test]
+fn real_vm_a_snapshot_of_a_running_guest_becomes_another_machine() {
+    World::run(|world| async move {
+        let datapath = world.datapath().await;
+        let id = VmId::generate();
+        let spec = world.spec(&id, 6, Vec::new());
+        let (machine, _reap) = boot(&datapath, &spec).await;
+        let ask = |command: &str| world.ask(datapath.egress(), spec.net, command);
+        ask("echo before > /root/kept && sync");
+        // Not synced: only a freeze brings it to the disk.
+        ask("head -c 3000000 /dev/urandom > /root/blob && sha256sum /root/blob > /root/blob.sum");
+        let old = (ask("cat /etc/machine-id"), ask("cat /etc/ssh/ssh_host_ed25519_key.pub"));
+        let file = world.dir.path().join("snapshot.qcow2");
+        let writer = "for i in $(seq 2000); do echo $i >> /root/log; done; echo after > /root/late";
+        ask(&format!("nohup sh -c '{writer}' > /dev/null 2>&1 &"));
+        let info = machine.snapshot(&file).await.unwrap();
+        eprintln!("{info:?}, file of {} MiB", std::fs::metadata(&file).unwrap().len() >> 20);
+        assert!(info.frozen && info.disk_bytes == 4 << 30, "{info:?}");
+        assert_eq!(ask("echo alive"), "alive");
+        assert!(machine.snapshot(&file).await.is_err(), "never over a file that is there");
+        assert!(file.exists());
+        let second = machine.snapshot(&world.dir.path().join("second.qcow2")).await.unwrap();
+        assert!(second.frozen, "and again");
+
+        let other = VmId::generate();
+        let clone = VmSpec { snapshot: Some(file.clone()), ..world.spec(&other, 7, Vec::new()) };
+        let (_clone_machine, _clone_reap) = boot(&datapath, &clone).await;
+        std::fs::remove_file(&file).unwrap();
+        let ask = |command: &str| world.ask(datapath.egress(), clone.net, command);
+        assert_eq!(ask("cat /root/kept"), "before");
+        assert_eq!(ask("sha256sum -c /root/blob.sum"), "/root/blob: OK");
+        let new = (ask("cat /etc/machine-id"), ask("cat /etc/ssh/ssh_host_ed25519_key.pub"));
+        assert!(new.0 != old.0 && new.1 != old.1, "another identity");
+        assert!(ask("dmesg").contains("EXT4-fs (vda): mounted"));
+        assert!(!ask("dmesg").contains("EXT4-fs error"));
+        assert_eq!(ask("ip -4 -o addr show dev eth0 | grep -c 10.214.0.8/32"), "1");
+    });
+}
+
+#[test]
+fn real_vm_a_vmm_has_no_rights_and_its_end_is_told_apart() {
     World::run(|world| async move {
         let datapath = world.datapath().await;
         let id = VmId::generate();
@@ -115,8 +183,11 @@ fn a_vmm_has_no_rights_and_its_end_is_told_apart() {
         datapath.detach(spec.net).await.unwrap();
 
         let (machine, _reap) = boot(&datapath, &spec).await;
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(machine.handle().process.pid), nix::sys::signal::SIGSEGV)
-            .unwrap();
+        nix::sys::signal::kill(
+            nix::unistd::Pid::from_raw(machine.handle().process.pid),
+            nix::sys::signal::SIGSEGV,
+        )
+        .unwrap();
         let exit = tokio::time::timeout(PATIENCE, machine.wait()).await.unwrap();
         assert!(matches!(&exit, Exit::Crashed(why) if why.contains("signal 11")), "{exit:?}");
         datapath.detach(spec.net).await.unwrap();
@@ -131,10 +202,7 @@ fn a_vmm_has_no_rights_and_its_end_is_told_apart() {
 const LAUNCHER: &str = "TAPGATE_TEST_LAUNCH_IN";
 
 #[test]
-fn a_vm_outlives_its_daemon_and_is_adopted() {
-    if !wanted() {
-        return;
-    }
+fn real_vm_a_vm_outlives_its_daemon_and_is_adopted() {
     if let Some(at) = std::env::var_os(LAUNCHER) {
         return launch_and_wait_for_death(std::path::Path::new(&at));
     }
@@ -142,7 +210,7 @@ fn a_vm_outlives_its_daemon_and_is_adopted() {
         let state = world.dir.path().join("state.json");
         let me = std::env::current_exe().unwrap();
         let mut launcher = std::process::Command::new(me);
-        let test = "a_vm_outlives_its_daemon_and_is_adopted";
+        let test = "real_vm_a_vm_outlives_its_daemon_and_is_adopted";
         launcher.args(["--exact", test, "--nocapture"]).env(LAUNCHER, world.dir.path());
         let text = format!("{}\n{}", world.instance, world.key.display());
         std::fs::write(world.dir.path().join("world"), text).unwrap();
@@ -201,6 +269,81 @@ fn launch_and_wait_for_death(dir: &std::path::Path) {
     });
 }
 
+#[test]
+fn real_vm_a_disk_stays_with_the_image_that_it_was_made_from() {
+    use tapgate_vmm::{disk, image};
+    let image = common::debian();
+    let (dir, newer) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    for name in ["manifest.json", "kernel", "initrd", "disk.raw"] {
+        std::os::unix::fs::symlink(image.dir().join(name), newer.path().join(name)).unwrap();
+    }
+    let newer = image::open(newer.path()).unwrap();
+    let first = disk::origin(dir.path(), &image).unwrap();
+    let made = disk::prepare(dir.path(), &first, None, 4 << 30).unwrap();
+    assert_eq!(disk::origin(dir.path(), &newer).unwrap().dir(), image.dir());
+    let again = disk::prepare(dir.path(), &image, None, 5 << 30).unwrap();
+    assert_eq!((again.path, again.format), (made.path, made.format), "the same disk, grown");
+    std::fs::write(dir.path().join("image.json"), "\"/nowhere\"").unwrap();
+    let error = disk::origin(dir.path(), &newer).unwrap_err().to_string();
+    assert!(error.contains("cannot be used") && error.contains("/nowhere"), "{error}");
+}
+
+#[test]
+fn real_vm_the_probe_believes_a_kernel_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let probe = || tapgate_vmm::accel::probe(&common::debian(), &tapgate_vmm::default_program(), dir.path());
+    let found = probe();
+    eprintln!("{:?}: {}", found.accel, found.reason);
+    assert!(!found.reason.is_empty());
+    // What was found is remembered for this boot and kernel: the second time, no QEMU is needed.
+    let missing = std::path::Path::new("/nowhere/qemu");
+    assert_eq!(tapgate_vmm::accel::probe(&common::debian(), missing, dir.path()), found);
+    std::fs::write(dir.path().join("accel.json"), "rubbish").unwrap();
+    assert_eq!(probe(), found);
+}
+
+#[test]
+fn a_namespace_stands_for_a_vm_and_says_so() {
+    World::run(|world| async move {
+        let datapath = world.datapath().await;
+        let id = VmId::generate();
+        let guest = tapgate_netns::Netns::create(&format!("tgvm-{}-g", world.instance)).unwrap();
+        let name = guest.name().to_owned();
+        let mut spec = world.spec_without_image(&id, 5, vec![("TOKEN".into(), NASTY.into())]);
+        spec.guest_ns = Some(guest.clone());
+        let gate = datapath.attach_netns(&id, spec.net, &common::policy(&id), &guest).await.unwrap();
+        let machine = NetnsDriver::new().boot(&spec, gate).await.unwrap();
+        let _reap = common::Reap(machine.handle().process.pid);
+        assert!(machine.handle().notes.iter().any(|note| note.contains("nothing but the network")));
+        tokio::time::timeout(PATIENCE, machine.ready(datapath.egress())).await.unwrap();
+        let run = |program: &str, args: &[&str]| {
+            let output = tapgate_vmm::netns_exec(&spec, program, args).unwrap();
+            String::from_utf8(output.stdout).unwrap()
+        };
+        assert_eq!(run("printenv", &["TOKEN"]).trim_end_matches('\n'), NASTY);
+        assert!(run("ip", &["-4", "-o", "addr", "show", "eth0"]).contains("10.214.0.6/32"));
+        assert_eq!(run("cat", &["/etc/resolv.conf"]), "nameserver 169.254.77.1\n");
+        let bundle = run("printenv", &["SSL_CERT_FILE"]);
+        let text = std::fs::read_to_string(bundle.trim()).unwrap();
+        assert!(text.contains(spec.seed.ca_pem.trim()), "its CA is trusted inside");
+        assert!(
+            !std::fs::read_to_string("/etc/resolv.conf").unwrap().contains("169.254.77.1"),
+            "and the host's own file is as it was"
+        );
+
+        let handle = machine.handle().clone();
+        drop(machine);
+        let gate = datapath.adopt(&id, spec.net, &common::policy(&id)).await;
+        assert!(gate.is_err(), "this datapath holds it already");
+        datapath.detach(spec.net).await.unwrap();
+        let gate = datapath.attach_netns(&id, spec.net, &common::policy(&id), &guest).await.unwrap();
+        let machine = NetnsDriver::new().adopt(&spec, &handle, gate).await.unwrap();
+        assert_eq!(machine.kill().await.unwrap(), Exit::Stopped);
+        tapgate_netns::Netns::delete(&name).unwrap();
+    });
+}
+
 fn now() -> i64 {
-    i64::try_from(std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs()).unwrap()
+    i64::try_from(std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs())
+        .unwrap()
 }

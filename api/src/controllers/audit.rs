@@ -1,8 +1,11 @@
 //! The audit log of egress.
 
+use super::audit_stream;
 use crate::http::{Account, ApiError, AppState, List, Params, exact_time, params_invalid as invalid};
 use axum::Json;
 use axum::extract::State;
+use axum::http::HeaderMap;
+use axum::response::{IntoResponse as _, Response};
 use serde::Serialize;
 use tapgate_model::{HostName, Mode, Protocol};
 use tapgate_store::{AuditFilter, AuditRecord};
@@ -99,8 +102,28 @@ fn filter(mut params: Params) -> Result<AuditFilter, ApiError> {
 pub(crate) async fn list(
     State(state): State<AppState>,
     account: Account,
+    headers: HeaderMap,
+    mut params: Params,
+) -> Result<Response, ApiError> {
+    // `?follow` alone is as good as `?follow=true`.
+    let follow = params.parsed("follow", "true or false", |text| match text {
+        "" | "true" => Some(true),
+        "false" => Some(false),
+        _ => None,
+    })?;
+    let filter = filter(params)?;
+    if follow == Some(true) {
+        return audit_stream::follow(state, account, filter, &headers).await;
+    }
+    let page = state.store().audit().list(&account.user, filter).await?;
+    Ok(Json(List::of(page, EventView::from)).into_response())
+}
+
+/// All events that match, oldest first, one JSON object a line.
+pub(crate) async fn export(
+    State(state): State<AppState>,
+    account: Account,
     params: Params,
-) -> Result<Json<List<EventView>>, ApiError> {
-    let page = state.store().audit().list(&account.user, filter(params)?).await?;
-    Ok(Json(List::of(page, Into::into)))
+) -> Result<Response, ApiError> {
+    Ok(audit_stream::export(state, account, filter(params)?))
 }

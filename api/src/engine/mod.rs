@@ -74,6 +74,26 @@ impl Shared {
     }
 }
 
+/// What the engine joins.
+pub struct Parts {
+    /// The checked configuration.
+    pub config: Config,
+    /// The records.
+    pub store: Store,
+    /// Taps, programs, maps.
+    pub datapath: Datapath,
+    /// What the proxy decides by.
+    pub table: Arc<PolicyTable>,
+    /// What runs the guests.
+    pub driver: Arc<dyn Vmm>,
+    /// The base image; the namespace driver has none.
+    pub image: Option<Image>,
+    /// How waiting requests hear of changes.
+    pub notifier: Notifier,
+    /// Ends the engine; VMs run on.
+    pub stop: CancellationToken,
+}
+
 /// The running engine.
 pub struct Engine {
     shared: Arc<Shared>,
@@ -83,16 +103,8 @@ pub struct Engine {
 
 impl Engine {
     /// Takes the opened parts.
-    pub fn new(
-        config: Config,
-        store: Store,
-        datapath: Datapath,
-        table: Arc<PolicyTable>,
-        driver: Arc<dyn Vmm>,
-        image: Option<Image>,
-        notifier: Notifier,
-        stop: CancellationToken,
-    ) -> Self {
+    pub fn new(parts: Parts) -> Self {
+        let Parts { config, store, datapath, table, driver, image, notifier, stop } = parts;
         let shared = Shared {
             config,
             store,
@@ -134,6 +146,7 @@ impl Engine {
                 Command::Vm(vm) => self.wake(vm),
                 Command::Policy(scope) => {
                     policy::refresh(&self.shared, &scope).await;
+                    self.shared.notifier.policy_in_force();
                     // Secrets bring placeholders with them.
                     self.shared.news.send_modify(|news| *news = news.wrapping_add(1));
                 }

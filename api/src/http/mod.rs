@@ -3,8 +3,10 @@
 mod auth;
 mod error;
 mod fields;
+pub(crate) mod form;
 mod ids;
 mod limits;
+pub mod openapi;
 mod params;
 mod password;
 mod router;
@@ -18,6 +20,7 @@ pub use fields::Fields;
 pub(crate) use fields::{at_most as fields_at_most, bounded as fields_bounded};
 pub use ids::{Id, Key};
 pub use limits::{Peer, Rate, Rates};
+pub(crate) use openapi::escape;
 pub use params::Params;
 pub(crate) use params::invalid as params_invalid;
 pub(crate) use password::{hash_password, verify_password};

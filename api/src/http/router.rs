@@ -1,13 +1,15 @@
 //! All routes, and what every answer goes through: no panic, no unknown path and no wrong method leaves the envelope.
 
-use super::{ApiError, AppState};
-use crate::controllers::{agents, audit, device, egress, env, health, keys, secrets, snapshots, users, vms};
+use super::{ApiError, AppState, openapi};
+use crate::controllers::{
+    agents, audit, device, egress, env, health, keys, pages, secrets, snapshots, users, vms,
+};
 use axum::Router;
 use axum::extract::Request;
 use axum::http::{HeaderValue, Method, StatusCode, Uri, header};
 use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse as _, Response};
-use axum::routing::{delete, get, patch, post};
+use axum::routing::{delete, get, patch, post, put};
 use std::any::Any;
 use tower_http::catch_panic::CatchPanicLayer;
 
@@ -15,8 +17,16 @@ use tower_http::catch_panic::CatchPanicLayer;
 pub fn router(state: AppState) -> Router {
     Router::new()
         .route("/healthz", get(health::get))
+        .route("/openapi.json", get(openapi::json_document))
+        .route("/docs", get(openapi::html_page))
         .route("/v1/users", post(users::create))
         .route("/v1/auth/login", post(users::login))
+        .route("/v1/auth/password", put(users::change_password))
+        .route("/activate", get(pages::activate).post(pages::activate_check))
+        .route("/activate/confirm", post(pages::activate_confirm))
+        .route("/verify", get(pages::verify).post(pages::verify_confirm))
+        .route("/reset", get(pages::reset).post(pages::reset_send))
+        .route("/reset/choose", get(pages::choose).post(pages::choose_set))
         .route("/v1/keys", get(keys::list).post(keys::create))
         .route("/v1/keys/{key_id}", delete(keys::revoke))
         .route("/v1/auth/device/code", post(device::code))
@@ -37,6 +47,7 @@ pub fn router(state: AppState) -> Router {
         .route("/v1/egress/rules", get(egress::rules).post(egress::create_rule))
         .route("/v1/egress/rules/{rule_id}", delete(egress::delete_rule))
         .route("/v1/audit/egress", get(audit::list))
+        .route("/v1/audit/egress/export", get(audit::export))
         .route("/v1/secrets", get(secrets::list).post(secrets::create))
         .route("/v1/secrets/{secret_id}", patch(secrets::update).get(secrets::show).delete(secrets::remove))
         .route("/v1/snapshots", get(snapshots::list))
@@ -68,6 +79,11 @@ async fn wrong_method(method: Method, uri: Uri) -> ApiError {
 async fn common_headers(request: Request, next: Next) -> Response {
     let mut response = next.run(request).await;
     let headers = response.headers_mut();
+    // Pages have no script, are in no frame, and load nothing.
+    let policy = "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'";
+    headers.insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(policy));
+    headers.insert(header::X_FRAME_OPTIONS, HeaderValue::from_static("DENY"));
+    headers.insert(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
     response

@@ -2,6 +2,7 @@
 
 use super::limits::{Limits, Rates};
 use crate::engine::Handle;
+use crate::mail::{Mailer, Via};
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
@@ -51,6 +52,10 @@ pub struct Settings {
     pub base_image: String,
     /// How many of each an account may have.
     pub quotas: Quotas,
+    /// How mails leave.
+    pub mail: Via,
+    /// The address that mails come from.
+    pub mail_from: String,
     /// How often who may ask.
     pub rates: Rates,
     /// How long `start` waits for the VM.
@@ -68,6 +73,8 @@ impl Default for Settings {
             max_resources: Resources { vcpus: 16, memory_mib: 64 * 1024, disk_bytes: 512 << 30 },
             base_image: "debian-12".into(),
             quotas: Quotas::default(),
+            mail: Via::Nowhere,
+            mail_from: "tapgate@localhost.localdomain".into(),
             rates: Rates::default(),
             start_wait: Duration::from_secs(30),
         }
@@ -80,6 +87,7 @@ struct Inner {
     ca: CaMaker,
     settings: Settings,
     limits: Limits,
+    mailer: Mailer,
 }
 
 /// Shared by every request.
@@ -88,9 +96,23 @@ pub struct AppState(Arc<Inner>);
 
 impl AppState {
     /// Puts the parts together.
-    pub fn new(store: Store, engine: Handle, ca: CaMaker, settings: Settings) -> Self {
+    ///
+    /// # Errors
+    /// The settings for mail make no sense.
+    pub fn try_new(
+        store: Store,
+        engine: Handle,
+        ca: CaMaker,
+        settings: Settings,
+    ) -> Result<Self, crate::mail::MailError> {
         let limits = Limits::new(settings.rates);
-        Self(Arc::new(Inner { store, engine, ca, settings, limits }))
+        let mailer = Mailer::new(&settings.mail_from, settings.mail.clone())?;
+        Ok(Self(Arc::new(Inner { store, engine, ca, settings, limits, mailer })))
+    }
+
+    /// The way for mails.
+    pub(crate) fn mailer(&self) -> &Mailer {
+        &self.0.mailer
     }
 
     /// The store.

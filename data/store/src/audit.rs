@@ -4,6 +4,7 @@
 //! VM that made it. Must never hold a caller up, and never lose an event uncounted.
 
 mod chain;
+mod follow;
 mod query;
 mod queue;
 mod record;
@@ -91,6 +92,24 @@ impl AuditLog {
     pub async fn list(&self, user: &UserId, filter: AuditFilter) -> Result<Page<AuditRecord>> {
         let (user, cursors) = (user.clone(), self.cursors.clone());
         self.db.read(move |db| query::list(db, &cursors, &user, &filter)).await
+    }
+
+    /// Where following begins: at the end, or at the first event after a time.
+    pub async fn follow_from(&self, user: &UserId, since_us: Option<i64>) -> Result<i64> {
+        let user = user.clone();
+        self.db.read(move |db| follow::begin(db, &user, since_us)).await
+    }
+
+    /// Events written after a place, in the order of writing, and the next place. The same place means that there are
+    /// no more for now.
+    pub async fn follow(
+        &self,
+        user: &UserId,
+        filter: &AuditFilter,
+        after: i64,
+    ) -> Result<(Vec<AuditRecord>, i64)> {
+        let (user, filter) = (user.clone(), filter.clone());
+        self.db.read(move |db| follow::step(db, &user, &filter, after)).await
     }
 
     /// Checks the chain of hashes over the whole log. Answers how many events it holds, or the first that was changed.

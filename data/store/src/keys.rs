@@ -143,6 +143,18 @@ impl Store {
             .await
     }
 
+    /// Whether a key is still good: for connections that outlive the request that was authenticated.
+    pub async fn key_lives(&self, key: &ApiKeyId) -> Result<bool> {
+        let key = key.clone();
+        self.db
+            .read(move |db| {
+                let sql = "SELECT EXISTS (SELECT 1 FROM api_keys k JOIN users u ON u.id = k.user
+                           WHERE k.id = ?1 AND k.revoked_at IS NULL AND u.disabled = 0)";
+                Ok(db.prepare_cached(sql)?.query_row([key.as_str()], |row| row.get(0))?)
+            })
+            .await
+    }
+
     /// Revokes a key at once.
     pub async fn key_revoke(&self, user: &UserId, key: &ApiKeyId) -> Result<()> {
         let (user, key) = (user.clone(), key.clone());

@@ -21,6 +21,7 @@ mod seal;
 mod secrets;
 mod snapshots;
 mod store;
+mod tickets;
 mod time;
 mod users;
 mod vms;

@@ -260,3 +260,20 @@ async fn a_backup_opens_and_holds_everything() {
     let secrets = copy.secrets(&user, SecretFilter::default(), SecretSort::Created, page).await.unwrap();
     assert_eq!(secrets.items.len(), 1);
 }
+
+#[tokio::test]
+async fn tickets_are_for_one_purpose_and_a_time() {
+    let (folder, store) = fresh();
+    let ticket = store.ticket("verify", "usr_a", now_us() + 60_000_000);
+    assert_eq!(store.redeem("verify", &ticket).as_deref(), Some("usr_a"));
+    assert_eq!(store.redeem("reset", &ticket), None);
+    assert_eq!(store.redeem("verify", &store.ticket("verify", "usr_a", now_us() - 1)), None);
+    for i in 0..ticket.len() {
+        let mut changed = ticket.clone().into_bytes();
+        changed[i] = if changed[i] == b'A' { b'B' } else { b'A' };
+        let changed = String::from_utf8(changed).unwrap();
+        assert!(changed == ticket || store.redeem("verify", &changed).is_none(), "{i}");
+    }
+    drop(store);
+    assert_eq!(open(folder.path()).redeem("verify", &ticket).as_deref(), Some("usr_a"), "after a restart");
+}

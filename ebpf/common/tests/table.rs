@@ -79,7 +79,7 @@ fn arbitrary_bytes_never_leave_without_a_rule() {
                 frame[at] = random.next() as u8;
             }
         }
-        if random.next() % 8 == 0 {
+        if random.next().is_multiple_of(8) {
             frame.truncate(random.next() as usize % (frame.len() + 1));
         }
         let (closed, _) = verdict(&frame, Setup::Closed);

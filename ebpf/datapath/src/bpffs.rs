@@ -56,6 +56,24 @@ pub(crate) fn remove(root: &Path, instance: &str) -> Result<(), DatapathError> {
     Ok(())
 }
 
+/// Removes the maps of other versions, when no program uses them any more.
+pub(crate) fn remove_other_versions(pins: &Path) -> Result<(), DatapathError> {
+    let entries = fs::read_dir(pins).map_err(|source| DatapathError::Pins {
+        what: "list",
+        path: pins.into(),
+        source,
+    })?;
+    let own = maps(pins);
+    let other = |path: &PathBuf| {
+        let name = path.file_name().and_then(|name| name.to_str());
+        *path != own && name.is_some_and(|name| name.starts_with("maps-"))
+    };
+    for path in entries.filter_map(|entry| Some(entry.ok()?.path())).filter(other) {
+        remove_if_there(&path, |path| fs::remove_dir_all(path))?;
+    }
+    Ok(())
+}
+
 /// Removes one pin, if it is there.
 pub(crate) fn unpin(path: &Path) -> Result<(), DatapathError> {
     remove_if_there(path, |path| fs::remove_file(path))

@@ -108,7 +108,14 @@ impl Datapath {
                 slots.remove(tables, slot)?;
             }
             slots.add(tables, &net, index, policy, fresh)?;
-            let replaced = hook::replace(programs, &self.shared.egress, &self.shared.pins, slot, &net.link());
+            let replaced = hook::replace(
+                self.shared.attachment,
+                programs,
+                &self.shared.egress,
+                &self.shared.pins,
+                slot,
+                &net.link(),
+            );
             if let Err(error) = replaced {
                 // Without its entry whatever program is there drops everything; without a program nothing passes.
                 slots.remove(tables, slot)?;
@@ -140,6 +147,7 @@ impl Datapath {
         for &slot in &found {
             self.detach_slot(slot).await?;
         }
+        crate::bpffs::remove_other_versions(&self.shared.pins)?;
         Ok(found)
     }
 
@@ -178,7 +186,14 @@ impl Datapath {
             let mut state = self.shared.state();
             let State { programs, tables, slots } = &mut *state;
             slots.add(tables, net, index, policy, true)?;
-            hook::attach(programs, &self.shared.egress, &self.shared.pins, net.slot, &net.link())?;
+            hook::attach(
+                self.shared.attachment,
+                programs,
+                &self.shared.egress,
+                &self.shared.pins,
+                net.slot,
+                &net.link(),
+            )?;
         }
         if net.v6.is_some() {
             let gateway = std::net::Ipv6Addr::from(tapgate_ebpf_common::net::GATEWAY_V6);

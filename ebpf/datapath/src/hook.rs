@@ -26,9 +26,22 @@ const HANDLE: TcHandle = TcHandle::new(0, 1);
 const HOOKS: [(&str, TcAttachType); 2] =
     [(FROM_GUEST, TcAttachType::Ingress), (TO_GUEST, TcAttachType::Egress)];
 
-/// Whether this kernel attaches by TCX.
-pub(crate) fn has_tcx() -> bool {
-    KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0))
+/// How programs are held on a link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attachment {
+    /// By TCX, the attachments pinned: Linux 6.6 and later.
+    Tcx,
+    /// By filters of a clsact qdisc.
+    Clsact,
+}
+
+/// What this kernel has.
+pub(crate) fn best() -> Attachment {
+    let since = KernelVersion::new(6, 6, 0);
+    match KernelVersion::current() {
+        Ok(version) if version >= since => Attachment::Tcx,
+        _ => Attachment::Clsact,
+    }
 }
 
 fn pin(pins: &Path, slot: u32, name: &str) -> PathBuf {
@@ -37,6 +50,7 @@ fn pin(pins: &Path, slot: u32, name: &str) -> PathBuf {
 
 /// Attaches both programs to a new link.
 pub(crate) fn attach(
+    how: Attachment,
     programs: &mut Ebpf,
     egress: &Netns,
     pins: &Path,
@@ -47,13 +61,14 @@ pub(crate) fn attach(
     for (name, kind) in HOOKS {
         let program = program(programs, name)?;
         let path = pin(pins, slot, name);
-        egress.run(|| attach_one(program, link, kind, &path))?.map_err(failed("attach", name, link))?;
+        egress.run(|| attach_one(how, program, link, kind, &path))?.map_err(failed("attach", name, link))?;
     }
     Ok(())
 }
 
 /// Gives the attachments of a link, made by an earlier daemon, this daemon's programs.
 pub(crate) fn replace(
+    how: Attachment,
     programs: &mut Ebpf,
     egress: &Netns,
     pins: &Path,
@@ -64,7 +79,10 @@ pub(crate) fn replace(
         let program = program(programs, name)?;
         let path = pin(pins, slot, name);
         let there = egress
-            .run(|| replace_one(program, link, kind, &path).and_then(|()| is_attached(program, link, kind)))?
+            .run(|| {
+                replace_one(how, program, link, kind, &path)
+                    .and_then(|()| is_attached(how, program, link, kind))
+            })?
             .map_err(failed("replace", name, link))?;
         if !there {
             let why = format!("the program {name} is no longer on its tap");
@@ -94,12 +112,13 @@ pub(crate) fn pinned(pins: &Path) -> Vec<u32> {
 }
 
 fn attach_one(
+    how: Attachment,
     program: &mut SchedClassifier,
     link: &str,
     kind: TcAttachType,
     path: &Path,
 ) -> Result<(), ProgramError> {
-    if has_tcx() {
+    if how == Attachment::Tcx {
         let id = program.attach_with_options(link, kind, TcAttachOptions::TcxOrder(LinkOrder::default()))?;
         let attached: FdLink = program.take_link(id)?.try_into().map_err(|_| ProgramError::NotAttached)?;
         // Dropping this side of the pin closes a descriptor and no more.
@@ -116,13 +135,14 @@ fn attach_one(
 }
 
 fn replace_one(
+    how: Attachment,
     program: &mut SchedClassifier,
     link: &str,
     kind: TcAttachType,
     path: &Path,
 ) -> Result<(), ProgramError> {
     let other = |error| ProgramError::IOError(std::io::Error::other(error));
-    if has_tcx() {
+    if how == Attachment::Tcx {
         let pinned = PinnedLink::from_pin(path).map_err(other)?;
         let attached = SchedClassifierLink::try_from(FdLink::from(pinned)).map_err(other)?;
         let id = program.attach_to_link(attached)?;
@@ -137,8 +157,13 @@ fn replace_one(
 }
 
 /// Whether the program is on the link. By clsact the kernel answered for it when the filter was replaced.
-fn is_attached(program: &SchedClassifier, link: &str, kind: TcAttachType) -> Result<bool, ProgramError> {
-    if !has_tcx() {
+fn is_attached(
+    how: Attachment,
+    program: &SchedClassifier,
+    link: &str,
+    kind: TcAttachType,
+) -> Result<bool, ProgramError> {
+    if how == Attachment::Clsact {
         return Ok(true);
     }
     let id = program.info()?.id();

@@ -11,7 +11,10 @@ mod cut;
 mod error;
 mod events;
 mod gate;
+mod groups;
 mod hook;
+#[cfg(feature = "bpf-log")]
+mod logs;
 mod objects;
 mod rules;
 mod slots;
@@ -23,6 +26,7 @@ pub use counters::Counters;
 pub use error::DatapathError;
 pub use events::{Event, Events};
 pub use gate::Gate;
+pub use hook::Attachment;
 
 use aya::Ebpf;
 use objects::Tables;
@@ -43,6 +47,7 @@ use tokio::{sync::Notify, task::JoinHandle};
 pub struct Datapath {
     shared: Arc<Shared>,
     sweeper: JoinHandle<()>,
+    logs: Option<JoinHandle<()>>,
 }
 
 /// What the methods and the sweeper share.
@@ -51,6 +56,7 @@ struct Shared {
     config: DatapathConfig,
     egress: Netns,
     host: Netns,
+    attachment: Attachment,
     pins: PathBuf,
     state: Mutex<State>,
     changed: Notify,
@@ -79,28 +85,47 @@ impl Shared {
 impl Datapath {
     /// Makes the egress namespace, the uplink, the tables and the programs, or adopts what an earlier daemon left.
     pub async fn open(config: DatapathConfig) -> Result<Self, DatapathError> {
+        Self::open_attaching(config, hook::best()).await
+    }
+
+    /// The same, attaching programs in a way of the caller's choice: for trying out what older kernels do.
+    pub async fn open_attaching(
+        config: DatapathConfig,
+        attachment: Attachment,
+    ) -> Result<Self, DatapathError> {
         config.check()?;
         let host = Netns::current()?;
         let egress = world::open(&config, &host).await?;
         let pins = bpffs::prepare(&config.pin_root, &config.instance)?;
-        let (programs, mut tables) = objects::load(&pins)?;
+        #[cfg_attr(not(feature = "bpf-log"), expect(unused_mut, reason = "only logs are taken out of it"))]
+        let (mut programs, mut tables) = objects::load(&pins)?;
+        #[cfg(feature = "bpf-log")]
+        let logs = logs::forward(&mut programs);
+        #[cfg(not(feature = "bpf-log"))]
+        let logs = None;
         world::describe(&config, &egress, &mut tables).await?;
         let slots = Slots::adopt(&mut tables)?;
         let shared = Arc::new(Shared {
             config,
             egress,
             host,
+            attachment,
             pins,
             state: Mutex::new(State { programs, tables, slots }),
             changed: Notify::new(),
         });
         let sweeper = tokio::spawn(sweep::run(Arc::clone(&shared)));
-        Ok(Self { shared, sweeper })
+        Ok(Self { shared, sweeper, logs })
     }
 
     /// The egress namespace: where the proxy's listeners are bound and guests are dialled from.
     pub fn egress(&self) -> &Netns {
         &self.shared.egress
+    }
+
+    /// How programs are attached on this kernel.
+    pub fn attachment(&self) -> Attachment {
+        self.shared.attachment
     }
 
     /// Hands the proxy's listeners of one family to the programs. They must be bound inside the egress namespace,
@@ -180,5 +205,8 @@ impl Datapath {
 impl Drop for Datapath {
     fn drop(&mut self) {
         self.sweeper.abort();
+        if let Some(logs) = &self.logs {
+            logs.abort();
+        }
     }
 }

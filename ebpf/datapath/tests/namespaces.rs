@@ -9,7 +9,7 @@ use std::{
     net::{SocketAddr, TcpStream, UdpSocket},
     time::{Duration, Instant},
 };
-use tapgate_datapath::Datapath;
+use tapgate_datapath::{Attachment, Datapath};
 use tapgate_ebpf_common::Reason;
 use tapgate_model::{Mode, Verdict};
 use tapgate_netns::{Netns, nft};
@@ -111,7 +111,7 @@ fn tcp_without_a_rule_meets_the_proxy_which_sees_both_addresses() {
         // Without its listener nothing opens.
         drop((accepted, listeners));
         refused_or_silent(&a, "203.0.113.1:443");
-        assert!(datapath.counters(7).unwrap().dropped(Reason::Fault) > 0);
+        eventually("it is dropped", || datapath.counters(7).unwrap().dropped(Reason::Fault) > 0);
         assert_eq!(world.arrived(), arrived);
         datapath.teardown().await.unwrap();
     });
@@ -173,8 +173,10 @@ fn guests_never_reach_each_other_nor_the_host_with_or_without_programs() {
         internet_udp.set_read_timeout(Some(SILENCE)).unwrap();
         assert!(b_udp.recv_from(&mut [0; 8]).is_err(), "guest to guest");
         assert!(host_udp.recv_from(&mut [0; 8]).is_err(), "guest to host");
-        let counters = datapath.counters(0).unwrap();
-        assert_eq!((counters.dropped(Reason::OtherVm), counters.dropped(Reason::HostAddress)), (1, 1));
+        eventually("both are refused", || {
+            let counters = datapath.counters(0).unwrap();
+            (counters.dropped(Reason::OtherVm), counters.dropped(Reason::HostAddress)) == (1, 1)
+        });
 
         // The programs go: nothing leaves any more.
         world.remove_programs(&datapath, &["tg0", "tg1"]);
@@ -336,8 +338,74 @@ fn a_flood_is_counted_not_passed_on_and_hides_nobody_else() {
         }
         assert_eq!(of_b, 1);
         assert!((512..=allowed).contains(&of_a), "{of_a}");
-        let counters = datapath.counters(0).unwrap();
-        assert_eq!(of_a + counters.events_lost, counters.dropped(Reason::NoRule));
+        eventually("what is not reported is counted", || {
+            let counters = datapath.counters(0).unwrap();
+            of_a + counters.events_lost == counters.dropped(Reason::NoRule)
+        });
+        datapath.teardown().await.unwrap();
+    });
+}
+
+#[test]
+fn filters_of_clsact_hold_and_are_adopted_as_on_older_kernels() {
+    in_world(|world| async move {
+        let open = || Datapath::open_attaching(world.config.clone(), Attachment::Clsact);
+        let datapath = open().await.unwrap();
+        let a = guest(&datapath, 0, Mode::Enforce, &["198.51.100.0/24"]).await;
+        let server = echo(listen(&world.internet.0, "198.51.100.1:5000"));
+        let mut stream = a.connect("198.51.100.1:5000").unwrap();
+        round_trip(&mut stream).unwrap();
+        drop(datapath);
+        round_trip(&mut stream).expect("the filters outlive the daemon");
+        let arrived = world.arrived();
+        let _ = a.udp().send_to(b"x", "203.0.113.1:9");
+        assert_eq!(world.arrived(), arrived);
+
+        let datapath = open().await.unwrap();
+        let policy = policy(&a.vm, Mode::Enforce, &["198.51.100.0/24"]);
+        datapath.adopt(&a.vm, a.net, &policy).await.unwrap();
+        round_trip(&mut stream).expect("and adoption");
+        drop(stream);
+        server.join().unwrap();
+        let tc = |arguments: &[&str]| {
+            let run = || std::process::Command::new("tc").args(arguments).output().unwrap();
+            String::from_utf8(datapath.egress().run(run).unwrap().stdout).unwrap()
+        };
+        let shown = tc(&["filter", "show", "dev", "tg0", "ingress"]);
+        assert_eq!(shown.matches("direct-action").count(), 1, "{shown}");
+        tc(&["filter", "del", "dev", "tg0", "ingress"]);
+        drop(datapath);
+        let datapath = open().await.unwrap();
+        assert!(datapath.adopt(&a.vm, a.net, &policy).await.is_err(), "a filter that is gone is no gate");
+        datapath.teardown().await.unwrap();
+    });
+}
+
+#[test]
+fn a_daemon_with_other_maps_takes_over_live_taps() {
+    in_world(|world| async move {
+        let datapath = world.open().await;
+        let a = guest(&datapath, 0, Mode::Enforce, &["198.51.100.0/24"]).await;
+        let server = echo(listen(&world.internet.0, "198.51.100.1:5000"));
+        let mut stream = a.connect("198.51.100.1:5000").unwrap();
+        round_trip(&mut stream).unwrap();
+        drop(datapath);
+        // As a daemon of another version left it.
+        let own = format!("maps-{}", tapgate_ebpf_common::maps::VERSION);
+        std::fs::rename(world.pins().join(&own), world.pins().join("maps-0")).unwrap();
+        let datapath = world.open().await;
+        round_trip(&mut stream).expect("the other version's programs and maps still work");
+        let policy = policy(&a.vm, Mode::Enforce, &["198.51.100.0/24"]);
+        datapath.adopt(&a.vm, a.net, &policy).await.unwrap();
+        round_trip(&mut stream).expect("a connection that the new maps have not seen goes on");
+        assert!(datapath.counters(0).unwrap().packets_out > 0, "the new maps count");
+        datapath.detach_others(&[a.net]).await.unwrap();
+        let left: Vec<_> =
+            std::fs::read_dir(world.pins()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert!(!left.contains(&"maps-0".into()), "{left:?}");
+        round_trip(&mut stream).unwrap();
+        drop(stream);
+        server.join().unwrap();
         datapath.teardown().await.unwrap();
     });
 }

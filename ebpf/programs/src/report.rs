@@ -45,10 +45,27 @@ pub fn passed(slot: u32, reason: Reason, way: Way, skb: &Skb) {
 /// Counts a frame that was dropped or refused.
 #[inline(always)]
 pub fn dropped(slot: u32, reason: Reason, way: Way, skb: &Skb) {
+    #[cfg(feature = "log")]
+    log(slot, reason as u32, matches!(way, Way::Out) as u32, skb);
     add(slot, way, skb.len());
     if let Some(drops) = drops(slot) {
         drops.dropped[reason as usize & (REASONS - 1)] += 1;
     }
+}
+
+/// For people, in development builds.
+#[cfg(feature = "log")]
+#[inline(never)]
+fn log(slot: u32, reason: u32, from_guest: u32, skb: &Skb) {
+    let context = aya_ebpf::programs::TcContext::new(skb.raw());
+    aya_log_ebpf::debug!(
+        &context,
+        "slot {}: dropped, reason {}, from guest {}, {} octets",
+        slot,
+        reason,
+        from_guest,
+        skb.len()
+    );
 }
 
 #[inline(always)]

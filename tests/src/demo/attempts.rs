@@ -83,7 +83,7 @@ fn attempts() -> Vec<Attempt> {
             End::Fails,
             Some(("dns", "c2vjcmv0.tunnel.example.net".to_owned())),
         ),
-        attempt("IPv6", format!("{curl} -g http://[{}]/", api.v6), End::Fails, None),
+        attempt("IPv6", format!("{curl} -f -g http://[{}]/", api.v6), End::Fails, None),
         attempt(
             "the host itself",
             format!("{curl} http://{HOST_V4}:7070/healthz"),

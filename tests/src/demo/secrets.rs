@@ -1,7 +1,7 @@
 //! Step 4: a secret goes to the server that it is for, and the guest never holds more than a placeholder.
 
 use super::{Step, stage::Stage};
-use crate::{sites, world::GIT_TOKEN};
+use crate::{daemon::Driver, sites, world::GIT_TOKEN};
 use anyhow::Result;
 use std::{thread, time::Duration};
 
@@ -17,23 +17,27 @@ pub fn given(stage: &mut Stage<'_>, step: &mut Step) -> Result<()> {
     let placeholder = stage.api().secret(NAME, VARIABLE, REAL, &[echo])?;
     stage.api().secret("git-token", "GIT_TOKEN", GIT_TOKEN, &[git])?;
     stage.secrets.extend([REAL.to_owned(), GIT_TOKEN.to_owned()]);
+    let wanted = format!("{placeholder} IRONSH_PROXY_git-token");
+    if stage.daemon().driver() == Driver::Netns {
+        // Only a VM has an agent that takes changes over while it runs.
+        stage.restart()?;
+    }
     let held = format!("printf '%s %s' \"${VARIABLE}\" \"$GIT_TOKEN\"");
     let mut environment = String::new();
     for _ in 0..40 {
         environment = stage.guest()?.expect(&held)?;
-        if !environment.trim().is_empty() {
+        if environment == wanted {
             break;
         }
         thread::sleep(Duration::from_millis(500));
     }
-    let wanted = format!("{placeholder} IRONSH_PROXY_git-token");
     step.check(
         format!("${VARIABLE} and $GIT_TOKEN in the guest"),
         environment.clone(),
         environment == wanted,
     );
 
-    let guest = stage.guest()?;
+    let (guest, at) = (stage.guest()?, stage.scratch());
     let journal = stage.world().journal().mark();
     let request =
         format!("curl -sS --max-time 60 -v -H \"Authorization: Bearer ${VARIABLE}\" https://{echo}/echo");
@@ -56,8 +60,8 @@ pub fn given(stage: &mut Stage<'_>, step: &mut Step) -> Result<()> {
 
     let journal = stage.world().journal().mark();
     let clone = format!(
-        "rm -rf /tmp/project; GIT_TERMINAL_PROMPT=0 timeout 120 git clone -q https://x:$GIT_TOKEN@{git}/project.git \
-         /tmp/project && cat /tmp/project/README"
+        "rm -rf {at}/project; GIT_TERMINAL_PROMPT=0 timeout 120 git clone -q https://x:$GIT_TOKEN@{git}/project.git \
+         {at}/project && cat {at}/project/README"
     );
     let done = guest.sh(&clone)?;
     step.check("git clone with the token over Basic", done.gist(), done.ok());
@@ -80,6 +84,10 @@ pub fn given(stage: &mut Stage<'_>, step: &mut Step) -> Result<()> {
     };
     step.check(format!("sent to {name}, which it is not for"), told, arrived && !leaked);
 
+    if stage.daemon().driver() == Driver::Netns {
+        // The files of such a guest are the host's, where the world itself keeps what its servers compare with.
+        return Ok(());
+    }
     let places = "/root /home /etc /tmp /var/log /run /var/lib";
     let search = format!(
         "grep -rlsaF -e {REAL} -e {GIT_TOKEN} {places}; cat /proc/*/environ | tr '\\0' '\\n' | grep -cF -e {REAL} -e {GIT_TOKEN}"

@@ -3,14 +3,12 @@
 use crate::{
     World,
     api::Client,
-    daemon::Daemon,
+    daemon::{Daemon, Driver},
     sh::Done,
     ssh::{self, Guest},
 };
 use anyhow::{Context as _, Result};
-
-/// Where the guest keeps the world's authority, for requests that are not opened on the way.
-pub const WORLD_CA: &str = "/root/world-ca.pem";
+use serde_json::json;
 
 /// The stage.
 pub struct Stage<'world> {
@@ -49,6 +47,20 @@ impl<'world> Stage<'world> {
         &self.api
     }
 
+    /// A folder in the guest for what the steps leave there. The namespace driver's guests share the host's files, so
+    /// theirs is in the world's own folder.
+    pub fn scratch(&self) -> String {
+        match self.daemon.driver() {
+            Driver::Netns => self.world.folder().join("guest").display().to_string(),
+            Driver::Qemu => "/root/demo".to_owned(),
+        }
+    }
+
+    /// Where the guest keeps the world's authority, for requests that are not opened on the way.
+    pub fn world_ca(&self) -> String {
+        format!("{}/world-ca.pem", self.scratch())
+    }
+
     /// Whether there is a guest.
     pub fn has_guest(&self) -> bool {
         self.guest.is_some()
@@ -78,8 +90,20 @@ impl<'world> Stage<'world> {
         let states = self.api.wait_ready(&vm)?;
         self.enter(vm)?;
         let ca = std::fs::read_to_string(self.world.ca_file())?;
-        self.guest()?.expect(&format!("cat > {WORLD_CA} <<'END'\n{ca}END"))?;
+        let (folder, file) = (self.scratch(), self.world_ca());
+        self.guest()?.expect(&format!("mkdir -p {folder} && cat > {file} <<'END'\n{ca}END"))?;
         Ok(states)
+    }
+
+    /// Stops the VM and starts it again, by the API.
+    pub fn restart(&mut self) -> Result<()> {
+        let (vm, guest) = self.guest.take().context("there is no VM")?;
+        guest.hang_up();
+        self.api.post(&format!("/v1/vms/{vm}/stop"), &json!({}))?.expect(200).context("stopping the VM")?;
+        self.api.wait_for(&vm, "stopped")?;
+        self.api.post(&format!("/v1/vms/{vm}/start"), &json!({}))?.expect(200).context("starting the VM")?;
+        self.api.wait_ready(&vm)?;
+        self.enter(vm)
     }
 
     /// Runs a shell script in the guest.
@@ -91,10 +115,7 @@ impl<'world> Stage<'world> {
     pub fn clear(&mut self) -> Result<()> {
         let Some((vm, guest)) = self.guest.take() else { return Ok(()) };
         guest.hang_up();
-        self.api
-            .post(&format!("/v1/vms/{vm}/stop"), &serde_json::json!({}))?
-            .expect(200)
-            .context("stopping")?;
+        self.api.post(&format!("/v1/vms/{vm}/stop"), &json!({}))?.expect(200).context("stopping")?;
         self.api.wait_for(&vm, "stopped")?;
         self.api.delete(&format!("/v1/vms/{vm}"))?.expect(204).context("destroying the VM")?;
         Ok(())

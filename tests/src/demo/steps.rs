@@ -1,9 +1,6 @@
 //! The steps about the VM itself, rules for hosts and ranges, and the mode `warn`.
 
-use super::{
-    Step,
-    stage::{Stage, WORLD_CA},
-};
+use super::{Step, stage::Stage};
 use crate::{sh, sites};
 use anyhow::{Context as _, Result};
 use std::{thread, time::Duration};
@@ -22,8 +19,8 @@ pub fn create(stage: &mut Stage<'_>, step: &mut Step) -> Result<()> {
 pub fn host_rule(stage: &mut Stage<'_>, step: &mut Step) -> Result<()> {
     let name = sites::API.name;
     stage.api().rule("host", name)?;
-    let guest = stage.guest()?;
-    let done = guest.sh(&format!("curl -sS --max-time 30 --cacert {WORLD_CA} https://{name}/"))?;
+    let (guest, ca) = (stage.guest()?, stage.world_ca());
+    let done = guest.sh(&format!("curl -sS --max-time 30 --cacert {ca} https://{name}/"))?;
     step.check(format!("curl https://{name}/"), done.gist(), done.ok() && done.out.contains("hello from"));
     let shown = guest.expect(&format!(
         "openssl s_client -connect {name}:443 -servername {name} </dev/null 2>/dev/null | openssl x509 -noout \
@@ -44,7 +41,7 @@ pub fn host_rule(stage: &mut Stage<'_>, step: &mut Step) -> Result<()> {
 pub fn cidr_rule(stage: &mut Stage<'_>, step: &mut Step) -> Result<()> {
     let address = sites::FILES.v4;
     let rule = stage.api().rule("cidr", &format!("{address}/32"))?;
-    let guest = stage.guest()?;
+    let (guest, at) = (stage.guest()?, stage.scratch());
     let talk =
         format!("timeout 20 bash -c 'exec 3<>/dev/tcp/{address}/7; printf over-tcp >&3; head -c 8 <&3'");
     let done = guest.sh(&talk)?;
@@ -53,10 +50,12 @@ pub fn cidr_rule(stage: &mut Stage<'_>, step: &mut Step) -> Result<()> {
     let line = done.out.lines().find(|line| line.contains("received")).unwrap_or(done.gist()).to_owned();
     step.check(format!("ping {address}"), line, done.ok());
     guest.expect(&format!(
-        "rm -f /tmp/got /tmp/ended; \
-         (curl -sS -o /tmp/got http://{address}:9000/endless 2>/tmp/why; echo $? > /tmp/ended) >/dev/null 2>&1 </dev/null &"
+        "rm -f {at}/got {at}/ended; \
+         (curl -sS -o {at}/got http://{address}:9000/endless 2>{at}/why; echo $? > {at}/ended) >/dev/null 2>&1 </dev/null &"
     ))?;
-    let size = || -> Result<u64> { Ok(guest.expect("stat -c %s /tmp/got 2>/dev/null || echo 0")?.parse()?) };
+    let size = || -> Result<u64> {
+        Ok(guest.expect(&format!("stat -c %s {at}/got 2>/dev/null || echo 0"))?.parse()?)
+    };
     let mut before = 0;
     for _ in 0..40 {
         before = size()?;
@@ -69,8 +68,9 @@ pub fn cidr_rule(stage: &mut Stage<'_>, step: &mut Step) -> Result<()> {
     stage.api().remove_rule(&rule)?;
     let mut ended = String::new();
     for _ in 0..60 {
-        ended =
-            guest.expect("cat /tmp/ended 2>/dev/null; cat /tmp/why 2>/dev/null || true")?.replace('\n', ": ");
+        ended = guest
+            .expect(&format!("cat {at}/ended 2>/dev/null; cat {at}/why 2>/dev/null || true"))?
+            .replace('\n', ": ");
         if !ended.is_empty() {
             break;
         }
@@ -87,9 +87,9 @@ pub fn cidr_rule(stage: &mut Stage<'_>, step: &mut Step) -> Result<()> {
 
 /// Step 6.
 pub fn warn(stage: &mut Stage<'_>, step: &mut Step) -> Result<()> {
-    let name = sites::OTHER.name;
+    let (name, ca) = (sites::OTHER.name, stage.world_ca());
     stage.api().mode("warn")?;
-    let done = stage.guest()?.sh(&format!("curl -sS --max-time 30 --cacert {WORLD_CA} https://{name}/"))?;
+    let done = stage.guest()?.sh(&format!("curl -sS --max-time 30 --cacert {ca} https://{name}/"))?;
     stage.api().mode("enforce")?;
     step.check(
         format!("curl https://{name}/ (no rule, mode warn)"),
@@ -103,7 +103,7 @@ pub fn warn(stage: &mut Stage<'_>, step: &mut Step) -> Result<()> {
     let (verdict, allowed) = (&event["verdict"], &event["allowed"]);
     let told = format!("verdict {verdict}, allowed {allowed}");
     step.check("the audit's event", told, verdict == "denied" && *allowed == true);
-    let done = stage.guest()?.sh(&format!("curl -sS --max-time 30 --cacert {WORLD_CA} https://{name}/"))?;
+    let done = stage.guest()?.sh(&format!("curl -sS --max-time 30 --cacert {ca} https://{name}/"))?;
     step.check("back in mode enforce, the same curl", done.gist(), refused(done.code));
     Ok(())
 }

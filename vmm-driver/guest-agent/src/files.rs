@@ -15,12 +15,15 @@ pub fn apply(user: &Value) -> Result<(), String> {
 
 fn write_entry(entry: &Value) -> Result<(), String> {
     let path = entry.get("path").and_then(Value::as_str).ok_or("a file without path")?;
-    let content = entry.get("content").and_then(Value::as_str).ok_or_else(|| format!("{path}: no content"))?;
+    let content =
+        entry.get("content").and_then(Value::as_str).ok_or_else(|| format!("{path}: no content"))?;
     if !path.starts_with('/') || entry.get("encoding").is_some() {
         return Err(format!("{path}: only absolute paths and plain text are understood"));
     }
     let mode = match entry.get("permissions").and_then(Value::as_str) {
-        Some(text) => u32::from_str_radix(text, 8).map_err(|_| format!("{path}: permissions {text} are not octal"))?,
+        Some(text) => {
+            u32::from_str_radix(text, 8).map_err(|_| format!("{path}: permissions {text} are not octal"))?
+        }
         None => 0o644,
     };
     write(Path::new(path), content.as_bytes(), mode & 0o7777)
@@ -65,7 +68,9 @@ mod tests {
         assert_eq!(fs::read_to_string(&path).unwrap(), text);
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o600);
         assert!(apply(&json!({"write_files": [{"path": "relative", "content": ""}]})).is_err());
-        assert!(apply(&json!({"write_files": [{"path": path, "content": "", "permissions": "rw"}]})).is_err());
+        assert!(
+            apply(&json!({"write_files": [{"path": path, "content": "", "permissions": "rw"}]})).is_err()
+        );
         fs::remove_dir_all(dir).unwrap();
     }
 }

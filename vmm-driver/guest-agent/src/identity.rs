@@ -23,7 +23,9 @@ pub fn apply(instance: Option<&str>) -> Result<(), String> {
         }
     }
     let mut bytes = [0u8; 16];
-    File::open("/dev/urandom").and_then(|mut f| f.read_exact(&mut bytes)).map_err(|e| format!("/dev/urandom: {e}"))?;
+    File::open("/dev/urandom")
+        .and_then(|mut f| f.read_exact(&mut bytes))
+        .map_err(|e| format!("/dev/urandom: {e}"))?;
     let id: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
     files::write(Path::new("/etc/machine-id"), format!("{id}\n").as_bytes(), 0o444)?;
     // A seed kept on disk would be the same randomness twice.

@@ -70,11 +70,12 @@ fn boot() -> Result<(), String> {
 fn load_modules() {
     let order = fs::read_to_string("/modules/order").unwrap_or_default();
     for name in order.lines().filter(|line| !line.is_empty()) {
-        let loaded = File::open(Path::new("/modules").join(name))
-            .map_err(|e| e.to_string())
-            .and_then(|file| match finit_module(&file, c"", ModuleInitFlags::empty()) {
-                Ok(()) | Err(nix::errno::Errno::EEXIST) => Ok(()),
-                Err(e) => Err(e.to_string()),
+        let loaded =
+            File::open(Path::new("/modules").join(name)).map_err(|e| e.to_string()).and_then(|file| {
+                match finit_module(&file, c"", ModuleInitFlags::empty()) {
+                    Ok(()) | Err(nix::errno::Errno::EEXIST) => Ok(()),
+                    Err(e) => Err(e.to_string()),
+                }
             });
         if let Err(error) = loaded {
             say(&format!("module {name}: {error}"));
@@ -127,7 +128,8 @@ fn apply_in_child() {
 /// Writes a line to the kernel's log, which the serial console shows.
 pub fn say(text: &str) {
     let line = format!("tapgate-guest-agent: {text}\n");
-    let written = fs::OpenOptions::new().write(true).open("/dev/kmsg").and_then(|mut f| f.write_all(line.as_bytes()));
+    let written =
+        fs::OpenOptions::new().write(true).open("/dev/kmsg").and_then(|mut f| f.write_all(line.as_bytes()));
     if written.is_err() {
         eprint!("{line}");
     }

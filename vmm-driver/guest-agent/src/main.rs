@@ -8,7 +8,9 @@
 #![deny(unsafe_code)]
 
 mod apply;
+mod channel;
 mod files;
+mod http;
 mod identity;
 mod init;
 mod net;

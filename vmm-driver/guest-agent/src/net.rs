@@ -13,9 +13,11 @@ use std::process::{Command, Stdio};
 
 /// Configures the first (and only) interface of the document.
 pub fn apply(network: &Value) -> Result<(), String> {
-    let ethernets = network.get("ethernets").and_then(Value::as_object).ok_or("network-config has no ethernets")?;
+    let ethernets =
+        network.get("ethernets").and_then(Value::as_object).ok_or("network-config has no ethernets")?;
     let nic = ethernets.values().next().ok_or("network-config has no interface")?;
-    let mac = nic.pointer("/match/macaddress").and_then(Value::as_str).ok_or("the interface has no MAC address")?;
+    let mac =
+        nic.pointer("/match/macaddress").and_then(Value::as_str).ok_or("the interface has no MAC address")?;
     let link = link_with(mac).ok_or_else(|| format!("there is no interface with MAC address {mac}"))?;
     let mut child = Command::new("/sbin/ip")
         .args(["-force", "-batch", "-"])

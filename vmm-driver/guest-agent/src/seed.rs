@@ -74,7 +74,10 @@ fn find() -> Option<String> {
         .filter(|name| !name.starts_with("loop") && !name.starts_with("ram"))
         .collect();
     names.sort();
-    names.into_iter().map(|name| format!("/dev/{name}")).find(|device| is_seed(Path::new(device)).unwrap_or(false))
+    names
+        .into_iter()
+        .map(|name| format!("/dev/{name}"))
+        .find(|device| is_seed(Path::new(device)).unwrap_or(false))
 }
 
 /// Whether the first sector is a FAT boot sector with the label; 43 is FAT12/16's place of it, 71 FAT32's.

@@ -35,7 +35,8 @@ pub fn apply(user: &Value) -> Result<(), String> {
 
 /// Adds the certificate to Java's key store, where there is one. Slow, so it is done after the boot.
 pub fn apply_java() -> Result<(), String> {
-    let (Some(keytool), true) = (find_keytool(), Path::new(JAVA).exists() && Path::new(LOCAL).exists()) else {
+    let (Some(keytool), true) = (find_keytool(), Path::new(JAVA).exists() && Path::new(LOCAL).exists())
+    else {
         return Ok(());
     };
     let run = |args: &[&str]| {

@@ -92,9 +92,10 @@ fn packages(cache: &Path, work: &Work) -> Result<PathBuf, ImageError> {
         .args(["--variant=minbase", "--quiet"])
         .arg(format!("--include={}", PACKAGES.join(",")))
         .args(["--aptopt=APT::Install-Recommends \"false\"", "--aptopt=Acquire::Languages \"none\""])
-        .args(["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*"].map(|path| {
-            format!("--dpkgopt=path-exclude={path}")
-        }))
+        .args(
+            ["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*"]
+                .map(|path| format!("--dpkgopt=path-exclude={path}")),
+        )
         .env("SOURCE_DATE_EPOCH", EPOCH)
         .arg(SUITE)
         .arg(&new);
@@ -114,7 +115,12 @@ fn packages(cache: &Path, work: &Work) -> Result<PathBuf, ImageError> {
 /// The places of the suite that this machine's apt is set up with, as lines of a sources.list.
 fn sources() -> String {
     let output = Command::new("apt-get")
-        .args(["indextargets", "--format", "$(SITE) $(CODENAME) $(COMPONENT) $(ORIGIN)", "Created-By: Packages"])
+        .args([
+            "indextargets",
+            "--format",
+            "$(SITE) $(CODENAME) $(COMPONENT) $(ORIGIN)",
+            "Created-By: Packages",
+        ])
         .stderr(Stdio::null())
         .output();
     let text = output.map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default();
@@ -122,14 +128,21 @@ fn sources() -> String {
     let mut lines: Vec<String> = text
         .lines()
         .filter_map(|line| {
-            let [site, suite, component, "Debian"] = line.split(' ').collect::<Vec<_>>()[..] else { return None };
-            (wanted.iter().any(|w| w == suite) && component == "main").then(|| format!("deb {site} {suite} main\n"))
+            let [site, suite, component, "Debian"] = line.split(' ').collect::<Vec<_>>()[..] else {
+                return None;
+            };
+            (wanted.iter().any(|w| w == suite) && component == "main")
+                .then(|| format!("deb {site} {suite} main\n"))
         })
         .collect();
     lines.sort();
     lines.dedup();
     // Without the suite itself the others are of no use.
-    if lines.iter().any(|line| line.ends_with(&format!(" {SUITE} main\n"))) { lines.concat() } else { String::new() }
+    if lines.iter().any(|line| line.ends_with(&format!(" {SUITE} main\n"))) {
+        lines.concat()
+    } else {
+        String::new()
+    }
 }
 
 /// Makes kernel, initramfs and disk of an unpacked root file system.
@@ -155,7 +168,11 @@ fn assemble(root: &Path, image: &Path, recipe: String) -> Result<Manifest, Image
         "mkfs.ext4",
         Command::new("mkfs.ext4")
             .args(["-q", "-F", "-L", "tapgate-root", "-m", "1", "-U", &uuid])
-            .args(["-E", &format!("hash_seed={uuid},lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0"), "-d"])
+            .args([
+                "-E",
+                &format!("hash_seed={uuid},lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0"),
+                "-d",
+            ])
             .arg(root)
             .arg(&disk)
             .env("SOURCE_DATE_EPOCH", EPOCH)
@@ -177,7 +194,8 @@ fn assemble(root: &Path, image: &Path, recipe: String) -> Result<Manifest, Image
 
 fn initramfs(modules_dir: &Path) -> Result<Vec<u8>, ImageError> {
     let dep = modules_dir.join("modules.dep");
-    let order = modules::load_order(&fs::read_to_string(&dep).map_err(ImageError::io(&dep))?, modules::WANTED);
+    let order =
+        modules::load_order(&fs::read_to_string(&dep).map_err(ImageError::io(&dep))?, modules::WANTED);
     let mut archive = Archive::default();
     for dir in ["dev", "proc", "sys", "run", "sysroot", "modules"] {
         archive.dir(dir);
@@ -220,15 +238,21 @@ fn private_dir(dir: &Path) -> Result<(), ImageError> {
 
 /// Runs a program to its end; what it complained about is the error.
 pub(super) fn run(name: &str, command: &mut Command) -> Result<(), ImageError> {
-    let output = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).output().map_err(|e| {
-        ImageError::Build(format!("{name} cannot be started ({e}); on Debian: apt-get install mmdebstrap e2fsprogs tar"))
-    })?;
+    let output =
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).output().map_err(|e| {
+            ImageError::Build(format!(
+                "{name} cannot be started ({e}); on Debian: apt-get install mmdebstrap e2fsprogs tar"
+            ))
+        })?;
     if output.status.success() {
         return Ok(());
     }
     let complaint = String::from_utf8_lossy(&output.stderr);
     let last: Vec<&str> = complaint.lines().rev().filter(|line| !line.trim().is_empty()).take(3).collect();
-    Err(ImageError::Build(format!("{name} failed: {}", last.into_iter().rev().collect::<Vec<_>>().join("; "))))
+    Err(ImageError::Build(format!(
+        "{name} failed: {}",
+        last.into_iter().rev().collect::<Vec<_>>().join("; ")
+    )))
 }
 
 /// The build's own folder; goes with all that is in it.

@@ -54,7 +54,8 @@ impl Manifest {
         File::open(dir.join(FILE))
             .and_then(|file| file.take(MAX_MANIFEST).read_to_string(&mut text))
             .map_err(|e| format!("{FILE} cannot be read ({e})"))?;
-        let manifest: Self = serde_json::from_str(&text).map_err(|e| format!("{FILE} does not parse ({e})"))?;
+        let manifest: Self =
+            serde_json::from_str(&text).map_err(|e| format!("{FILE} does not parse ({e})"))?;
         if manifest.format != FORMAT {
             return Err(format!("its format is {}, this program reads {FORMAT}", manifest.format));
         }
@@ -79,7 +80,8 @@ impl FileSeal {
         if size != self.size {
             return Err(format!("{} has {size} bytes instead of {}", self.file, self.size));
         }
-        if full && hash_file(&path).map_err(|e| format!("{} cannot be read ({e})", self.file))? != self.sha256 {
+        if full && hash_file(&path).map_err(|e| format!("{} cannot be read ({e})", self.file))? != self.sha256
+        {
             return Err(format!("{} is not the file that was built", self.file));
         }
         Ok(())

@@ -101,11 +101,17 @@ pub fn open(dir: &Path) -> Result<Image, ImageError> {
 /// Opens an image and checks every file's hash.
 pub fn verify(dir: &Path) -> Result<Image, ImageError> {
     let image = open(dir)?;
-    image.manifest.disk.check(dir, true).map_err(|reason| ImageError::Broken { dir: dir.to_owned(), reason })?;
+    image
+        .manifest
+        .disk
+        .check(dir, true)
+        .map_err(|reason| ImageError::Broken { dir: dir.to_owned(), reason })?;
     Ok(image)
 }
 
 /// Where images are kept: `TAPGATE_CACHE`, else the system's cache.
 pub fn default_cache() -> PathBuf {
-    std::env::var_os("TAPGATE_CACHE").map_or_else(|| PathBuf::from("/var/cache/tapgate"), PathBuf::from).join("images")
+    std::env::var_os("TAPGATE_CACHE")
+        .map_or_else(|| PathBuf::from("/var/cache/tapgate"), PathBuf::from)
+        .join("images")
 }

@@ -12,6 +12,7 @@ pub const WANTED: &[&str] = &[
     "nls_ascii",
     "vfat",
     "virtio-rng",
+    "virtio_console",
     "button",
     "evdev",
 ];
@@ -22,9 +23,10 @@ pub fn load_order(modules_dep: &str, wanted: &[&str]) -> Vec<String> {
     let mut order = Vec::new();
     let mut seen = HashSet::new();
     for name in wanted {
-        let Some(line) = modules_dep.lines().find(|line| {
-            line.split_once(':').is_some_and(|(path, _)| module_name(path) == Some(name))
-        }) else {
+        let Some(line) = modules_dep
+            .lines()
+            .find(|line| line.split_once(':').is_some_and(|(path, _)| module_name(path) == Some(name)))
+        else {
             continue;
         };
         let Some((path, dependencies)) = line.split_once(':') else { continue };

@@ -71,7 +71,10 @@ pub const FILES: &[(&str, &str)] = &[
          WantedBy=sysinit.target\n\
          Alias=sshd.service\n",
     ),
-    ("etc/ssh/sshd_config.d/10-tapgate-image.conf", "PasswordAuthentication no\nKbdInteractiveAuthentication no\nUseDNS no\n"),
+    (
+        "etc/ssh/sshd_config.d/10-tapgate-image.conf",
+        "PasswordAuthentication no\nKbdInteractiveAuthentication no\nUseDNS no\n",
+    ),
     ("etc/systemd/journald.conf.d/10-tapgate.conf", "[Journal]\nStorage=volatile\nRuntimeMaxUse=16M\n"),
     ("etc/default/locale", "LANG=C.UTF-8\n"),
     ("etc/fstab", ""),

@@ -26,6 +26,8 @@ pub mod fd {
     pub const INITRD: i32 = 9;
     /// `/dev/kvm`.
     pub const KVM: i32 = 10;
+    /// The listening socket of the guest agent's channel.
+    pub const AGENT: i32 = 11;
 }
 
 /// How much console output is kept until the daemon fetches it.
@@ -42,12 +44,14 @@ pub struct Plan<'a> {
     pub vcpus: u32,
     /// Memory in MiB.
     pub memory_mib: u32,
-    /// How the VM's disk is stored.
+    /// How the VM's disk is stored, and whether it lies over the image's.
     pub disk: Format,
     /// MAC address.
     pub net: GuestNet,
     /// The image's part of the kernel command line.
     pub cmdline: &'a str,
+    /// The rate of the counter that an emulated guest counts time by.
+    pub tsc_khz: Option<u64>,
 }
 
 /// The arguments after the program's name.
@@ -61,14 +65,25 @@ pub fn build(plan: &Plan<'_>) -> Vec<OsString> {
     add(&["-M", "microvm,acpi=on,pcie=off,rtc=on,usb=off,graphics=off"]);
     match plan.accel {
         Accel::Kvm => {
-            add(&["-add-fd", &format!("fd={},set=9", fd::KVM), "-accel", "kvm,device=/dev/fdset/9", "-cpu", "host"]);
+            add(&[
+                "-add-fd",
+                &format!("fd={},set=9", fd::KVM),
+                "-accel",
+                "kvm,device=/dev/fdset/9",
+                "-cpu",
+                "host",
+            ]);
         }
         Accel::Tcg => add(&["-accel", "tcg,thread=multi,tb-size=128", "-cpu", "max"]),
     }
     add(&["-smp", &plan.vcpus.to_string(), "-m", &format!("{}M", plan.memory_mib)]);
     let inherited = |number: i32| format!("/proc/self/fd/{number}");
     add(&["-kernel", &inherited(fd::KERNEL), "-initrd", &inherited(fd::INITRD)]);
-    add(&["-append", &format!("console=ttyS0 panic=-1 {}", plan.cmdline)]);
+    let timing = match (plan.accel, plan.tsc_khz) {
+        (Accel::Tcg, Some(khz)) => format!("tsc_early_khz={khz} no_timer_check "),
+        _ => String::new(),
+    };
+    add(&["-append", &format!("console=ttyS0 panic=-1 {timing}{}", plan.cmdline)]);
     disks(plan.disk, &mut add);
     add(&["-netdev", &format!("tap,id=net,fd={}", fd::TAP)]);
     let mac = plan.net.mac.map(|byte| format!("{byte:02x}")).join(":");
@@ -78,6 +93,10 @@ pub fn build(plan: &Plan<'_>) -> Vec<OsString> {
     add(&["-chardev", &format!("ringbuf,id=console,size={CONSOLE}"), "-serial", "chardev:console"]);
     add(&["-chardev", &format!("socket,id=qmp,fd={},server=on,wait=off", fd::QMP)]);
     add(&["-mon", "chardev=qmp,mode=control"]);
+    // The guest agent's channel: for freezing file systems before a snapshot.
+    add(&["-device", "virtio-serial-device,max_ports=2"]);
+    add(&["-chardev", &format!("socket,id=agent,fd={},server=on,wait=off", fd::AGENT)]);
+    add(&["-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"]);
     // After a guest's shutdown QEMU waits for the daemon, which learns by this that it was one, even if it was away.
     add(&["-action", "shutdown=pause"]);
     args
@@ -96,6 +115,8 @@ fn disks(format: Format, add: &mut impl FnMut(&[&str])) {
     let root = match format {
         Format::Raw => json!({"node-name": "root", "driver": "raw", "discard": "unmap", "file": own}),
         // The image's disk is named here, not in the overlay's header: that is a file that exists for the guest alone.
+        Format::Standalone => json!({"node-name": "root", "driver": "qcow2", "discard": "unmap", "file": own,
+            "backing": null}),
         Format::Qcow2 => json!({"node-name": "root", "driver": "qcow2", "discard": "unmap", "file": own,
             "backing": {"driver": "raw", "read-only": true, "file": read_only(fd::BASE)}}),
     };
@@ -112,7 +133,16 @@ mod tests {
     fn words(accel: Accel, disk: Format) -> Vec<String> {
         let id = "vm_abc".parse().unwrap();
         let net = GuestNet::new(6, Ipv4Addr::new(192, 0, 2, 0), None);
-        let plan = Plan { id: &id, accel, vcpus: 2, memory_mib: 512, disk, net, cmdline: "root=/dev/vda rw" };
+        let plan = Plan {
+            id: &id,
+            accel,
+            vcpus: 2,
+            memory_mib: 512,
+            disk,
+            net,
+            cmdline: "root=/dev/vda rw",
+            tsc_khz: Some(2_500_000),
+        };
         build(&plan).into_iter().map(|word| word.into_string().unwrap()).collect()
     }
 
@@ -126,7 +156,9 @@ mod tests {
             let words = words(accel, Format::Raw);
             let sandbox = after(&words, "-sandbox");
             assert_eq!(sandbox, ["on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]);
-            assert!(words.contains(&"-no-user-config".to_owned()) && words.contains(&"-nodefaults".to_owned()));
+            assert!(
+                words.contains(&"-no-user-config".to_owned()) && words.contains(&"-nodefaults".to_owned())
+            );
         }
     }
 
@@ -140,6 +172,12 @@ mod tests {
         assert_eq!(after(&words, "-netdev"), ["tap,id=net,fd=3"]);
         assert!(after(&words, "-blockdev")[0].contains("\"backing\""));
         assert!(after(&words, "-blockdev")[1].contains("\"read-only\":true"));
+    }
+
+    #[test]
+    fn an_emulated_guest_is_told_how_fast_it_counts() {
+        assert!(after(&words(Accel::Tcg, Format::Raw), "-append")[0].contains("tsc_early_khz=2500000 "));
+        assert!(!after(&words(Accel::Kvm, Format::Raw), "-append")[0].contains("tsc"));
     }
 
     #[test]

@@ -2,9 +2,12 @@
 //!
 //! A VM's folder belongs to the daemon; the VMM gets open files and cannot go there itself.
 
+mod agent;
 mod args;
 mod launch;
+mod snapshot;
 mod supervise;
+mod tsc;
 
 pub use launch::uid_of;
 pub use supervise::file;
@@ -15,10 +18,11 @@ use crate::disk;
 use crate::driver::{BoxFuture, Running, Vmm};
 use crate::process::{Process, ProcessRef};
 use crate::qmp::Qmp;
-use crate::spec::{Exit, Handle, Observed, TapFd, VmSpec, VmmError};
+use crate::spec::{Exit, Handle, Observed, SnapshotInfo, TapFd, VmSpec, VmmError};
 use args::{Plan, fd};
 use serde_json::Value;
 use std::fs;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -81,7 +85,8 @@ impl QemuDriver {
             .create(&spec.dir)
             .map_err(VmmError::io(spec.dir.display().to_string()))?;
         let image = spec.image.as_ref().ok_or_else(|| VmmError::Disk("the VM has no image".into()))?;
-        let disk = disk::prepare(&spec.dir, image, spec.disk_bytes)?;
+        let image = &disk::origin(&spec.dir, image)?;
+        let disk = disk::prepare(&spec.dir, image, spec.snapshot.as_deref(), spec.disk_bytes)?;
         let seed = spec.dir.join(file::SEED);
         spec.seed.write(&seed)?;
         let _ = fs::remove_file(spec.dir.join(file::VMM));
@@ -89,6 +94,7 @@ impl QemuDriver {
         let mut descriptors = vec![
             (tap, fd::TAP),
             (launch::control_socket(&control)?, fd::QMP),
+            (launch::control_socket(&spec.dir.join(file::AGENT))?, fd::AGENT),
             (launch::open(&disk.path, true)?, fd::DISK),
             (launch::open(&image.disk(), false)?, fd::BASE),
             (launch::open(&seed, false)?, fd::SEED),
@@ -106,6 +112,7 @@ impl QemuDriver {
             disk: disk.format,
             net: spec.net,
             cmdline: &image.manifest().cmdline,
+            tsc_khz: tsc::khz(),
         };
         let mut notes = vec![format!("accel={:?}", self.accel).to_lowercase()];
         let cgroup = self.enclose(spec, &mut notes);
@@ -143,7 +150,12 @@ impl QemuDriver {
         }
     }
 
-    async fn take_over(&self, spec: &VmSpec, handle: &Handle, gate: Gate) -> Result<Box<dyn Running>, VmmError> {
+    async fn take_over(
+        &self,
+        spec: &VmSpec,
+        handle: &Handle,
+        gate: Gate,
+    ) -> Result<Box<dyn Running>, VmmError> {
         fits(spec, &gate)?;
         let process = Process::open(&handle.process).map_err(VmmError::io("pidfd"))?.ok_or(VmmError::Gone)?;
         let mut qmp = connect(&spec.dir, &process).await?;
@@ -160,6 +172,7 @@ impl QemuDriver {
         }
         let _ = fs::remove_file(spec.dir.join(file::HANDLE));
         let _ = fs::remove_file(spec.dir.join(file::CONTROL));
+        let _ = fs::remove_file(spec.dir.join(file::AGENT));
     }
 }
 
@@ -177,7 +190,9 @@ pub(crate) fn remember(dir: &Path, handle: &Handle) -> Result<(), VmmError> {
     let text = serde_json::to_vec(handle).map_err(|e| VmmError::Start(e.to_string()))?;
     let path = dir.join(file::HANDLE);
     let new = path.with_extension("new");
-    fs::write(&new, text).and_then(|()| fs::rename(&new, &path)).map_err(VmmError::io(path.display().to_string()))
+    fs::write(&new, text)
+        .and_then(|()| fs::rename(&new, &path))
+        .map_err(VmmError::io(path.display().to_string()))
 }
 
 pub(crate) fn fits(spec: &VmSpec, gate: &Gate) -> Result<(), VmmError> {
@@ -245,8 +260,18 @@ impl QemuRunning {
 
     /// Sends QEMU a command.
     pub async fn command(&self, name: &'static str, arguments: Value) -> Result<Value, VmmError> {
-        let (sender, receiver) = oneshot::channel();
-        self.commands.send((name, arguments, sender)).await.map_err(|_| VmmError::Gone)?;
+        self.command_with(name, arguments, None).await
+    }
+
+    async fn command_with(
+        &self,
+        name: &'static str,
+        arguments: Value,
+        descriptor: Option<OwnedFd>,
+    ) -> Result<Value, VmmError> {
+        let (answer, receiver) = oneshot::channel();
+        let command = Command { name, arguments, descriptor, answer };
+        self.commands.send(command).await.map_err(|_| VmmError::Gone)?;
         receiver.await.map_err(|_| VmmError::Gone)?
     }
 
@@ -318,6 +343,10 @@ impl Running for QemuRunning {
 
     fn shutdown(&self, grace: Duration) -> BoxFuture<'_, Result<Exit, VmmError>> {
         Box::pin(self.ask(grace))
+    }
+
+    fn snapshot<'a>(&'a self, to: &'a Path) -> BoxFuture<'a, Result<SnapshotInfo, VmmError>> {
+        Box::pin(snapshot::take(self, to))
     }
 
     fn kill(&self) -> BoxFuture<'_, Result<Exit, VmmError>> {

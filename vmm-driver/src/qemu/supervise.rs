@@ -8,6 +8,7 @@ use crate::spec::{Exit, Observed, VmmError};
 use serde_json::{Value, json};
 use std::fs::{self, OpenOptions};
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,7 +23,16 @@ const LOG: u64 = 1 << 20;
 const CHUNK: u32 = 64 << 10;
 
 /// A command for QEMU and where its answer goes.
-pub type Command = (&'static str, Value, oneshot::Sender<Result<Value, VmmError>>);
+pub struct Command {
+    /// Its name.
+    pub name: &'static str,
+    /// Its arguments.
+    pub arguments: Value,
+    /// A descriptor that goes along with it.
+    pub descriptor: Option<OwnedFd>,
+    /// Where the answer goes.
+    pub answer: oneshot::Sender<Result<Value, VmmError>>,
+}
 
 /// Names of the files in a VM's folder.
 pub mod file {
@@ -32,6 +42,8 @@ pub mod file {
     pub const VMM: &str = "vmm.log";
     /// The control socket.
     pub const CONTROL: &str = "qmp.sock";
+    /// The guest agent's channel.
+    pub const AGENT: &str = "agent.sock";
     /// The seed disk.
     pub const SEED: &str = "seed.img";
     /// The handle, for a daemon that was lost before it could note it.
@@ -75,12 +87,12 @@ impl Supervisor {
                     Ok(event) => self.on_event(event).await,
                     Err(_) => self.qmp = None,
                 },
-                Some((name, arguments, answer)) = self.commands.recv() => {
+                Some(command) = self.commands.recv() => {
                     let result = match &mut self.qmp {
-                        Some(qmp) => qmp.command(name, arguments).await,
+                        Some(qmp) => qmp.command_with(command.name, command.arguments, command.descriptor).await,
                         None => Err(VmmError::Control("its control socket is closed".into())),
                     };
-                    let _ = answer.send(result);
+                    let _ = command.answer.send(result);
                 }
                 _ = tick.tick() => self.on_tick().await,
             }

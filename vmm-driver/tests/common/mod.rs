@@ -3,33 +3,28 @@
 #![allow(dead_code, reason = "each test file uses its own part")]
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
+use socket2::{Domain, Protocol, Socket, Type};
 use std::future::Future;
-use std::net::Ipv4Addr;
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 use tapgate_datapath::{Datapath, DatapathConfig, Gate};
+use tapgate_ebpf_common::net::port;
 use tapgate_model::{GuestNet, Mode, RuleSet, UserId, VmId, VmPolicy};
 use tapgate_netns::{Netns, Rtnl};
 use tapgate_vmm::accel::Accel;
 use tapgate_vmm::image::{self, Image};
-use tapgate_vmm::{QemuDriver, Running, Seed, Vmm as _, VmSpec};
+use tapgate_vmm::{QemuDriver, Running, Seed, VmSpec, Vmm as _};
 
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
 /// Under TCG on a busy machine a boot takes its time.
 pub const PATIENCE: Duration = Duration::from_secs(180);
-
-/// Real VMs are booted where this is set.
-pub fn wanted() -> bool {
-    let wanted = std::env::var_os("TAPGATE_TEST_VM").is_some();
-    if !wanted {
-        eprintln!("skipped: set TAPGATE_TEST_VM=1 to boot real VMs");
-    }
-    wanted
-}
 
 /// The base image, built once.
 pub fn debian() -> Image {
@@ -65,7 +60,8 @@ impl World {
         let world = Arc::new(Self::new());
         let host = world.host.clone();
         host.run(|| {
-            let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+            let runtime =
+                tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
             runtime.block_on(async {
                 let inside = Rtnl::connect(&world.host).unwrap();
                 inside.set_up(inside.link("lo").await.unwrap()).await.unwrap();
@@ -89,11 +85,17 @@ impl World {
     }
 
     pub fn spec(&self, id: &VmId, slot: u32, env: Vec<(String, String)>) -> VmSpec {
+        VmSpec { image: Some(debian()), ..self.spec_without_image(id, slot, env) }
+    }
+
+    pub fn spec_without_image(&self, id: &VmId, slot: u32, env: Vec<(String, String)>) -> VmSpec {
         let net = net(slot);
         let seed = Seed {
             instance_id: id.to_string(),
             hostname: "guest-one".into(),
-            ssh_keys: vec![std::fs::read_to_string(self.key.with_extension("pub")).unwrap().trim().to_owned()],
+            ssh_keys: vec![
+                std::fs::read_to_string(self.key.with_extension("pub")).unwrap().trim().to_owned(),
+            ],
             net,
             ca_pem: self.ca(),
             env,
@@ -101,12 +103,13 @@ impl World {
         VmSpec {
             id: id.clone(),
             dir: self.dir.path().join(id.as_str()),
-            image: Some(debian()),
+            image: None,
             vcpus: 1,
             memory_mib: 512,
             disk_bytes: 4 << 30,
             net,
             seed,
+            snapshot: None,
             guest_ns: None,
         }
     }
@@ -117,7 +120,13 @@ impl World {
         if !cert.exists() {
             let args = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 30 -subj /CN=tapgate-test";
             let mut command = Command::new("openssl");
-            command.args(args.split(' ')).arg("-keyout").arg(&key).arg("-out").arg(&cert).stderr(Stdio::null());
+            command
+                .args(args.split(' '))
+                .arg("-keyout")
+                .arg(&key)
+                .arg("-out")
+                .arg(&cert)
+                .stderr(Stdio::null());
             assert!(status(&mut command));
         }
         std::fs::read_to_string(cert).unwrap()
@@ -126,7 +135,12 @@ impl World {
     /// Runs a command in the guest, over SSH from the egress namespace.
     pub fn ssh(&self, egress: &Netns, net: GuestNet, command: &str) -> Output {
         let mut ssh = Command::new("ssh");
-        ssh.arg("-i").arg(&self.key).args(["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]);
+        ssh.arg("-i").arg(&self.key).args([
+            "-o",
+            "StrictHostKeyChecking=no",
+            "-o",
+            "UserKnownHostsFile=/dev/null",
+        ]);
         ssh.args(["-o", "LogLevel=ERROR", "-o", "BatchMode=yes", "-o", "ConnectTimeout=60"]);
         ssh.arg(format!("root@{}", net.v4)).arg(command).stdin(Stdio::null());
         egress.run(move || ssh.output()).unwrap().unwrap()
@@ -157,6 +171,64 @@ pub struct Reap(pub i32);
 impl Drop for Reap {
     fn drop(&mut self) {
         let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.0), nix::sys::signal::Signal::SIGKILL);
+    }
+}
+
+/// The guest service as the daemon's: answers `user-data` with a tag, and holds a question that has that tag.
+pub struct Service {
+    pub answer: Arc<std::sync::Mutex<String>>,
+    _others: Vec<Socket>,
+}
+
+impl Service {
+    pub fn start(datapath: &Datapath, first: String) -> Self {
+        let socket = |kind: Type, protocol: Protocol, number: u16| {
+            let socket = Socket::new(Domain::IPV4, kind, Some(protocol)).unwrap();
+            socket.set_ip_transparent_v4(true).unwrap();
+            socket.bind(&SocketAddr::from((Ipv4Addr::UNSPECIFIED, number)).into()).unwrap();
+            if kind == Type::STREAM {
+                socket.listen(16).unwrap();
+            }
+            socket
+        };
+        let (tcp, dns_udp, dns_tcp, service) = datapath
+            .egress()
+            .run(|| {
+                let tcp = |number| socket(Type::STREAM, Protocol::TCP, number);
+                let udp = socket(Type::DGRAM, Protocol::UDP, port::DNS_UDP);
+                (tcp(port::TCP), udp, tcp(port::DNS_TCP), tcp(port::SERVICE))
+            })
+            .unwrap();
+        datapath
+            .set_listeners(false, tcp.as_fd(), dns_udp.as_fd(), dns_tcp.as_fd(), service.as_fd())
+            .unwrap();
+        let answer = Arc::new(std::sync::Mutex::new(first));
+        let (shown, listener) = (answer.clone(), std::net::TcpListener::from(service));
+        std::thread::spawn(move || {
+            while let Ok((stream, _)) = listener.accept() {
+                let shown = shown.clone();
+                std::thread::spawn(move || serve(stream, &shown));
+            }
+        });
+        Self { answer, _others: vec![tcp, dns_udp, dns_tcp] }
+    }
+}
+
+fn serve(mut stream: std::net::TcpStream, shown: &std::sync::Mutex<String>) {
+    let mut request = vec![0u8; 4096];
+    let n = stream.read(&mut request).unwrap_or(0);
+    let request = String::from_utf8_lossy(&request[..n]).into_owned();
+    assert!(request.starts_with("GET /v1/user-data HTTP/1.1\r\n"), "{request}");
+    loop {
+        let text = shown.lock().unwrap().clone();
+        let tag =
+            format!("\"{}\"", text.bytes().fold(7u64, |sum, b| sum.wrapping_mul(31).wrapping_add(b.into())));
+        if !request.contains(&format!("If-None-Match: {tag}\r\n")) {
+            let head = format!("HTTP/1.1 200 OK\r\netag: {tag}\r\ncontent-length: {}\r\n\r\n", text.len());
+            let _ = stream.write_all((head + &text).as_bytes());
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(100));
     }
 }
 

@@ -1,0 +1,130 @@
+//! The audit log as a stream: following by server-sent events, and export as NDJSON.
+//!
+//! A stream reads a step at a time, when the client has taken the step before: it never holds more than one.
+
+use super::audit::EventView;
+use crate::http::{Account, ApiError, AppState, params_invalid as invalid};
+use axum::body::Body;
+use axum::http::{HeaderMap, HeaderValue, header};
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{IntoResponse as _, Response};
+use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
+use std::convert::Infallible;
+use std::time::Duration;
+use tapgate_store::{AuditFilter, AuditRecord, Order, StoreError};
+use tokio::sync::watch;
+use tokio::time::{Instant, timeout};
+
+/// How long a revoked key may go on listening.
+const RECHECK: Duration = Duration::from_secs(10);
+/// Events read at a time for an export.
+const PAGE: u32 = 500;
+
+struct Follower {
+    state: AppState,
+    account: Account,
+    filter: AuditFilter,
+    place: i64,
+    written: watch::Receiver<u64>,
+    checked: Instant,
+}
+
+impl Follower {
+    /// The next events; `None` when the key is no longer good.
+    async fn next(&mut self) -> Result<Option<Vec<AuditRecord>>, StoreError> {
+        loop {
+            if self.checked.elapsed() >= RECHECK {
+                if !self.state.store().key_lives(&self.account.key).await? {
+                    return Ok(None);
+                }
+                self.checked = Instant::now();
+            }
+            self.written.mark_unchanged();
+            let audit = self.state.store().audit();
+            let (events, place) = audit.follow(&self.account.user, &self.filter, self.place).await?;
+            let stood_still = place == self.place;
+            self.place = place;
+            if !events.is_empty() {
+                return Ok(Some(events));
+            }
+            if stood_still {
+                // Nothing new, or time to look at the key again: both go round once more.
+                let _ = timeout(RECHECK, self.written.changed()).await;
+            }
+        }
+    }
+}
+
+/// Events as they are written. A client that comes back with `Last-Event-ID` goes on where it was.
+pub(super) async fn follow(
+    state: AppState,
+    account: Account,
+    filter: AuditFilter,
+    headers: &HeaderMap,
+) -> Result<Response, ApiError> {
+    if filter.page.cursor.is_some() {
+        return Err(invalid("cursor", "cannot be given together with `follow`; give `since`"));
+    }
+    let audit = state.store().audit();
+    let place = match headers.get("last-event-id") {
+        // A place says nothing of another account's events: it is a number, and every step looks at the owner.
+        Some(value) => {
+            let place = value.to_str().ok().and_then(|text| text.parse().ok());
+            place
+                .ok_or_else(|| ApiError::bad_request("invalid_cursor", "Last-Event-ID is not one of ours"))?
+        }
+        None => audit.follow_from(&account.user, filter.since_us).await?,
+    };
+    let written = audit.watch();
+    let follower = Follower { state, account, filter, place, written, checked: Instant::now() };
+    let steps = stream::unfold(follower, |mut follower| async move {
+        match follower.next().await {
+            Ok(Some(events)) => {
+                let place = follower.place;
+                Some((messages(events, place), follower))
+            }
+            Ok(None) => None,
+            Err(error) => {
+                tracing::error!(%error, "following the audit log ended");
+                None
+            }
+        }
+    });
+    let sse =
+        Sse::new(steps.flat_map(|messages| stream::iter(messages.into_iter().map(Ok::<_, Infallible>))));
+    Ok(sse.keep_alive(KeepAlive::new().interval(Duration::from_secs(15))).into_response())
+}
+
+/// The last message of a step carries the place: a client cut off before it gets the step again, never less.
+fn messages(events: Vec<AuditRecord>, place: i64) -> Vec<Event> {
+    let count = events.len();
+    let message = |(index, event): (usize, AuditRecord)| {
+        let message = Event::default().json_data(EventView::from(event)).unwrap_or_default().event("egress");
+        if index + 1 == count { message.id(place.to_string()) } else { message }
+    };
+    events.into_iter().enumerate().map(message).collect()
+}
+
+/// Everything that matches, one object a line.
+pub(super) fn export(state: AppState, account: Account, mut filter: AuditFilter) -> Response {
+    filter.page.limit = PAGE;
+    filter.page.order = Order::Asc;
+    let pages = stream::try_unfold(Some((state, account, filter)), |next| async move {
+        let Some((state, account, mut filter)) = next else { return Ok::<_, StoreError>(None) };
+        let page = state.store().audit().list(&account.user, filter.clone()).await?;
+        let mut lines = Vec::new();
+        for event in page.items {
+            if serde_json::to_writer(&mut lines, &EventView::from(event)).is_ok() {
+                lines.push(b'\n');
+            }
+        }
+        let next = page.cursor.map(|cursor| {
+            filter.page.cursor = Some(cursor);
+            (state, account, filter)
+        });
+        Ok(Some((lines, next)))
+    });
+    let pages = pages.inspect_err(|error| tracing::error!(%error, "an export of the audit log broke off"));
+    let kind = HeaderValue::from_static("application/x-ndjson");
+    ([(header::CONTENT_TYPE, kind)], Body::from_stream(pages)).into_response()
+}

@@ -1,0 +1,106 @@
+//! The audit log followed and exported.
+#![allow(missing_docs, clippy::unwrap_used, reason = "tests")]
+
+mod common;
+
+use axum::body::{Body, BodyDataStream};
+use axum::http::{Request, header};
+use common::TestApp;
+use futures_util::StreamExt as _;
+use serde_json::Value;
+use tapgate_model::{AuditEvent, AuditSink as _, Mode, Protocol, Reason, Verdict, VmPolicy};
+use tower::ServiceExt as _;
+
+async fn policy(app: &TestApp, key: &str, name: &str) -> VmPolicy {
+    let vm = app.vm(key, name).await.parse().unwrap();
+    let user = app.store.vm_any(&vm).await.unwrap().user;
+    VmPolicy {
+        vm,
+        user,
+        generation: 1,
+        mode: Mode::Enforce,
+        rules: Default::default(),
+        secrets: [].into(),
+        secrets_over_http: Default::default(),
+    }
+}
+
+async fn record(app: &TestApp, policy: &VmPolicy, protocol: Protocol, at: i64) {
+    let verdict = Verdict::Deny { reason: Reason::NoRule };
+    app.store.audit().record(AuditEvent::new(policy, protocol, verdict, at));
+    app.store.audit().flush().await;
+}
+
+async fn open(app: &TestApp, key: &str, path: &str, last: Option<&str>) -> BodyDataStream {
+    let mut request = Request::get(path).header(header::AUTHORIZATION, format!("Bearer {key}"));
+    if let Some(last) = last {
+        request = request.header("last-event-id", last);
+    }
+    let answer = app.router.clone().oneshot(request.body(Body::empty()).unwrap()).await.unwrap();
+    assert_eq!(answer.status(), 200);
+    answer.into_body().into_data_stream()
+}
+
+/// The timestamps of the next messages, and the last id.
+async fn heard(stream: &mut BodyDataStream, count: usize) -> (Vec<i64>, Option<String>) {
+    let (mut times, mut last) = (Vec::new(), None);
+    while times.len() < count {
+        let bytes = stream.next().await.unwrap().unwrap();
+        for line in std::str::from_utf8(&bytes).unwrap().lines() {
+            if let Some(data) = line.strip_prefix("data: ") {
+                let event: Value = serde_json::from_str(data).unwrap();
+                let time: jiff::Timestamp = event["timestamp"].as_str().unwrap().parse().unwrap();
+                times.push(time.as_microsecond());
+            }
+            last = line.strip_prefix("id: ").map(str::to_owned).or(last);
+        }
+    }
+    (times, last)
+}
+
+#[tokio::test]
+async fn followers_hear_their_own_events_in_the_order_of_writing() {
+    let app = TestApp::new();
+    let (alice, bob) = (app.user("alice@example.com").await, app.user("bob@example.com").await);
+    let (hers, his) = (policy(&app, &alice, "vm").await, policy(&app, &bob, "vm").await);
+    record(&app, &hers, Protocol::Tcp, 1).await;
+    let mut stream = open(&app, &alice, "/v1/audit/egress?follow&protocol=tcp", None).await;
+    record(&app, &his, Protocol::Tcp, 2).await;
+    record(&app, &hers, Protocol::Udp, 3).await;
+    record(&app, &hers, Protocol::Tcp, 5).await;
+    record(&app, &hers, Protocol::Tcp, 4).await;
+    let (times, last) = heard(&mut stream, 2).await;
+    assert_eq!(times, [5, 4]);
+    drop(stream);
+    record(&app, &hers, Protocol::Tcp, 6).await;
+    let mut again = open(&app, &alice, "/v1/audit/egress?follow=true&protocol=tcp", last.as_deref()).await;
+    assert_eq!(heard(&mut again, 1).await.0, [6]);
+    let mut from =
+        open(&app, &alice, "/v1/audit/egress?follow=true&since=1970-01-01T00:00:00.000003Z", None).await;
+    assert_eq!(heard(&mut from, 3).await.0, [5, 4, 6]);
+    let refused = app.get(&alice, "/v1/audit/egress?follow=maybe").await;
+    assert_eq!(refused.error(400), "invalid_parameter");
+}
+
+#[tokio::test]
+async fn an_export_holds_every_event_that_matches() {
+    let app = TestApp::new();
+    let alice = app.user("alice@example.com").await;
+    let hers = policy(&app, &alice, "vm").await;
+    for n in 0..1200 {
+        let verdict = Verdict::Deny { reason: Reason::NoRule };
+        let protocol = if n % 2 == 0 { Protocol::Tcp } else { Protocol::Tls };
+        app.store.audit().record(AuditEvent::new(&hers, protocol, verdict, n));
+    }
+    app.store.audit().flush().await;
+    let mut stream = open(&app, &alice, "/v1/audit/egress/export", None).await;
+    let mut text = Vec::new();
+    while let Some(bytes) = stream.next().await {
+        text.extend_from_slice(&bytes.unwrap());
+    }
+    let text = String::from_utf8(text).unwrap();
+    assert_eq!(text.lines().count(), 1200);
+    assert!(text.lines().all(|line| serde_json::from_str::<Value>(line).is_ok()));
+    let part = app.get(&alice, "/v1/audit/egress/export?protocol=tls").await.is(200);
+    assert_eq!(part.as_str().unwrap().lines().count(), 600);
+}

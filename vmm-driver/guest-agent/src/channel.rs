@@ -1,0 +1,193 @@
+//! The host's channel into the guest: a virtio port that speaks the part of QEMU's guest agent protocol that snapshots
+//! need: `guest-sync`, `guest-ping`, `guest-fsfreeze-{freeze,status,thaw}`.
+//!
+//! A frozen guest must never depend on the host to go on: a freeze ends by itself after a while, and then says so.
+
+use nix::errno::Errno;
+use serde_json::{Value, json};
+use std::collections::HashSet;
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read as _, Write as _};
+use std::os::fd::AsRawFd as _;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+const PORT: &str = "org.qemu.guest_agent.0";
+const MAX_LINE: usize = 64 << 10;
+/// The longest freeze; a snapshot needs some milliseconds.
+const LONGEST: Duration = Duration::from_secs(20);
+/// How often a port that no host is connected to is looked at.
+const IDLE: Duration = Duration::from_millis(250);
+
+nix::ioctl_readwrite!(
+    /// `FIFREEZE`: holds all writes to a file system.
+    fifreeze, b'X', 119, libc::c_int);
+nix::ioctl_readwrite!(
+    /// `FITHAW`: lets them go on.
+    fithaw, b'X', 120, libc::c_int);
+
+/// File systems that are frozen, and until when.
+#[derive(Default)]
+struct Frozen {
+    held: Vec<File>,
+    until: Option<Instant>,
+}
+
+/// Serves the port, where there is one, on threads of its own.
+pub fn listen() {
+    let Some(device) = port() else { return };
+    let frozen = Arc::new(Mutex::new(Frozen::default()));
+    let watched = frozen.clone();
+    thread::spawn(move || {
+        loop {
+            thread::sleep(Duration::from_secs(1));
+            let mut frozen = watched.lock().unwrap_or_else(PoisonError::into_inner);
+            if frozen.until.is_some_and(|until| Instant::now() > until) {
+                thaw(&mut frozen);
+            }
+        }
+    });
+    thread::spawn(move || {
+        if let Err(error) = serve(&device, &frozen) {
+            eprintln!("{device}: {error}");
+        }
+    });
+}
+
+fn port() -> Option<String> {
+    // The module comes from the initramfs, or udev brings it a moment later.
+    for _ in 0..40 {
+        for entry in fs::read_dir("/sys/class/virtio-ports").into_iter().flatten().flatten() {
+            if fs::read_to_string(entry.path().join("name")).is_ok_and(|name| name.trim() == PORT) {
+                return Some(format!("/dev/{}", entry.file_name().to_string_lossy()));
+            }
+        }
+        thread::sleep(IDLE);
+    }
+    None
+}
+
+fn serve(device: &str, frozen: &Mutex<Frozen>) -> std::io::Result<()> {
+    let mut port = OpenOptions::new().read(true).write(true).open(device)?;
+    let mut line = Vec::new();
+    let mut buffer = [0u8; 4096];
+    loop {
+        let n = port.read(&mut buffer)?;
+        if n == 0 {
+            // Nobody is connected.
+            line.clear();
+            thread::sleep(IDLE);
+            continue;
+        }
+        for &byte in &buffer[..n] {
+            match byte {
+                b'\n' => {
+                    let answer = answer(&line, frozen);
+                    line.clear();
+                    port.write_all(format!("{answer}\n").as_bytes())?;
+                }
+                // 0xff tells a parser to forget what came before.
+                0xff => line.clear(),
+                _ if line.len() >= MAX_LINE => line.clear(),
+                byte => line.push(byte),
+            }
+        }
+    }
+}
+
+fn answer(line: &[u8], frozen: &Mutex<Frozen>) -> Value {
+    let refuse = |text: String| json!({"error": {"class": "GenericError", "desc": text}});
+    let Ok(request) = serde_json::from_slice::<Value>(line) else { return refuse("not JSON".into()) };
+    let mut frozen = frozen.lock().unwrap_or_else(PoisonError::into_inner);
+    match request.get("execute").and_then(Value::as_str).unwrap_or_default() {
+        "guest-ping" => json!({"return": {}}),
+        "guest-sync" => json!({"return": request.pointer("/arguments/id").cloned().unwrap_or(Value::Null)}),
+        "guest-fsfreeze-status" => {
+            json!({"return": if frozen.held.is_empty() { "thawed" } else { "frozen" }})
+        }
+        "guest-fsfreeze-freeze" => match freeze(&mut frozen) {
+            Ok(count) => json!({"return": count}),
+            Err(error) => refuse(error),
+        },
+        "guest-fsfreeze-thaw" => json!({"return": thaw(&mut frozen)}),
+        other => refuse(format!("unknown command {}", other.chars().take(64).collect::<String>())),
+    }
+}
+
+#[expect(unsafe_code, reason = "the freeze ioctl has no safe form")]
+fn freeze(frozen: &mut Frozen) -> Result<usize, String> {
+    if !frozen.held.is_empty() {
+        return Err("frozen already".into());
+    }
+    // What is written now need not be written while everyone is held.
+    nix::unistd::sync();
+    let mounts = fs::read_to_string("/proc/self/mounts").map_err(|e| e.to_string())?;
+    // What was mounted last may lie on what was mounted first.
+    for target in block_mounts(&mounts).into_iter().rev() {
+        let Ok(file) = File::open(&target) else { continue };
+        let mut level: libc::c_int = 0;
+        // SAFETY: the descriptor is open for the call and the number outlives it.
+        match unsafe { fifreeze(file.as_raw_fd(), &mut level) } {
+            Ok(_) => frozen.held.push(file),
+            // Cannot be frozen, or is by somebody else.
+            Err(Errno::EOPNOTSUPP | Errno::EBUSY) => {}
+            Err(error) => {
+                thaw(frozen);
+                return Err(format!("{target}: {error}"));
+            }
+        }
+    }
+    frozen.until = Some(Instant::now() + LONGEST);
+    Ok(frozen.held.len())
+}
+
+/// Lets all go on; answers how many were still frozen, 0 if the time was up before.
+#[expect(unsafe_code, reason = "the thaw ioctl has no safe form")]
+fn thaw(frozen: &mut Frozen) -> usize {
+    frozen.until = None;
+    let held = std::mem::take(&mut frozen.held);
+    let mut level: libc::c_int = 0;
+    // SAFETY: the descriptor is open for the call and the number outlives it.
+    held.iter().rev().filter(|file| unsafe { fithaw(file.as_raw_fd(), &mut level) }.is_ok()).count()
+}
+
+/// Where writable file systems on block devices are mounted, each device once.
+fn block_mounts(mounts: &str) -> Vec<String> {
+    let mut seen = HashSet::new();
+    mounts
+        .lines()
+        .filter_map(|line| {
+            let mut fields = line.split(' ');
+            let (device, target, _kind, options) =
+                (fields.next()?, fields.next()?, fields.next()?, fields.next()?);
+            let writable = options.split(',').any(|option| option == "rw");
+            (device.starts_with("/dev/") && writable && seen.insert(device))
+                .then(|| target.replace("\\040", " "))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_writable_block_file_systems_are_frozen_and_once() {
+        let mounts = "/dev/vda / ext4 rw,noatime 0 0\nproc /proc proc rw 0 0\n/dev/vdb /seed vfat ro 0 0\n\
+                      /dev/vda /srv ext4 rw 0 0\n/dev/vdc /a\\040b xfs rw,relatime 0 0\ntmpfs /run tmpfs rw 0 0\n";
+        assert_eq!(block_mounts(mounts), ["/", "/a b"]);
+    }
+
+    #[test]
+    fn commands_are_answered_and_others_refused() {
+        let frozen = Mutex::new(Frozen::default());
+        let ask = |text: &str| answer(text.as_bytes(), &frozen);
+        assert_eq!(ask(r#"{"execute":"guest-sync","arguments":{"id":7}}"#), json!({"return": 7}));
+        assert_eq!(ask(r#"{"execute":"guest-fsfreeze-status"}"#), json!({"return": "thawed"}));
+        assert_eq!(ask(r#"{"execute":"guest-fsfreeze-thaw"}"#), json!({"return": 0}));
+        for bad in ["", "rubbish", r#"{"execute":"guest-exec"}"#, r#"{"execute":7}"#] {
+            assert!(ask(bad).get("error").is_some(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! The host's end of the guest agent's channel (QEMU's guest agent protocol). What answers is the guest: bounded, timed,
+//! and never believed beyond "it says that it is frozen".
+
+use crate::qmp::connect_any_length;
+use crate::spec::VmmError;
+use serde_json::{Value, json};
+use std::path::Path;
+use std::time::Duration;
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::net::UnixStream;
+use tokio::time::timeout;
+
+const MAX_LINE: u64 = 64 << 10;
+/// For a guest that has the agent but is busy.
+const DEADLINE: Duration = Duration::from_secs(5);
+/// Freezing waits for writes under way.
+const FREEZE: Duration = Duration::from_secs(15);
+
+/// A connection to a guest's agent that has answered.
+pub struct Agent {
+    stream: BufReader<UnixStream>,
+}
+
+impl Agent {
+    /// Connects and makes sure that the agent is there and in step.
+    pub async fn connect(path: &Path) -> Result<Self, VmmError> {
+        let stream = connect_any_length(path).map_err(VmmError::io("agent channel"))?;
+        stream.set_nonblocking(true).map_err(VmmError::io("agent channel"))?;
+        let stream = UnixStream::from_std(stream).map_err(VmmError::io("agent channel"))?;
+        let mut agent = Self { stream: BufReader::new(stream) };
+        let id = u64::from(std::process::id());
+        let sync = async {
+            // 0xff makes the other side forget half a line of an earlier connection.
+            agent.send(b"\xff").await?;
+            agent.write(&json!({"execute": "guest-sync", "arguments": {"id": id}})).await?;
+            loop {
+                if agent.line().await?.get("return").and_then(Value::as_u64) == Some(id) {
+                    return Ok::<(), VmmError>(());
+                }
+            }
+        };
+        timeout(DEADLINE, sync)
+            .await
+            .map_err(|_| VmmError::Control("no agent answers in the guest".into()))??;
+        Ok(agent)
+    }
+
+    /// Holds the guest's file systems still; answers how many.
+    pub async fn freeze(&mut self) -> Result<u64, VmmError> {
+        self.execute("guest-fsfreeze-freeze", FREEZE).await
+    }
+
+    /// Lets them go on; 0 means that they had done so by themselves.
+    pub async fn thaw(&mut self) -> Result<u64, VmmError> {
+        self.execute("guest-fsfreeze-thaw", DEADLINE).await
+    }
+
+    async fn execute(&mut self, name: &str, deadline: Duration) -> Result<u64, VmmError> {
+        let exchange = async {
+            self.write(&json!({"execute": name})).await?;
+            let answer = self.line().await?;
+            answer.get("return").and_then(Value::as_u64).ok_or_else(|| {
+                let said: String = answer.to_string().chars().filter(|c| !c.is_control()).take(200).collect();
+                VmmError::Control(format!("the guest's agent refuses {name}: {said}"))
+            })
+        };
+        timeout(deadline, exchange)
+            .await
+            .map_err(|_| VmmError::Control(format!("the guest's agent does not answer {name}")))?
+    }
+
+    async fn write(&mut self, message: &Value) -> Result<(), VmmError> {
+        self.send(format!("{message}\n").as_bytes()).await
+    }
+
+    async fn send(&mut self, bytes: &[u8]) -> Result<(), VmmError> {
+        self.stream.get_mut().write_all(bytes).await.map_err(VmmError::io("agent channel"))
+    }
+
+    async fn line(&mut self) -> Result<Value, VmmError> {
+        let mut line = Vec::new();
+        (&mut self.stream)
+            .take(MAX_LINE)
+            .read_until(b'\n', &mut line)
+            .await
+            .map_err(VmmError::io("agent channel"))?;
+        if !line.ends_with(b"\n") {
+            return Err(VmmError::Control("the guest's agent was cut off".into()));
+        }
+        // What is no JSON is an answer to nobody: the caller waits for the next, until its time is up.
+        Ok(serde_json::from_slice(&line).unwrap_or(Value::Null))
+    }
+}
