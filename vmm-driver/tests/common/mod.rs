@@ -263,10 +263,24 @@ pub async fn boot(datapath: &Datapath, spec: &VmSpec) -> (Box<dyn Running>, Reap
 pub async fn ready(datapath: &Datapath, spec: &VmSpec, machine: &dyn Running) {
     let started = std::time::Instant::now();
     tokio::select! {
-        () = machine.ready(datapath.egress()) => eprintln!("ready after {:?}", started.elapsed()),
+        () = machine.ready(datapath.egress()) => {
+            let cpu = cpu_seconds(machine.handle().process.pid);
+            eprintln!("ready after {:?}, {cpu:.2} s of CPU time", started.elapsed());
+        }
         exit = machine.wait() => panic!("it ended: {exit:?}\n{}", console(&spec.dir)),
         () = tokio::time::sleep(PATIENCE) => panic!("SSH never answered\n{}", console(&spec.dir)),
     }
+}
+
+/// What a process has used so far, in user and kernel mode.
+fn cpu_seconds(pid: i32) -> f64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let fields: Vec<f64> = stat
+        .rsplit_once(')')
+        .map(|(_, rest)| rest.split_whitespace().filter_map(|field| field.parse().ok()).collect())
+        .unwrap_or_default();
+    // The state is no number, so utime and stime are fields 10 and 11 here; a tick is 10 ms on Linux.
+    fields.get(10).zip(fields.get(11)).map_or(0.0, |(user, system)| (user + system) / 100.0)
 }
 
 pub fn console(dir: &Path) -> String {
