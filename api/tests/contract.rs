@@ -358,6 +358,7 @@ async fn secrets() {
     assert_eq!(patch(json!({ "comment": "why" })).await.is(200)["comment"], "why");
     assert_eq!(patch(json!({})).await.is(200)["comment"], "why");
     assert_eq!(patch(json!({ "comment": null })).await.is(200)["comment"], Value::Null);
+    assert_eq!(app.call(&key, "PATCH", &path, None).await.error(400), "invalid_json");
     assert_eq!(patch(json!({ "env_var": "OTHER" })).await.error(409), "env_var_taken");
     for wrong in [
         json!({ "name": "other" }),

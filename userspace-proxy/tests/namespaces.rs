@@ -18,7 +18,7 @@ use support::{
     guest::{Guest, serve},
     world_of,
 };
-use tapgate_model::{Mode, Protocol, Reason, Verdict};
+use tapgate_model::{GuestNet, Mode, Protocol, Reason, Verdict};
 
 /// Questions of a guest.
 trait Ask {
@@ -231,5 +231,60 @@ fn an_address_given_by_dns_stands_for_its_name_where_none_is_written() {
         w.rules(Mode::Enforce, &["other.example"], &[]);
         assert_eq!(guest.run(connect).await, b"");
         assert_eq!(w.event().await.verdict, Verdict::Deny { reason: Reason::NoName });
+    });
+}
+
+#[test]
+fn ipv6_is_delivered_decided_and_answered_like_ipv4() {
+    world_of(HERE, |mut w| async move {
+        let net = GuestNet::new(0, Ipv4Addr::new(10, 214, 0, 0), Some("2001:db8:74::".parse().unwrap()));
+        let guest = Guest::new("s").with_v6(net.v6.unwrap());
+        w.table.insert(net, w.vm_ca.clone(), w.policy.clone());
+        w.table.set_guest_range(&["10.214.0.0/16".parse().unwrap(), "2001:db8:74::/64".parse().unwrap()]);
+        support::sh("ip addr add 2001:db8:1::10/128 dev lo nodad");
+        serve(&w);
+        let server: IpAddr = "2001:db8:1::10".parse().unwrap();
+        let (inner, other): (IpAddr, IpAddr) =
+            ("fd12::1".parse().unwrap(), "2001:db8:74::9".parse().unwrap());
+        w.zone.records.lock().unwrap().insert("six.example".into(), vec![vec![server, inner, other]]);
+        w.rules(Mode::Enforce, &["six.example"], &[]);
+        let listener = tokio::net::TcpListener::bind((server, 80)).await.unwrap();
+        tokio::spawn(async move {
+            loop {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let answer = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nConnection: close\r\n\r\nsix";
+                tokio::io::AsyncWriteExt::write_all(&mut stream, answer).await.unwrap();
+                let _ = tokio::io::AsyncReadExt::read(&mut stream, &mut [0; 512]).await;
+            }
+        });
+        let (from, answer) = guest
+            .run(|| {
+                let socket = UdpSocket::bind("[::]:0").unwrap();
+                socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+                socket
+                    .send_to(&question("six.example.", RecordType::AAAA), "[2001:db8:ffff::53]:53")
+                    .unwrap();
+                let mut buffer = [0; 4096];
+                let (length, from) = socket.recv_from(&mut buffer).unwrap();
+                (from, Message::from_vec(&buffer[..length]).unwrap())
+            })
+            .await;
+        assert_eq!(from, "[2001:db8:ffff::53]:53".parse().unwrap());
+        let given: Vec<_> = answer.answers.iter().map(|record| record.data.to_string()).collect();
+        assert_eq!(given, ["2001:db8:1::10"], "neither a private address nor another guest's");
+        let fetch = |host: &'static str| {
+            move || {
+                let mut stream = TcpStream::connect("[2001:db8:ffff::1]:80").unwrap();
+                write!(stream, "GET / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n").unwrap();
+                let mut answer = String::new();
+                let _ = stream.read_to_string(&mut answer);
+                answer
+            }
+        };
+        assert!(guest.run(fetch("six.example")).await.ends_with("six"));
+        let event = w.event().await;
+        assert_eq!((event.verdict.reason(), event.address), (Reason::Host, Some(server)));
+        assert!(guest.run(fetch("[2001:db8:1::10]")).await.starts_with("HTTP/1.1 403"));
+        assert_eq!(w.event().await.verdict, Verdict::Deny { reason: Reason::AddressLiteral });
     });
 }

@@ -77,7 +77,7 @@ pub(crate) async fn set_policy(
     let mode = parse_mode(&fields.text("mode")?)?;
     fields.finish()?;
     let policy = state.store().policy_set(&account.user, mode).await?;
-    state.engine().policy_changed(Scope::User(account.user));
+    state.engine().policy_changed(Scope::User(account.user)).await;
     Ok(Json(PolicyView { mode: policy.mode }))
 }
 
@@ -109,7 +109,7 @@ pub(crate) async fn set_vm_policy(
     alive(&state, &account, &vm).await?;
     let set = state.store().vm_egress_set(&account.user, &vm, mode, inherit_rules.unwrap_or(true)).await;
     let egress = set.map_err(|error| named(&vm, error.into()))?;
-    state.engine().policy_changed(Scope::Vm(vm));
+    state.engine().policy_changed(Scope::Vm(vm)).await;
     Ok(Json(egress.into()))
 }
 
@@ -122,7 +122,7 @@ pub(crate) async fn reset_vm_policy(
     params.finish()?;
     let reset = state.store().vm_egress_set(&account.user, &vm, None, true).await;
     reset.map_err(|error| named(&vm, error.into()))?;
-    state.engine().policy_changed(Scope::Vm(vm));
+    state.engine().policy_changed(Scope::Vm(vm)).await;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -212,7 +212,7 @@ async fn create(
     fields.finish()?;
     let limit = state.settings().quotas.rules;
     let rule = state.store().rule_create(&account.user, vm.as_ref(), new, limit).await?;
-    state.engine().policy_changed(vm.map_or(Scope::User(account.user), Scope::Vm));
+    state.engine().policy_changed(vm.map_or(Scope::User(account.user), Scope::Vm)).await;
     Ok((StatusCode::CREATED, Json(rule.into())))
 }
 
@@ -224,7 +224,7 @@ async fn remove(
 ) -> Result<StatusCode, ApiError> {
     let removed = state.store().rule_delete(&account.user, vm.as_ref(), &rule).await;
     removed.map_err(|error| vm.iter().fold(error.into(), |error, vm| named(vm, error)))?;
-    state.engine().policy_changed(vm.map_or(Scope::User(account.user), Scope::Vm));
+    state.engine().policy_changed(vm.map_or(Scope::User(account.user), Scope::Vm)).await;
     Ok(StatusCode::NO_CONTENT)
 }
 

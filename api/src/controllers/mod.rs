@@ -9,6 +9,7 @@ pub mod egress;
 pub mod env;
 pub mod health;
 pub mod keys;
+pub mod pages;
 pub mod secrets;
 pub mod snapshots;
 pub mod users;

@@ -111,13 +111,13 @@ pub(crate) async fn create(
         comment,
     };
     let secret = state.store().secret_create(&account.user, new, state.settings().quotas.secrets).await?;
-    changed(&state, &account);
+    changed(&state, &account).await;
     Ok((StatusCode::CREATED, Json(secret.into())))
 }
 
 /// The proxy learns the value, the guests the placeholder.
-fn changed(state: &AppState, account: &Account) {
-    state.engine().policy_changed(Scope::User(account.user.clone()));
+async fn changed(state: &AppState, account: &Account) {
+    state.engine().policy_changed(Scope::User(account.user.clone())).await;
     state.engine().env_changed(account.user.clone());
 }
 
@@ -157,6 +157,7 @@ pub(crate) async fn update(
     mut fields: Fields,
 ) -> Result<Json<SecretView>, ApiError> {
     params.finish()?;
+    fields.given()?;
     if fields.patch_text("name")?.is_some() {
         return Err(ApiError::validation("`name` cannot be changed; delete the secret and create it again"));
     }
@@ -174,7 +175,7 @@ pub(crate) async fn update(
         at_most("comment", comment, 1024, true)?;
     }
     let secret = state.store().secret_update(&account.user, &secret, change).await?;
-    changed(&state, &account);
+    changed(&state, &account).await;
     Ok(Json(secret.into()))
 }
 
@@ -186,6 +187,6 @@ pub(crate) async fn remove(
 ) -> Result<StatusCode, ApiError> {
     params.finish()?;
     state.store().secret_delete(&account.user, &secret).await?;
-    changed(&state, &account);
+    changed(&state, &account).await;
     Ok(StatusCode::NO_CONTENT)
 }

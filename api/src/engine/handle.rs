@@ -2,9 +2,11 @@
 //!
 //! Commands carry no data: what is wanted is in the store. So a command that is lost or doubled does no harm.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tapgate_model::{UserId, VmId};
-use tokio::sync::{broadcast, mpsc};
+use tokio::sync::{broadcast, mpsc, watch};
 use tokio::time::{Instant, timeout_at};
 
 /// Whose policy changed.
@@ -30,22 +32,43 @@ pub enum Command {
 /// Changes that a slow listener may fall behind by; beyond it, it is told that it missed some.
 const BEHIND: usize = 1024;
 
+/// How long an answer to a change of policy waits until the change is in force; it takes milliseconds.
+const IN_FORCE: Duration = Duration::from_secs(2);
+
+/// How many changes of policy were asked for, and how many are in force.
+#[derive(Debug, Default)]
+struct Policies {
+    asked: Mutex<u64>,
+    in_force: watch::Sender<u64>,
+    /// Whether there is an engine to wait for.
+    engine: AtomicBool,
+}
+
 /// Wakes the engine. Clones share the engine.
 #[derive(Clone, Debug)]
 pub struct Handle {
     commands: mpsc::UnboundedSender<Command>,
     changes: broadcast::Sender<VmId>,
+    policies: Arc<Policies>,
 }
 
 /// The engine's side: tells that a VM's recorded state changed.
 #[derive(Clone, Debug)]
-pub struct Notifier(broadcast::Sender<VmId>);
+pub struct Notifier {
+    changes: broadcast::Sender<VmId>,
+    policies: Arc<Policies>,
+}
 
 impl Notifier {
     /// The VM's record changed.
     pub fn changed(&self, vm: VmId) {
         // Nobody waiting is fine.
-        let _ = self.0.send(vm);
+        let _ = self.changes.send(vm);
+    }
+
+    /// One more of the changes of policy, in the order in which they were asked for, is in force.
+    pub fn policy_in_force(&self) {
+        self.policies.in_force.send_modify(|count| *count += 1);
     }
 }
 
@@ -75,12 +98,13 @@ impl Handle {
     /// A handle, and where its commands arrive.
     pub fn new() -> (Self, mpsc::UnboundedReceiver<Command>) {
         let (commands, arriving) = mpsc::unbounded_channel();
-        (Self { commands, changes: broadcast::Sender::new(BEHIND) }, arriving)
+        (Self { commands, changes: broadcast::Sender::new(BEHIND), policies: Arc::default() }, arriving)
     }
 
     /// What the engine reports changes through.
     pub fn notifier(&self) -> Notifier {
-        Notifier(self.changes.clone())
+        self.policies.engine.store(true, Ordering::Relaxed);
+        Notifier { changes: self.changes.clone(), policies: self.policies.clone() }
     }
 
     /// A VM's record changed.
@@ -88,9 +112,24 @@ impl Handle {
         self.send(Command::Vm(vm));
     }
 
-    /// Rules, modes or secrets changed.
-    pub fn policy_changed(&self, scope: Scope) {
-        self.send(Command::Policy(scope));
+    /// Rules, modes or secrets changed. Comes back when the change is in force on every VM, so that whoever was told
+    /// that a rule is gone can rely on it.
+    pub async fn policy_changed(&self, scope: Scope) {
+        let mut in_force = self.policies.in_force.subscribe();
+        let number = {
+            // Under the lock, so that numbers and commands have one order.
+            let mut asked = self.policies.asked.lock().unwrap_or_else(PoisonError::into_inner);
+            *asked += 1;
+            self.send(Command::Policy(scope));
+            *asked
+        };
+        if !self.policies.engine.load(Ordering::Relaxed) {
+            return;
+        }
+        let reached = in_force.wait_for(|count| *count >= number);
+        if !matches!(tokio::time::timeout(IN_FORCE, reached).await, Ok(Ok(_))) {
+            tracing::warn!("policy.slow_to_take_effect");
+        }
     }
 
     /// Environment variables changed.

@@ -12,9 +12,9 @@ const MAX_BODY: usize = 256 * 1024;
 /// Longest wait for a body.
 const BODY_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// The fields of a JSON object that are not taken yet.
+/// The fields of a JSON object that are not taken yet, and whether there was a body at all.
 #[derive(Debug)]
-pub struct Fields(Map<String, Value>);
+pub struct Fields(Map<String, Value>, bool);
 
 impl<S: Send + Sync> FromRequest<S> for Fields {
     type Rejection = ApiError;
@@ -33,14 +33,14 @@ impl<S: Send + Sync> FromRequest<S> for Fields {
             }
         };
         if bytes.is_empty() {
-            return Ok(Self(Map::new()));
+            return Ok(Self(Map::new(), false));
         }
         if json != Some(true) {
             let message = "Send the body as JSON, with the header `Content-Type: application/json`";
             return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", message));
         }
         match serde_json::from_slice(&bytes) {
-            Ok(Value::Object(fields)) => Ok(Self(fields)),
+            Ok(Value::Object(fields)) => Ok(Self(fields, true)),
             Ok(_) => Err(ApiError::bad_request("invalid_json", "The body must be a JSON object")),
             Err(error) => {
                 Err(ApiError::bad_request("invalid_json", format!("The body is not valid JSON: {error}")))
@@ -63,6 +63,17 @@ fn unreadable(error: &axum::Error) -> ApiError {
 }
 
 impl Fields {
+    /// Refuses an absent body, where no field is required that would.
+    pub fn given(&self) -> Result<(), ApiError> {
+        match self.1 {
+            true => Ok(()),
+            false => Err(ApiError::bad_request(
+                "invalid_json",
+                "Send a JSON object as the body; it may be empty: {}",
+            )),
+        }
+    }
+
     fn take(&mut self, name: &str) -> Option<Value> {
         self.0.remove(name)
     }

@@ -3,6 +3,7 @@
 mod auth;
 mod error;
 mod fields;
+pub(crate) mod form;
 mod ids;
 mod limits;
 pub mod openapi;
@@ -13,15 +14,17 @@ pub mod server;
 mod state;
 mod view;
 
+pub(crate) use crate::controllers::users::{check_email, check_password};
 pub use auth::Account;
 pub use error::ApiError;
 pub use fields::Fields;
 pub(crate) use fields::{at_most as fields_at_most, bounded as fields_bounded};
 pub use ids::{Id, Key};
 pub use limits::{Peer, Rate, Rates};
+pub(crate) use openapi::escape;
 pub use params::Params;
 pub(crate) use params::invalid as params_invalid;
 pub(crate) use password::{hash_password, verify_password};
 pub use router::router;
-pub use state::{AppState, CaMaker, Quotas, Settings};
+pub use state::{AppState, CaMaker, Quotas, Settings, SignUp};
 pub use view::{List, exact_time, time};

@@ -1,13 +1,15 @@
 //! All routes, and what every answer goes through: no panic, no unknown path and no wrong method leaves the envelope.
 
 use super::{ApiError, AppState, openapi};
-use crate::controllers::{agents, audit, device, egress, env, health, keys, secrets, snapshots, users, vms};
+use crate::controllers::{
+    agents, audit, device, egress, env, health, keys, pages, secrets, snapshots, users, vms,
+};
 use axum::Router;
 use axum::extract::Request;
 use axum::http::{HeaderValue, Method, StatusCode, Uri, header};
 use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse as _, Response};
-use axum::routing::{delete, get, patch, post};
+use axum::routing::{delete, get, patch, post, put};
 use std::any::Any;
 use tower_http::catch_panic::CatchPanicLayer;
 
@@ -19,6 +21,12 @@ pub fn router(state: AppState) -> Router {
         .route("/docs", get(openapi::html_page))
         .route("/v1/users", post(users::create))
         .route("/v1/auth/login", post(users::login))
+        .route("/v1/auth/password", put(users::change_password))
+        .route("/activate", get(pages::activate).post(pages::activate_check))
+        .route("/activate/confirm", post(pages::activate_confirm))
+        .route("/verify", get(pages::verify).post(pages::verify_confirm))
+        .route("/reset", get(pages::reset).post(pages::reset_send))
+        .route("/reset/choose", get(pages::choose).post(pages::choose_set))
         .route("/v1/keys", get(keys::list).post(keys::create))
         .route("/v1/keys/{key_id}", delete(keys::revoke))
         .route("/v1/auth/device/code", post(device::code))

@@ -2,6 +2,7 @@
 
 use super::limits::{Limits, Rates};
 use crate::engine::Handle;
+use crate::mail::{Mailer, Via};
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,6 +11,19 @@ use tapgate_store::{CaPem, Resources, Store};
 
 /// Makes a VM's certificate authority.
 pub type CaMaker = Arc<dyn Fn(&VmId) -> anyhow::Result<CaPem> + Send + Sync>;
+
+/// Who may make an account.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum SignUp {
+    /// Nobody but the operator, by `tapgate admin user create`.
+    Closed,
+    /// Who shows what `tapgate admin invite` printed.
+    Invitation,
+    /// Everybody who reaches the API.
+    #[default]
+    Open,
+}
 
 /// How many of each an account may have.
 #[derive(Clone, Copy, Debug)]
@@ -51,6 +65,12 @@ pub struct Settings {
     pub base_image: String,
     /// How many of each an account may have.
     pub quotas: Quotas,
+    /// Who may make an account.
+    pub sign_up: SignUp,
+    /// How mails leave.
+    pub mail: Via,
+    /// The address that mails come from.
+    pub mail_from: String,
     /// How often who may ask.
     pub rates: Rates,
     /// How long `start` waits for the VM.
@@ -68,6 +88,9 @@ impl Default for Settings {
             max_resources: Resources { vcpus: 16, memory_mib: 64 * 1024, disk_bytes: 512 << 30 },
             base_image: "debian-12".into(),
             quotas: Quotas::default(),
+            sign_up: SignUp::Open,
+            mail: Via::Nowhere,
+            mail_from: "tapgate@localhost.localdomain".into(),
             rates: Rates::default(),
             start_wait: Duration::from_secs(30),
         }
@@ -80,6 +103,7 @@ struct Inner {
     ca: CaMaker,
     settings: Settings,
     limits: Limits,
+    mailer: Mailer,
 }
 
 /// Shared by every request.
@@ -88,9 +112,23 @@ pub struct AppState(Arc<Inner>);
 
 impl AppState {
     /// Puts the parts together.
-    pub fn new(store: Store, engine: Handle, ca: CaMaker, settings: Settings) -> Self {
+    ///
+    /// # Errors
+    /// The settings for mail make no sense.
+    pub fn try_new(
+        store: Store,
+        engine: Handle,
+        ca: CaMaker,
+        settings: Settings,
+    ) -> Result<Self, crate::mail::MailError> {
         let limits = Limits::new(settings.rates);
-        Self(Arc::new(Inner { store, engine, ca, settings, limits }))
+        let mailer = Mailer::new(&settings.mail_from, settings.mail.clone())?;
+        Ok(Self(Arc::new(Inner { store, engine, ca, settings, limits, mailer })))
+    }
+
+    /// The way for mails.
+    pub(crate) fn mailer(&self) -> &Mailer {
+        &self.0.mailer
     }
 
     /// The store.

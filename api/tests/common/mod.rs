@@ -84,7 +84,7 @@ impl TestApp {
         let (engine, commands) = Handle::new();
         let ca =
             Arc::new(|vm: &VmId| Ok(CaPem { cert: format!("CA of {vm}"), key: String::from("key").into() }));
-        let state = AppState::new(store.clone(), engine.clone(), ca, settings);
+        let state = AppState::try_new(store.clone(), engine.clone(), ca, settings).unwrap();
         Self { router: router(state), store, engine, commands, _folder: folder }
     }
 

@@ -76,6 +76,18 @@ impl Store {
             .await
     }
 
+    /// Who asked for a code that is still to be confirmed.
+    pub async fn device_pending(&self, code: &str) -> Result<Option<String>> {
+        let code = hash(&normal(code));
+        self.db
+            .read(move |db| {
+                let sql =
+                    "SELECT requester FROM device_codes WHERE hash = ?1 AND user IS NULL AND expires_at > ?2";
+                Ok(db.query_row(sql, params![code, now_us()], |row| row.get(0)).optional()?)
+            })
+            .await
+    }
+
     /// Confirms a code for a user. The requester's address is answered, for the person to recognise.
     pub async fn device_confirm(&self, code: &str, user: &UserId) -> Result<String> {
         let (code, user) = (hash(&normal(code)), user.clone());

@@ -6,6 +6,7 @@
 //! Must never speak HTTP, nor let SQL or a rusqlite type out.
 #![forbid(unsafe_code)]
 
+mod admin;
 mod agents;
 pub mod audit;
 mod device;
@@ -21,6 +22,7 @@ mod seal;
 mod secrets;
 mod snapshots;
 mod store;
+mod tickets;
 mod time;
 mod users;
 mod vms;

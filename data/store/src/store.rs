@@ -6,6 +6,7 @@ use crate::page::Cursors;
 use crate::pool::{Durability, Pool};
 use crate::schema;
 use crate::seal::{SealError, SealKey};
+use crate::tickets::Tickets;
 use rusqlite::{Connection, OptionalExtension as _, Transaction};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::Path;
@@ -16,6 +17,7 @@ pub struct Store {
     pub(crate) db: Pool,
     pub(crate) key: SealKey,
     pub(crate) cursors: Cursors,
+    pub(crate) tickets: Tickets,
     audit: AuditLog,
 }
 
@@ -37,8 +39,9 @@ impl Store {
         schema::prepare_main(&main)?;
         check_key(&main, &key)?;
         let cursors = Cursors::new(&key);
+        let tickets = Tickets::new(&key);
         let audit = AuditLog::open(&folder.join("audit.db"), &key, cursors.clone())?;
-        Ok(Self { db: Pool::start(&main, "store", Durability::Full)?, key, cursors, audit })
+        Ok(Self { db: Pool::start(&main, "store", Durability::Full)?, key, cursors, tickets, audit })
     }
 
     /// The audit log.

@@ -260,3 +260,71 @@ async fn a_backup_opens_and_holds_everything() {
     let secrets = copy.secrets(&user, SecretFilter::default(), SecretSort::Created, page).await.unwrap();
     assert_eq!(secrets.items.len(), 1);
 }
+
+#[tokio::test]
+async fn tickets_are_for_one_purpose_and_a_time() {
+    let (folder, store) = fresh();
+    let ticket = store.ticket("verify", "usr_a", now_us() + 60_000_000);
+    assert_eq!(store.redeem("verify", &ticket).as_deref(), Some("usr_a"));
+    assert_eq!(store.redeem("reset", &ticket), None);
+    assert_eq!(store.redeem("verify", &store.ticket("verify", "usr_a", now_us() - 1)), None);
+    for i in 0..ticket.len() {
+        let mut changed = ticket.clone().into_bytes();
+        changed[i] = if changed[i] == b'A' { b'B' } else { b'A' };
+        let changed = String::from_utf8(changed).unwrap();
+        assert!(changed == ticket || store.redeem("verify", &changed).is_none(), "{i}");
+    }
+    drop(store);
+    assert_eq!(open(folder.path()).redeem("verify", &ticket).as_deref(), Some("usr_a"), "after a restart");
+}
+
+#[tokio::test]
+async fn a_rotated_key_seals_everything_and_the_old_one_nothing() {
+    let (folder, store) = fresh();
+    let user = user(&store, "a@example.com").await;
+    store.secret_create(&user, new_secret("s", "S", "value"), 10).await.unwrap();
+    store.env_set(&user, "E", "env value", 10).await.unwrap();
+    let vm = store.vm_create(new_vm(&user, "vm")).await.unwrap().id;
+    let ticket = store.ticket("verify", "x", now_us() + 60_000_000);
+    drop(store);
+    let (db, file) = (folder.path().join("db"), folder.path().join("seal.key"));
+    let old_file = folder.path().join("old.key");
+    std::fs::copy(&file, &old_file).unwrap();
+    assert_eq!(Store::rotate_key(&db, &file).unwrap(), 4);
+    assert_ne!(std::fs::read(&file).unwrap(), std::fs::read(&old_file).unwrap());
+    assert!(Store::open(&db, SealKey::load(&old_file).unwrap()).is_err(), "the old key opens nothing");
+    assert!(Store::rotate_key(&db, &old_file).is_err());
+
+    let store = open(folder.path());
+    assert_eq!(store.env(&user, "E").await.unwrap().value, "env value");
+    assert_eq!(store.vm_ca(&vm).await.unwrap().key.as_str(), "ca key of a VM");
+    let policy = store.effective_policy(&vm, SecretsOverHttp::Never).await.unwrap();
+    assert_eq!(policy.secrets[0].value.expose(), b"value");
+    assert_eq!(store.redeem("verify", &ticket).as_deref(), Some("x"), "tickets and the chain do not change");
+    assert!(store.audit().verify().await.unwrap().is_ok());
+}
+
+#[tokio::test]
+async fn a_backup_is_put_back_and_what_was_there_is_kept() {
+    let (folder, store) = fresh();
+    let user = user(&store, "a@example.com").await;
+    store.env_set(&user, "E", "then", 10).await.unwrap();
+    let backup = folder.path().join("backup");
+    store.backup(&backup).await.unwrap();
+    store.env_set(&user, "E", "now", 10).await.unwrap();
+    drop(store);
+    let db = folder.path().join("db");
+    let key = || SealKey::load(&folder.path().join("seal.key")).unwrap();
+    let wrong = SealKey::load_or_create(&folder.path().join("other.key")).unwrap();
+    assert!(Store::restore(&db, &backup, wrong).is_err());
+    assert!(Store::restore(&db, &folder.path().join("none"), key()).is_err());
+    assert_eq!(
+        open(folder.path()).env(&user, "E").await.unwrap().value,
+        "now",
+        "refused ones change nothing"
+    );
+    let aside = Store::restore(&db, &backup, key()).unwrap();
+    assert_eq!(open(folder.path()).env(&user, "E").await.unwrap().value, "then");
+    let before = Store::open(&aside, key()).unwrap();
+    assert_eq!(before.env(&user, "E").await.unwrap().value, "now");
+}

@@ -36,8 +36,8 @@ pub trait Tables {
     fn is_host(&self, address: &[u8; 16]) -> bool;
     /// Whether the address lies in a range that guests' addresses come from.
     fn is_guest(&self, address: &[u8; 16], v6: bool) -> bool;
-    /// Whether a `cidr` rule of this policy generation covers the address.
-    fn has_rule(&self, policy: u32, v6: bool, address: &[u8; 16]) -> bool;
+    /// Whether a `cidr` rule of this group covers the address.
+    fn has_rule(&self, rules: u32, v6: bool, address: &[u8; 16]) -> bool;
 }
 
 /// The first row and the frames that are not IP: who sent it and what it is. `Err` is the verdict already.
@@ -190,7 +190,7 @@ pub fn judge(header: &Header, vm: &Vm, tables: &impl Tables) -> Verdict {
         return Verdict::Drop(Reason::Protocol);
     }
     let web = matches!(header.port, 80 | 443) && vm.flags & VM_SECRETS != 0;
-    if tables.has_rule(vm.policy, header.v6, &header.destination) {
+    if tables.has_rule(vm.rules, header.v6, &header.destination) {
         return match header.protocol {
             TCP if web => Verdict::Proxy(Listener::Tcp, Reason::Cidr),
             // QUIC would carry past the proxy what a secret could apply to.

@@ -4,7 +4,7 @@
 //! IPv6 (the ranges deny it), so the two families never meet.
 
 /// Rises with every change of this file or of what the programs expect of the maps: names the pin directory.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// Most VMs that the maps hold; slots are below it.
 pub const MAX_VMS: u32 = 8192;
 /// Most `cidr` rules of all VMs together, both generations of a change counted.
@@ -45,8 +45,10 @@ pub const VM_IPV6: u32 = 4;
 pub struct Vm {
     /// Its slot: the key of everything else about it.
     pub slot: u32,
-    /// The generation of its rules: part of their keys, so that changing it changes them all at once.
+    /// The generation of its policy: flows that were judged under another are judged anew.
     pub policy: u32,
+    /// The group of its rules: part of their keys, so that changing it changes them all at once.
+    pub rules: u32,
     /// `VM_…`.
     pub flags: u32,
     /// Its MAC address.
@@ -95,17 +97,17 @@ impl Config {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct RuleKey {
-    /// Policy generation and family: see [`RuleKey::new`].
+    /// Group of rules and family: see [`RuleKey::new`].
     pub group: u32,
     /// The network; IPv4 in the form of [`mapped`].
     pub network: [u8; 16],
 }
 
 impl RuleKey {
-    /// The key of an address or network under a policy generation (below 2³¹).
+    /// The key of an address or network in a group of rules (numbered below 2³¹).
     #[inline(always)]
-    pub const fn new(policy: u32, v6: bool, network: [u8; 16]) -> Self {
-        Self { group: (policy << 1) | v6 as u32, network }
+    pub const fn new(rules: u32, v6: bool, network: [u8; 16]) -> Self {
+        Self { group: (rules << 1) | v6 as u32, network }
     }
 
     /// Length in the trie of a prefix of this family.
@@ -302,7 +304,7 @@ mod pod {
     }
 
     plain! {
-        Vm = 40, Config = 48, RuleKey = 20, FlowKey = 28, Flow = 64, FlowCount = 16, Bucket = 16,
+        Vm = 44, Config = 48, RuleKey = 20, FlowKey = 28, Flow = 64, FlowCount = 16, Bucket = 16,
         Traffic = 96, Drops = 520, Event = 56,
     }
 }

@@ -11,6 +11,7 @@ mod cut;
 mod error;
 mod events;
 mod gate;
+mod groups;
 mod hook;
 #[cfg(feature = "bpf-log")]
 mod logs;

@@ -5,7 +5,7 @@ use aya::{
     Ebpf, EbpfLoader,
     maps::{
         Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, PerCpuValues, SockMap,
-        lpm_trie::{Key, LpmTrie},
+        lpm_trie::LpmTrie,
     },
     programs::SchedClassifier,
 };
@@ -200,9 +200,5 @@ impl Tables {
     /// Index of the tap and the entry of a slot.
     pub(crate) fn find(&self, slot: u32) -> Option<(u32, Vm)> {
         self.vms.iter().filter_map(Result::ok).find(|(_, vm)| vm.slot == slot)
-    }
-
-    pub(crate) fn insert_rule(&mut self, key: &Key<RuleKey>) -> Result<(), MapError> {
-        self.rules.insert(key, 1, 0)
     }
 }

@@ -1,44 +1,29 @@
-//! One generation of a VM's `cidr` rules: its keys in the kernel's trie, and the same rules for judging here.
+//! A VM's `cidr` rules with their ids: to name the rule in an event, and to judge a flow without a frame.
 
-use aya::maps::lpm_trie::Key;
 use std::{
     collections::HashSet,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
-use tapgate_ebpf_common::{
-    judge::Tables as Judge,
-    maps::{Config, RuleKey},
-};
+use tapgate_ebpf_common::{judge::Tables as Judge, maps::Config};
 use tapgate_model::{Cidr, RuleId, VmPolicy};
 
-use crate::objects::octets;
-
-/// The rules of one generation.
+/// The rules, longest prefix first.
 #[derive(Debug)]
-pub(crate) struct Rules {
-    /// The generation's number in the kernel; not [`VmPolicy::generation`].
-    pub number: u32,
-    /// Longest prefix first.
-    cidrs: Vec<(Cidr, RuleId)>,
-}
+pub(crate) struct Rules(Vec<(Cidr, RuleId)>);
 
 impl Rules {
-    pub(crate) fn new(number: u32, policy: &VmPolicy) -> Self {
-        Self { number, cidrs: policy.rules.cidrs().to_vec() }
+    pub(crate) fn new(policy: &VmPolicy) -> Self {
+        Self(policy.rules.cidrs().to_vec())
     }
 
-    /// The keys in the trie.
-    pub(crate) fn keys(&self) -> impl Iterator<Item = Key<RuleKey>> + '_ {
-        self.cidrs.iter().map(|(cidr, _)| {
-            let v6 = cidr.network().is_ipv6();
-            let prefix = RuleKey::prefix(v6, cidr.prefix_len());
-            Key::new(prefix, RuleKey::new(self.number, v6, octets(cidr.network())))
-        })
+    /// The ranges alone.
+    pub(crate) fn cidrs(&self) -> impl Iterator<Item = Cidr> + '_ {
+        self.0.iter().map(|(cidr, _)| *cidr)
     }
 
     /// The rule that covers the address.
     pub(crate) fn of(&self, address: IpAddr) -> Option<&RuleId> {
-        self.cidrs.iter().find(|(cidr, _)| cidr.contains(address)).map(|(_, id)| id)
+        self.0.iter().find(|(cidr, _)| cidr.contains(address)).map(|(_, id)| id)
     }
 }
 
@@ -56,8 +41,8 @@ impl Judge for Known<'_> {
     fn is_guest(&self, address: &[u8; 16], v6: bool) -> bool {
         self.config.is_guest(address, v6)
     }
-    fn has_rule(&self, policy: u32, v6: bool, address: &[u8; 16]) -> bool {
-        policy == self.rules.number && self.rules.of(address_of(address, v6)).is_some()
+    fn has_rule(&self, _rules: u32, v6: bool, address: &[u8; 16]) -> bool {
+        self.rules.of(address_of(address, v6)).is_some()
     }
 }
 

@@ -79,8 +79,8 @@ fn no_crafted_frame_of_a_closed_guest_arrives_anywhere() {
         }
         assert!(victim.wait(SILENCE, |_| true).is_none(), "another guest heard of it");
         assert_eq!(world.arrived(), arrived);
+        eventually("every frame is counted", || datapath.counters(0).unwrap().packets_out == sent);
         let counters = datapath.counters(0).unwrap();
-        assert_eq!(counters.packets_out, sent, "every frame is counted");
         for reason in [
             Reason::Spoofed,
             Reason::Vlan,
@@ -119,7 +119,8 @@ fn a_forged_source_never_reaches_another_guests_connection() {
                 wire.send(&frames::ethernet(GATEWAY_MAC, attacker, 0x0800, &packet));
             }
         }
-        assert_eq!(datapath.counters(1).unwrap().dropped(Reason::Spoofed), 5 * 64);
+        let spoofed = || datapath.counters(1).unwrap().dropped(Reason::Spoofed);
+        eventually("every one is dropped", || spoofed() == 5 * 64);
         assert_eq!(datapath.counters(1).unwrap().reasons().count(), 1, "nothing of it did anything else");
         // From its own address, a segment of the same ports is nobody's.
         let packet = frames::ip_from("10.214.0.2", "203.0.113.1", 6, &segment);
@@ -150,8 +151,10 @@ fn a_forged_answer_to_the_gateway_meets_no_connection() {
         };
         send(&mut wire, "10.214.0.1");
         send(&mut wire, "10.214.0.2");
-        let counters = datapath.counters(1).unwrap();
-        assert_eq!((counters.dropped(Reason::Spoofed), counters.dropped(Reason::HostAddress)), (1, 1));
+        eventually("both are dropped", || {
+            let counters = datapath.counters(1).unwrap();
+            (counters.dropped(Reason::Spoofed), counters.dropped(Reason::HostAddress)) == (1, 1)
+        });
         let reset = wire.wait(PATIENCE, |frame| is_ip(frame, 6)).expect("a reset");
         assert_eq!(reset[47] & 4, 4);
         drop(stream);

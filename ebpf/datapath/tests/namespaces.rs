@@ -111,7 +111,7 @@ fn tcp_without_a_rule_meets_the_proxy_which_sees_both_addresses() {
         // Without its listener nothing opens.
         drop((accepted, listeners));
         refused_or_silent(&a, "203.0.113.1:443");
-        assert!(datapath.counters(7).unwrap().dropped(Reason::Fault) > 0);
+        eventually("it is dropped", || datapath.counters(7).unwrap().dropped(Reason::Fault) > 0);
         assert_eq!(world.arrived(), arrived);
         datapath.teardown().await.unwrap();
     });
@@ -173,8 +173,10 @@ fn guests_never_reach_each_other_nor_the_host_with_or_without_programs() {
         internet_udp.set_read_timeout(Some(SILENCE)).unwrap();
         assert!(b_udp.recv_from(&mut [0; 8]).is_err(), "guest to guest");
         assert!(host_udp.recv_from(&mut [0; 8]).is_err(), "guest to host");
-        let counters = datapath.counters(0).unwrap();
-        assert_eq!((counters.dropped(Reason::OtherVm), counters.dropped(Reason::HostAddress)), (1, 1));
+        eventually("both are refused", || {
+            let counters = datapath.counters(0).unwrap();
+            (counters.dropped(Reason::OtherVm), counters.dropped(Reason::HostAddress)) == (1, 1)
+        });
 
         // The programs go: nothing leaves any more.
         world.remove_programs(&datapath, &["tg0", "tg1"]);
@@ -336,8 +338,10 @@ fn a_flood_is_counted_not_passed_on_and_hides_nobody_else() {
         }
         assert_eq!(of_b, 1);
         assert!((512..=allowed).contains(&of_a), "{of_a}");
-        let counters = datapath.counters(0).unwrap();
-        assert_eq!(of_a + counters.events_lost, counters.dropped(Reason::NoRule));
+        eventually("what is not reported is counted", || {
+            let counters = datapath.counters(0).unwrap();
+            of_a + counters.events_lost == counters.dropped(Reason::NoRule)
+        });
         datapath.teardown().await.unwrap();
     });
 }

@@ -87,7 +87,7 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn has_rule(&self, policy: u32, v6: bool, address: &[u8; 16]) -> bool {
-        RULES.get(Key::new(160, RuleKey::new(policy, v6, *address))).is_some()
+    fn has_rule(&self, rules: u32, v6: bool, address: &[u8; 16]) -> bool {
+        RULES.get(Key::new(160, RuleKey::new(rules, v6, *address))).is_some()
     }
 }

@@ -45,6 +45,33 @@ NFT",
         guest
     }
 
+    /// Gives the guest an IPv6 address, routed and handed over like the other.
+    pub fn with_v6(self, address: std::net::Ipv6Addr) -> Self {
+        let name = &self.0;
+        sh(&format!(
+            "ip -n {name} addr add {address}/128 dev eth0 nodad
+             ip addr add fe80::1/64 dev {name} nodad
+             ip -n {name} route add default via fe80::1 dev eth0
+             ip route add {address}/128 dev {name}
+             ip -6 rule add fwmark 1 lookup 100
+             ip -6 route add local default dev lo table 100
+             nft -f - <<'NFT'
+             table ip6 handover {{
+                 chain in {{
+                     type filter hook prerouting priority mangle
+                     iifname {name} udp dport 53 tproxy to :{} meta mark set 1 accept
+                     iifname {name} tcp dport 53 tproxy to [::1]:{} meta mark set 1 accept
+                     iifname {name} meta l4proto tcp tproxy to [::1]:{} meta mark set 1 accept
+                 }}
+             }}
+NFT",
+            port::DNS_UDP,
+            port::DNS_TCP,
+            port::TCP
+        ));
+        self
+    }
+
     /// Runs something inside the guest.
     pub async fn run<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
         let path = format!("/run/netns/{}", self.0);

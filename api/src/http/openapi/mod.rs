@@ -6,6 +6,8 @@ mod page;
 mod paths;
 mod schemas;
 
+pub(crate) use page::escape;
+
 use axum::Json;
 use axum::response::Html;
 use serde_json::{Value, json};

@@ -135,8 +135,9 @@ fn operations() -> Vec<Operation> {
         post "/v1/agents" createAgent "Agents" "Create an agent and its VM", none(), Some("NewAgent") => 201 Some("Agent"), [409];
         get "/v1/agents/{agent_id}" getAgent "Agents" "Get an agent", none(), None => 200 Some("Agent"), [404];
         delete "/v1/agents/{agent_id}" destroyAgent "Agents" "Destroy an agent and its VM", none(), None => 204 None, [404];
-        post "/v1/users" createUser "Accounts" "Create an account", none(), Some("NewUser") => 201 Some("SignedUp"), [409];
+        post "/v1/users" createUser "Accounts" "Create an account", none(), Some("NewUser") => 201 Some("SignedUp"), [403, 409];
         post "/v1/auth/login" login "Accounts" "Get an API key by password", none(), Some("Login") => 201 Some("SignedUp"), [401];
+        put "/v1/auth/password" changePassword "Accounts" "Change the password", none(), Some("PasswordChange") => 204 None, [];
         post "/v1/auth/device/code" requestDeviceCode "Accounts" "Request a device code", none(), None => 200 Some("DeviceCodeData"), [];
         get "/v1/auth/device/poll" pollDeviceCode "Accounts" "Poll a device code", vec![code], None => 200 Some("DevicePollData"), [];
         get "/v1/keys" listKeys "Accounts" "List API keys", none(), None => 200 Some("ApiKeyList"), [];
@@ -150,6 +151,7 @@ fn error(status: u16) -> Value {
     let what = match status {
         400 => "The request is malformed",
         401 => "The API key is missing or not valid",
+        403 => "It is not allowed here",
         404 => "There is no such resource",
         408 => "The body did not arrive in time",
         409 => "It conflicts with what is there",
@@ -229,8 +231,38 @@ fn describe(operation: Operation) -> Value {
     for status in all {
         responses.insert(status.to_string(), error(status));
     }
+    let links = links(id);
+    if !links.is_empty() {
+        responses[&status.to_string()]["links"] = Value::Object(links);
+    }
     described["responses"] = Value::Object(responses);
     described
+}
+
+/// What can be done with what an operation made: everything whose path takes the new id.
+fn links(id: &str) -> Map<String, Value> {
+    let (made, at) = match id {
+        "createVm" => ("{vm_id}", "$response.body#/id"),
+        "createSecret" => ("{secret_id}", "$response.body#/id"),
+        "createRule" | "createVmRule" => ("{rule_id}", "$response.body#/id"),
+        "createSnapshot" => ("{snapshot_id}", "$response.body#/data/id"),
+        "createAgent" => ("{agent_id}", "$response.body#/id"),
+        "setEnv" => ("{key}", "$response.body#/key"),
+        _ => return Map::new(),
+    };
+    let mut all = Map::new();
+    for operation in operations().iter().filter(|operation| operation.path.contains(made)) {
+        let of_vm = made != "{vm_id}" && operation.path.contains("{vm_id}");
+        if of_vm != (id == "createVmRule") && made == "{rule_id}" {
+            continue;
+        }
+        let mut parameters = json!({ made.trim_matches(['{', '}']): at });
+        if of_vm {
+            parameters["vm_id"] = "$request.path.vm_id".into();
+        }
+        all.insert(operation.id.to_owned(), json!({ "operationId": operation.id, "parameters": parameters }));
+    }
+    all
 }
 
 pub(super) fn paths() -> Value {

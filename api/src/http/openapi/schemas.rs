@@ -88,6 +88,29 @@ const PROTOCOLS: &[&str] = &["dns", "http", "icmp", "tcp", "tls", "udp"];
 const VISIBLE: &str =
     r"^[^\u0000-\u001f\u007f-\u009f]*[^\s\u0000-\u001f\u007f-\u009f][^\u0000-\u001f\u007f-\u009f]*$";
 
+/// A host pattern in ASCII; Unicode is taken too, and mapped.
+const HOST: &str = r"^(\*|(\*\.)?([A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?\.)*[A-Za-z_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?\.?)$";
+
+fn host() -> Value {
+    json!({ "type": "string", "pattern": HOST, "maxLength": 250 })
+}
+
+/// Text without control characters, or with line breaks and tabs alone.
+fn plain(max: u32, multiline: bool) -> Value {
+    let pattern = match multiline {
+        true => r"^[^\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f]*$",
+        false => r"^[^\u0000-\u001f\u007f-\u009f]*$",
+    };
+    json!({ "type": "string", "pattern": pattern, "maxLength": max })
+}
+
+fn value() -> Value {
+    json!({
+        "type": "string", "pattern": r"^[^\u0000-\u001f\u007f]+$", "minLength": 1, "maxLength": 16384,
+        "not": { "pattern": "IRONSH_PROXY_" }, "writeOnly": true,
+    })
+}
+
 fn visible(max: u32) -> Value {
     json!({ "type": "string", "minLength": 1, "maxLength": max, "pattern": VISIBLE })
 }
@@ -160,8 +183,8 @@ pub(super) fn schemas() -> Value {
     let mut rule = object(
         json!({}),
         json!({
-            "name": or_null(visible(64)), "host": or_null(text()), "cidr": or_null(text()),
-            "comment": or_null(bounded(0, 1024)),
+            "name": or_null(visible(64)), "host": or_null(host()), "cidr": or_null(text()),
+            "comment": or_null(plain(1024, true)),
         }),
     );
     rule["oneOf"] = json!([
@@ -189,7 +212,7 @@ pub(super) fn schemas() -> Value {
     );
     put("AuditEventList", list("AuditEvent"));
 
-    let hosts = json!({ "type": "array", "items": text(), "minItems": 1, "maxItems": 100 });
+    let hosts = json!({ "type": "array", "items": host(), "minItems": 1, "maxItems": 100 });
     let env_var = json!({ "type": "string", "pattern": "^[A-Z][A-Z0-9_]*$", "maxLength": 255 });
     put(
         "Secret",
@@ -207,10 +230,10 @@ pub(super) fn schemas() -> Value {
         object(
             json!({
                 "name": { "type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$" },
-                "secret": { "type": "string", "minLength": 1, "maxLength": 16384, "writeOnly": true },
+                "secret": value(),
                 "env_var": env_var,
             }),
-            json!({ "hosts": or_null(hosts.clone()), "comment": or_null(bounded(0, 1024)) }),
+            json!({ "hosts": or_null(hosts.clone()), "comment": or_null(plain(1024, true)) }),
         ),
     );
     put(
@@ -218,8 +241,8 @@ pub(super) fn schemas() -> Value {
         object(
             json!({}),
             json!({
-                "secret": { "type": "string", "minLength": 1, "maxLength": 16384, "writeOnly": true },
-                "env_var": env_var, "hosts": hosts, "comment": or_null(bounded(0, 1024)),
+                "secret": value(),
+                "env_var": env_var, "hosts": hosts, "comment": or_null(plain(1024, true)),
             }),
         ),
     );
@@ -238,7 +261,7 @@ pub(super) fn schemas() -> Value {
     );
     put("SnapshotList", list("Snapshot"));
     put("SnapshotData", data("Snapshot"));
-    put("NewSnapshot", object(json!({}), json!({ "label": or_null(bounded(0, 128)) })));
+    put("NewSnapshot", object(json!({}), json!({ "label": or_null(plain(128, false)) })));
 
     put(
         "Env",
@@ -250,7 +273,8 @@ pub(super) fn schemas() -> Value {
         ),
     );
     put("EnvList", list("Env"));
-    put("EnvValue", object(json!({ "value": bounded(0, 32768) }), json!({})));
+    let value = json!({ "type": "string", "pattern": r"^[^\u0000]*$", "maxLength": 32768 });
+    put("EnvValue", object(json!({ "value": value }), json!({})));
 
     let agent_status = words(&["provisioning", "running", "idle"]);
     put(
@@ -269,7 +293,7 @@ pub(super) fn schemas() -> Value {
     let mut optional = resources;
     optional["branch"] = or_null(word(255));
     optional["harness"] = or_null(word(64));
-    optional["agent_args"] = or_null(bounded(0, 4096));
+    optional["agent_args"] = or_null(plain(4096, false));
     optional["public_key"] = or_null(text());
     put(
         "NewAgent",
@@ -294,7 +318,7 @@ pub(super) fn schemas() -> Value {
                 "email": { "type": "string", "format": "email", "maxLength": 254 },
                 "password": { "type": "string", "minLength": 8, "maxLength": 1024, "writeOnly": true },
             }),
-            json!({}),
+            json!({ "invitation": or_null(text()) }),
         ),
     );
     put(
@@ -303,6 +327,12 @@ pub(super) fn schemas() -> Value {
             json!({ "email": text(), "password": { "type": "string", "maxLength": 1024, "writeOnly": true } }),
             json!({ "name": or_null(visible(64)) }),
         ),
+    );
+    let secret =
+        |min: u32| json!({ "type": "string", "minLength": min, "maxLength": 1024, "writeOnly": true });
+    put(
+        "PasswordChange",
+        object(json!({ "current_password": secret(0), "new_password": secret(8) }), json!({})),
     );
     let issued = json!({ "id": id("key_"), "name": text(), "token": text(), "created_at": time() });
     put("IssuedKey", object(issued, json!({})));

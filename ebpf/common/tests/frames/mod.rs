@@ -57,7 +57,7 @@ impl Setup {
             Self::V4Only => 0,
             _ => VM_IPV6,
         };
-        Vm { slot: 0, policy, flags, mac: MAC, pad: [0; 2], v4: v4(OWN), v6: v6(OWN_V6) }
+        Vm { slot: 0, policy, rules: policy, flags, mac: MAC, pad: [0; 2], v4: v4(OWN), v6: v6(OWN_V6) }
     }
 }
 
@@ -94,7 +94,7 @@ impl Tables for Book {
         let (network, length) = if v6 { GUESTS_V6 } else { GUESTS };
         within(address, network, length)
     }
-    fn has_rule(&self, _policy: u32, v6: bool, address: &[u8; 16]) -> bool {
+    fn has_rule(&self, _rules: u32, v6: bool, address: &[u8; 16]) -> bool {
         self.0.rules().iter().any(|rule| {
             let (network, length) = rule.split_once('/').unwrap();
             network.contains(':') == v6 && within(address, network, length.parse().unwrap())

@@ -76,6 +76,15 @@ impl Drop for World {
     }
 }
 
+/// Waits until the condition holds: frames are on their way for a while after they were sent.
+pub fn eventually(what: &str, condition: impl Fn() -> bool) {
+    let until = std::time::Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(std::time::Instant::now() < until, "{what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 /// Runs a test inside a new world, on threads of the host's namespace.
 pub fn in_world<F: Future<Output = ()>>(test: impl FnOnce(Arc<World>) -> F + Send) {
     in_world_of(None, test);

@@ -1,0 +1,230 @@
+//! The pages behind links, as a browser without script sees them, and the mails that lead there.
+#![allow(missing_docs, clippy::unwrap_used, reason = "tests")]
+
+mod common;
+
+use axum::body::Body;
+use axum::http::{Request, header};
+use common::{Answer, TestApp, no_limits};
+use serde_json::json;
+use std::path::Path;
+use tapgate::Settings;
+use tapgate::http::Rate;
+use tapgate::mail::Via;
+
+/// A browser: keeps one cookie and the hidden fields of the last page.
+struct Browser<'a> {
+    app: &'a TestApp,
+    cookie: String,
+    hidden: Vec<(String, String)>,
+}
+
+impl<'a> Browser<'a> {
+    fn new(app: &'a TestApp) -> Self {
+        Self { app, cookie: String::new(), hidden: Vec::new() }
+    }
+
+    async fn send(&mut self, request: axum::http::request::Builder, body: Body) -> Answer {
+        let answer = self.app.send(request.header(header::COOKIE, &self.cookie).body(body).unwrap()).await;
+        if let Some(set) = answer.headers.get(header::SET_COOKIE) {
+            let set = set.to_str().unwrap();
+            assert!(set.contains("HttpOnly") && set.contains("SameSite=Strict"), "{set}");
+            self.cookie = set.split(';').next().unwrap().to_owned();
+        }
+        assert_eq!(answer.headers["x-frame-options"], "DENY");
+        let page = answer.body.as_str().unwrap_or_default();
+        assert!(!page.contains("<script"));
+        let inputs = page.split("<input type=hidden name=").skip(1);
+        self.hidden = inputs
+            .map(|input| {
+                let (name, rest) = input.split_once(" value=\"").unwrap();
+                (name.to_owned(), rest.split('"').next().unwrap().to_owned())
+            })
+            .collect();
+        answer
+    }
+
+    async fn open(&mut self, path: &str) -> Answer {
+        self.send(Request::get(path), Body::empty()).await
+    }
+
+    async fn submit(&mut self, path: &str, fields: &[(&str, &str)]) -> Answer {
+        let hidden = self.hidden.iter().map(|(name, value)| (name.as_str(), value.as_str()));
+        let body = url::form_urlencoded::Serializer::new(String::new())
+            .extend_pairs(hidden.chain(fields.iter().copied()))
+            .finish();
+        let request = Request::post(path).header(header::CONTENT_TYPE, "application/x-www-form-urlencoded");
+        self.send(request, Body::from(body)).await
+    }
+}
+
+fn settings(folder: &Path) -> Settings {
+    Settings {
+        mail: Via::Spool(folder.join("mail")),
+        mail_from: "tapgate@example.com".into(),
+        public_url: "https://tapgate.example.com".into(),
+        rates: no_limits(),
+        ..Settings::default()
+    }
+}
+
+/// The newest mail in the spool that has this subject, once it is there.
+async fn mail(folder: &Path, subject: &str) -> String {
+    for _ in 0..500 {
+        let entries = std::fs::read_dir(folder.join("mail")).into_iter().flatten().flatten();
+        let mut paths: Vec<_> =
+            entries.map(|entry| entry.path()).filter(|p| p.extension().is_some()).collect();
+        paths.sort();
+        let texts = paths.iter().rev().map(|path| std::fs::read_to_string(path).unwrap());
+        if let Some(text) = texts.into_iter().find(|text| text.contains(subject)) {
+            return text;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    panic!("no mail about {subject}");
+}
+
+/// The link of a mail, lines joined again, without the host.
+fn link(mail: &str) -> String {
+    let text = mail.replace("=\r\n", "").replace("=3D", "=");
+    let start = text.find("https://tapgate.example.com/").unwrap() + "https://tapgate.example.com".len();
+    text[start..].split_whitespace().next().unwrap().to_owned()
+}
+
+#[tokio::test]
+async fn an_address_is_confirmed_by_the_link_and_a_click() {
+    let folder = tempfile::tempdir().unwrap();
+    let app = TestApp::with(settings(folder.path()));
+    let key = app.user("alice@example.com").await;
+    let text = mail(folder.path(), "Confirm your address").await;
+    assert!(text.contains("To: alice@example.com") && text.contains("From: tapgate@example.com"), "{text}");
+    let user = app.store.authenticate(&key).await.unwrap().unwrap().user;
+    let mut browser = Browser::new(&app);
+    browser.open(&link(&text)).await.is(200);
+    assert!(!app.store.user(&user).await.unwrap().email_verified, "looking is not confirming");
+    browser.submit("/verify", &[]).await.is(200);
+    assert!(app.store.user(&user).await.unwrap().email_verified);
+    browser.open("/verify?ticket=%22%3E%3Cb%3E").await.is(200);
+    browser.submit("/verify", &[]).await.is(404);
+}
+
+#[tokio::test]
+async fn a_device_code_is_confirmed_in_two_steps() {
+    let app = TestApp::new();
+    app.user("alice@example.com").await;
+    let asked = app.call("", "POST", "/v1/auth/device/code", None).await.is(200);
+    let code = asked["data"]["code"].as_str().unwrap().to_owned();
+    let mut browser = Browser::new(&app);
+    browser.open("/activate").await.is(200);
+    let right = [("code", code.as_str()), ("email", "alice@example.com"), ("password", "s3cureP@ssword")];
+    let kept = browser.hidden.clone();
+    for (place, wrong, status) in [(1, "bob@example.com", 401), (2, "wrong", 401), (0, "ZZZZ-0000", 404)] {
+        let mut fields = right;
+        fields[place].1 = wrong;
+        browser.hidden = kept.clone();
+        browser.submit("/activate", &fields).await.is(status);
+    }
+    // Another site's form: the cookie comes along, the ticket does not, or is another visitor's.
+    browser.hidden.clear();
+    browser.submit("/activate", &right).await.is(403);
+    let mut other = Browser::new(&app);
+    other.open("/activate").await.is(200);
+    browser.hidden = other.hidden.clone();
+    browser.submit("/activate", &right).await.is(403);
+
+    browser.hidden = kept;
+    let page = browser.submit("/activate", &right).await.is(200);
+    assert!(page.as_str().unwrap().contains("unknown"), "says who asks: {page}");
+    let poll = format!("/v1/auth/device/poll?code={code}");
+    assert_eq!(app.get("", &poll).await.is(200)["data"]["status"], "pending");
+    browser.submit("/activate/confirm", &[]).await.is(200);
+    assert_eq!(app.get("", &poll).await.is(200)["data"]["status"], "authorized");
+    browser.open("/activate").await.is(200);
+    browser.submit("/activate/confirm", &[("ticket", "x")]).await.is(404);
+}
+
+#[tokio::test]
+async fn guesses_of_codes_and_passwords_are_few() {
+    let mut rates = no_limits();
+    rates.password = Rate { burst: 3, per_minute: 1 };
+    let app = TestApp::with(Settings { rates, ..Settings::default() });
+    app.user("alice@example.com").await;
+    let mut browser = Browser::new(&app);
+    browser.open("/activate").await.is(200);
+    let kept = browser.hidden.clone();
+    let guess = [("code", "ABCD-1234"), ("email", "alice@example.com"), ("password", "guess-guess")];
+    for status in [401, 401, 429] {
+        browser.hidden = kept.clone();
+        browser.submit("/activate", &guess).await.is(status);
+    }
+}
+
+#[tokio::test]
+async fn a_forgotten_password_is_replaced_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let app = TestApp::with(settings(folder.path()));
+    let key = app.user("alice@example.com").await;
+    let mut browser = Browser::new(&app);
+    browser.open("/reset").await.is(200);
+    let kept = browser.hidden.clone();
+    let known = browser.submit("/reset", &[("email", "Alice@example.com")]).await;
+    browser.hidden = kept;
+    let unknown = browser.submit("/reset", &[("email", "nobody@example.com")]).await;
+    assert_eq!((known.status, known.body), (unknown.status, unknown.body));
+    let link = link(&mail(folder.path(), "A new password").await);
+    browser.open(&link).await.is(200);
+    let kept = browser.hidden.clone();
+    browser.submit("/reset/choose", &[("password", "short")]).await.is(422);
+    browser.hidden = kept.clone();
+    browser.submit("/reset/choose", &[("password", "an0ther password")]).await.is(200);
+    browser.hidden = kept;
+    browser.submit("/reset/choose", &[("password", "a third password")]).await.is(404);
+    let login = async |password: &str| {
+        app.post("", "/v1/auth/login", json!({ "email": "alice@example.com", "password": password })).await
+    };
+    login("an0ther password").await.is(201);
+    login("s3cureP@ssword").await.is(401);
+
+    let change = async |current: &str, new: &str| {
+        let body = json!({ "current_password": current, "new_password": new });
+        app.call(&key, "PUT", "/v1/auth/password", Some(body)).await
+    };
+    assert_eq!(change("wrong", "yet an0ther").await.error(422), "validation_error");
+    change("an0ther password", "yet an0ther").await.is(204);
+    login("yet an0ther").await.is(201);
+}
+
+/// A real mail server from PyPI: `pip install aiosmtpd`. `TAPGATE_AIOSMTPD` names another program.
+#[tokio::test]
+async fn mails_go_out_by_smtp() {
+    let program = std::env::var("TAPGATE_AIOSMTPD").unwrap_or_else(|_| "aiosmtpd".into());
+    if std::process::Command::new(&program).arg("--version").output().is_err() {
+        eprintln!("SKIPPED: {program} is not installed; pip install aiosmtpd");
+        return;
+    }
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let mut server = std::process::Command::new(program)
+        .args(["-n", "-l", &format!("127.0.0.1:{port}"), "-c", "aiosmtpd.handlers.Debugging", "stdout"])
+        .env("PYTHONUNBUFFERED", "1")
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    while tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_err() {
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    let app = TestApp::with(Settings {
+        mail: Via::Smtp(format!("smtp://127.0.0.1:{port}")),
+        mail_from: "tapgate@example.com".into(),
+        ..Settings::default()
+    });
+    app.user("alice@example.com").await;
+    let out = std::io::BufReader::new(server.stdout.take().unwrap());
+    let heard = tokio::task::spawn_blocking(move || {
+        std::io::BufRead::lines(out)
+            .map_while(Result::ok)
+            .any(|line| line.contains("Subject: Confirm your address"))
+    });
+    assert!(heard.await.unwrap());
+    server.kill().unwrap();
+    server.wait().unwrap();
+}
