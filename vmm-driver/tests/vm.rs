@@ -24,7 +24,6 @@ fn real_vm_a_guest_is_what_its_seed_says_and_lives_through_a_reboot() {
         let ask = |command: &str| world.ask(datapath.egress(), spec.net, command);
 
         assert_eq!(ask("hostname"), "guest-one");
-        eprintln!("{}", ask());
         assert_eq!(ask("printenv TOKEN"), "IRONSH_PROXY_token");
         assert_eq!(ask("printenv NASTY"), NASTY);
         assert_eq!(ask("printenv MANY"), LINES, "several lines, in a command over SSH");

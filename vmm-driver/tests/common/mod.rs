@@ -170,7 +170,15 @@ pub struct Reap(pub i32);
 
 impl Drop for Reap {
     fn drop(&mut self) {
-        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.0), nix::sys::signal::Signal::SIGKILL);
+        let membership = std::fs::read_to_string(format!("/proc/{}/cgroup", self.0)).unwrap_or_default();
+        let pid = nix::unistd::Pid::from_raw(self.0);
+        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+        let _ = nix::sys::wait::waitpid(pid, None);
+        // With the test its supervisor goes, which would have removed the group.
+        let group = membership.lines().find_map(|line| line.strip_prefix("0::/tapgate/vm_"));
+        if let (Some(root), Some(name)) = (tapgate_vmm::cgroup::Cgroup::root(), group) {
+            let _ = std::fs::remove_dir(root.join(format!("tapgate/vm_{name}")));
+        }
     }
 }
 
