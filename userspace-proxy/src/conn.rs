@@ -7,11 +7,7 @@ use crate::{
     decide::{self, Decision, Route},
     deny::{self, Denial},
     dial::DialError,
-    http::{
-        request::HttpConn,
-        serve::serve,
-        upstream::{Key, Upstream},
-    },
+    http::{request::HttpConn, serve::serve},
     intercept::leaf::Alpn,
     io::{Prefixed, farewell},
     peek::{self, First, tls::Hello},
@@ -27,8 +23,7 @@ use std::{
     time::{Duration, Instant},
 };
 use tapgate_model::{HostName, Protocol, Reason, Verdict, VmPolicy};
-use tokio::{io::AsyncWriteExt as _, net::TcpStream, time::timeout};
-use tokio_rustls::TlsAcceptor;
+use tokio::{io::AsyncWriteExt as _, net::TcpStream};
 use tokio_util::sync::CancellationToken;
 
 /// Ports on which TLS without ALPN is some other protocol than HTTP: mail, directory, DNS, chat, messaging.
@@ -45,13 +40,16 @@ pub struct Accepted {
     pub destination: SocketAddr,
 }
 
-struct Conn {
-    shared: Arc<Shared>,
-    entry: Arc<VmEntry>,
-    policy: Arc<VmPolicy>,
-    stream: TcpStream,
-    to: SocketAddr,
-    started: Instant,
+/// A connection being handled.
+pub(crate) struct Conn {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) entry: Arc<VmEntry>,
+    /// The policy that it was judged by.
+    pub(crate) policy: Arc<VmPolicy>,
+    pub(crate) stream: TcpStream,
+    /// What the guest connected to.
+    pub(crate) to: SocketAddr,
+    pub(crate) started: Instant,
 }
 
 /// Handles a connection to its end.
@@ -70,7 +68,7 @@ pub(crate) async fn handle(shared: Arc<Shared>, accepted: Accepted) {
         let _record = conn.record(Protocol::Tcp, Verdict::Deny { reason: Reason::Limit }, None);
         return reset(&conn.stream);
     }
-    let _ = conn.stream.set_nodelay(true);
+    crate::io::tune(&conn.stream);
     let timeouts = conn.shared.config.timeouts;
     // A short wait is for servers that speak first, where that may happen at all. Where a client speaks first, a slow
     // one has as long for its first byte as for the rest; where nothing will come of silence, not quite as long.
@@ -92,7 +90,7 @@ fn reset(stream: &TcpStream) {
 }
 
 impl Conn {
-    fn record(&self, protocol: Protocol, verdict: Verdict, host: Option<&HostName>) -> Record {
+    pub(crate) fn record(&self, protocol: Protocol, verdict: Verdict, host: Option<&HostName>) -> Record {
         let mut record = Record::begin(&self.shared.sink, &self.policy, protocol, verdict, self.started);
         record.destination(host, self.to.ip(), self.to.port());
         record
@@ -143,7 +141,7 @@ impl Conn {
         farewell(&mut self.stream, &[head.as_bytes(), response.body()].concat()).await;
     }
 
-    async fn refuse_tls(mut self, record: Record, reason: Reason, raw: Bytes) {
+    pub(crate) async fn refuse_tls(mut self, record: Record, reason: Reason, raw: Bytes) {
         record.counters.out.fetch_add(raw.len() as u64, Ordering::Relaxed);
         farewell(&mut self.stream, deny::alert_for(reason)).await;
         drop(record);
@@ -166,7 +164,7 @@ impl Conn {
         let http = hello.http && (hello.alpn_offered || !NOT_HTTP.contains(&self.to.port()));
         match &hello.name {
             Some(Ok(name)) if http && self.opens(&decision, name).await => {
-                self.open(name.clone(), decision.route, hello.http2, raw).await;
+                self.open(name.clone(), decision, &hello, raw).await;
             }
             Some(Ok(name)) if http && matches!(decision.route, Route::Name(_)) => {
                 let decision = Decision { subject: Subject::Spliced(name.clone()), ..decision };
@@ -183,53 +181,6 @@ impl Conn {
             Route::Name(_) => could,
             Route::Address => could && self.shared.connector.dialer.leads_to(name, self.to.ip()).await,
         }
-    }
-
-    /// Opens TLS: as the name towards the guest, verified for the name towards the upstream.
-    async fn open(self, name: HostName, route: Route, offers_http2: bool, raw: Bytes) {
-        let subject = match route {
-            Route::Name(_) => Subject::Opened(name.clone()),
-            Route::Address => Subject::Address(self.to.ip()),
-        };
-        let ticket = self.entry.enter(subject);
-        let upstream = if offers_http2 { self.first_upstream(&name, route).await } else { None };
-        let alpn = upstream.as_ref().map_or(Alpn::Http1, Upstream::alpn);
-        let patience = self.shared.config.timeouts.hello;
-        let accepted = match self.shared.leaves.config(&self.entry.ca, &name, alpn) {
-            Ok(config) => {
-                let record =
-                    self.record(Protocol::Tls, Verdict::Deny { reason: Reason::Untrusted }, Some(&name));
-                let stream = Prefixed::new(raw, self.stream).counted(record.counters.clone());
-                timeout(patience, TlsAcceptor::from(config).accept(stream)).await.map(|done| (done, record))
-            }
-            Err(error) => {
-                tracing::error!(%error, %name, "no certificate could be made");
-                let record = self.record(Protocol::Tls, Verdict::Deny { reason: Reason::Fault }, Some(&name));
-                return self.refuse_tls(record, Reason::Fault, raw).await;
-            }
-        };
-        // The record is handed over where the handshake fails; where it succeeds, each request has its own.
-        let Ok((Ok(stream), record)) = accepted else { return };
-        record.discard();
-        let offer = if offers_http2 { Alpn::Http2 } else { Alpn::Http1 };
-        let conn = HttpConn::new(self.shared, self.entry, self.to, Some(name), alpn, offer);
-        if let Some(upstream) = upstream {
-            conn.park(upstream);
-        }
-        serve(conn, stream, ticket.revoked.clone()).await;
-    }
-
-    /// What HTTP the upstream speaks is known only from the upstream.
-    async fn first_upstream(&self, name: &HostName, route: Route) -> Option<Upstream> {
-        let key = Key::new(Some(name.clone()), route, self.to, Alpn::Http2);
-        let pooled = self.shared.pool.take(&self.policy.vm, &key);
-        let dialer = &self.shared.connector.dialer;
-        if let Some(upstream) = pooled.filter(|up| dialer.admits(&self.policy, up.address.ip()).is_ok()) {
-            return Some(upstream);
-        }
-        // A failure is told to the guest as the answer to its first request.
-        let connected = self.shared.connector.connect(&self.policy, key).await;
-        connected.inspect_err(|error| tracing::debug!(%name, %error, "no upstream yet")).ok()
     }
 
     /// Passes the bytes through as they are.

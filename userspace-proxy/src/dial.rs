@@ -129,7 +129,7 @@ impl Dialer {
     async fn connect(&self, policy: &VmPolicy, to: SocketAddr) -> Result<(TcpStream, SocketAddr), DialError> {
         self.admits(policy, to.ip()).map_err(DialError::Refused)?;
         let stream = TcpStream::connect(to).await.map_err(DialError::Unreachable)?;
-        let _ = stream.set_nodelay(true);
+        crate::io::tune(&stream);
         Ok((stream, to))
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::{audit::Counters, table::VmEntry, throttle::Pause};
 use bytes::{Buf as _, Bytes};
+use socket2::{SockRef, TcpKeepalive};
 use std::{
     io::{self, IoSlice},
     pin::Pin,
@@ -9,7 +10,10 @@ use std::{
     task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf},
+    net::TcpStream,
+};
 
 /// A stream whose first bytes were read already and are read again; what passes is counted.
 pub(crate) struct Prefixed<S> {
@@ -98,6 +102,14 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Prefixed<S> {
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.inner).poll_shutdown(cx)
     }
+}
+
+/// Sends small writes at once, and finds out about a peer that is gone.
+pub(crate) fn tune(stream: &TcpStream) {
+    let _ = stream.set_nodelay(true);
+    let keepalive =
+        TcpKeepalive::new().with_time(Duration::from_secs(120)).with_interval(Duration::from_secs(30));
+    let _ = SockRef::from(stream).set_tcp_keepalive(&keepalive);
 }
 
 /// Says a last word and closes so that the other side can read it: unread input would turn the close into a reset.

@@ -295,3 +295,64 @@ fn a_guest_that_does_not_trust_its_ca_leaves_one_event() {
         assert!(w.log.seen().is_empty());
     });
 }
+
+#[test]
+fn sessions_are_resumed_and_only_for_their_own_name() {
+    world(|mut w| async move {
+        start(&mut w).await;
+        w.rules(Mode::Enforce, &["*"], &[("token", VALUE, &["*"])]);
+        let connector = tokio_rustls::TlsConnector::from(w.client(&["http/1.1"]));
+        let mut kinds = Vec::new();
+        for (to, name) in [(SERVER, "api.example"), (SERVER, "api.example"), (OTHER, "other.example")] {
+            let stream = w.connect((to, 443)).await;
+            let mut stream = connector.connect(name.try_into().unwrap(), stream).await.unwrap();
+            tokio::io::AsyncWriteExt::write_all(&mut stream, get(name, "/", "").as_bytes()).await.unwrap();
+            let mut answer = Vec::new();
+            let _ = tokio::io::AsyncReadExt::read_to_end(&mut stream, &mut answer).await;
+            assert!(answer.starts_with(b"HTTP/1.1 200"));
+            kinds.push(stream.get_ref().1.handshake_kind().unwrap());
+        }
+        use rustls::HandshakeKind::{Full, Resumed};
+        assert_eq!(kinds, [Full, Resumed, Full]);
+    });
+}
+
+#[test]
+fn certificates_stand_a_hard_look() {
+    world(|mut w| async move {
+        start(&mut w).await;
+        let stream = w.tls((SERVER, 443), "api.example", &[]).await.unwrap();
+        let chain = stream.get_ref().1.peer_certificates().unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name).display().to_string();
+        std::fs::write(path("leaf.der"), &chain[0]).unwrap();
+        std::fs::write(path("ca.pem"), w.vm_ca.cert_pem()).unwrap();
+        let openssl = |arguments: String| {
+            let done = std::process::Command::new("sh")
+                .args(["-c", &format!("openssl {arguments}")])
+                .output()
+                .unwrap();
+            String::from_utf8(done.stdout).unwrap() + &String::from_utf8(done.stderr).unwrap()
+        };
+        openssl(format!("x509 -inform der -in {} -out {}", path("leaf.der"), path("leaf.pem")));
+        let verified = openssl(format!(
+            "verify -x509_strict -purpose sslserver -verify_hostname api.example -CAfile {} {}",
+            path("ca.pem"),
+            path("leaf.pem")
+        ));
+        assert!(verified.ends_with(": OK\n"), "{verified}");
+        let text = openssl(format!("x509 -noout -text -in {}", path("leaf.pem")));
+        for part in [
+            "DNS:api.example",
+            "TLS Web Server Authentication",
+            "Digital Signature",
+            "Authority Key Identifier",
+        ] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        assert!(!text.contains("CA:TRUE"));
+        // Past the end of its life of days it is worth nothing.
+        let ends = openssl(format!("x509 -noout -checkend {} -in {}", 8 * 24 * 3600, path("leaf.pem")));
+        assert!(ends.contains("will expire"), "{ends}");
+    });
+}

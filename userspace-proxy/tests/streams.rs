@@ -181,3 +181,33 @@ fn a_vm_at_its_limit_is_refused_and_others_are_not() {
         assert!(w.http((SERVER, 80), request).await.starts_with("HTTP/1.1 200"));
     });
 }
+
+#[test]
+fn what_is_not_http_inside_opened_tls_is_passed_on_verified() {
+    world(|mut w| async move {
+        start(&mut w).await;
+        let tls = w.ca.server(&["api.example"], &[]);
+        let listener = TcpListener::bind((SERVER, 7000)).await.unwrap();
+        tokio::spawn(async move {
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                let mut stream = tokio_rustls::TlsAcceptor::from(tls.clone()).accept(stream).await.unwrap();
+                // The server speaks first.
+                stream.write_all(b"+OK ready\r\n").await.unwrap();
+                let _ = until(&mut stream, "\r\n").await;
+                stream.write_all(b"+OK bye\r\n").await.unwrap();
+                stream.shutdown().await.unwrap();
+            }
+        });
+        let mut stream = w.tls((SERVER, 7000), "api.example", &[]).await.unwrap();
+        assert!(w.is_opened(&stream));
+        assert_eq!(until(&mut stream, "\r\n").await, "+OK ready\r\n");
+        assert_eq!(support::talk(stream, "USER x\r\n").await, "+OK bye\r\n");
+        let event = w.event().await;
+        assert_eq!((event.protocol, event.verdict.reason()), (tapgate_model::Protocol::Tls, Reason::Host));
+        assert_eq!((event.bytes_out, event.bytes_in), (8, 20));
+        // Opened, and nothing asked: one event as well.
+        drop(w.tls((SERVER, 7000), "api.example", &["http/1.1"]).await.unwrap());
+        assert_eq!(w.event().await.protocol, tapgate_model::Protocol::Tls);
+    });
+}

@@ -8,4 +8,5 @@ pub(crate) mod pool;
 pub(crate) mod request;
 pub(crate) mod response;
 pub(crate) mod serve;
+pub(crate) mod target;
 pub(crate) mod upstream;

@@ -9,6 +9,7 @@ use super::{
     guard::Refusal,
     headers::strip_hop_by_hop,
     response,
+    target::{Refused, address, name_in, repeatable, take_upgrade, who},
     upstream::{Key, Sender, Upstream, UpstreamError},
 };
 use crate::{
@@ -23,11 +24,8 @@ use crate::{
     },
     table::VmEntry,
 };
-use http::{
-    HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header, request::Parts, uri,
-};
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header, request::Parts};
 use http_body_util::BodyExt as _;
-use hyper::upgrade::OnUpgrade;
 use std::{
     net::SocketAddr,
     sync::{
@@ -50,21 +48,10 @@ pub(crate) struct HttpConn {
     pub(crate) alpn: Alpn,
     /// The best that upstreams are offered.
     offer: Alpn,
+    started: Instant,
     refusal: Option<Refusal>,
     requests: AtomicU64,
     parked: Mutex<Option<Upstream>>,
-}
-
-/// Why a request is refused before anything is sent.
-struct Refused {
-    reason: Reason,
-    detail: Option<&'static str>,
-}
-
-impl From<Reason> for Refused {
-    fn from(reason: Reason) -> Self {
-        Self { reason, detail: None }
-    }
 }
 
 /// A request that passed.
@@ -92,6 +79,7 @@ impl HttpConn {
             tls,
             alpn,
             offer,
+            started: Instant::now(),
             refusal: None,
             requests: AtomicU64::new(0),
             parked: Mutex::default(),
@@ -387,113 +375,18 @@ impl HttpConn {
 
 impl Drop for HttpConn {
     fn drop(&mut self) {
+        if let (Some(name), 0) = (&self.tls, *self.requests.get_mut()) {
+            // Opened, and nothing asked: that it was tried is said all the same.
+            let policy = self.entry.policy.load();
+            let verdict = decide::named(&self.shared.table, &policy, name, self.to).verdict;
+            let mut record = Record::begin(&self.shared.sink, &policy, Protocol::Tls, verdict, self.started);
+            record.destination(Some(name), self.to.ip(), self.to.port());
+        }
         let upstream = self.parked.get_mut().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(upstream) = upstream {
             let vm = self.entry.policy.load().vm.clone();
             self.shared.pool.give(&vm, upstream);
         }
-    }
-}
-
-/// Who a request says it is for: `Host`, `:authority` and an absolute target must be one.
-fn who(parts: &Parts, tls: bool, port: u16) -> Result<Option<Authority>, Refused> {
-    if parts.method == Method::CONNECT {
-        return Err(Reason::Tunnel.into());
-    }
-    let bad = |detail| Refused { reason: Reason::BadRequest, detail: Some(detail) };
-    if parts
-        .uri
-        .scheme()
-        .is_some_and(|scheme| *scheme != if tls { uri::Scheme::HTTPS } else { uri::Scheme::HTTP })
-    {
-        return Err(bad("the scheme of the request is not that of the connection"));
-    }
-    let mut hosts = parts.headers.get_all(header::HOST).iter();
-    let host = hosts.next().map(|host| Authority::parse(host.as_bytes())).transpose()?;
-    if hosts.next().is_some() {
-        return Err(bad("more than one Host field"));
-    }
-    let target = parts.uri.authority().map(|authority| Authority::parse(authority.as_str().as_bytes()));
-    let target = target.transpose()?;
-    let default_port = if tls { 443 } else { 80 };
-    if let (Some(a), Some(b)) = (&host, &target)
-        && (!a.same_host(b) || a.port.unwrap_or(default_port) != b.port.unwrap_or(default_port))
-    {
-        return Err(Reason::NameMismatch.into());
-    }
-    let who = target.or(host);
-    if who.as_ref().is_some_and(|who| who.port.is_some_and(|written| written != port)) {
-        return Err(Refused {
-            reason: Reason::NameMismatch,
-            detail: Some("the port in Host is not the port of the connection"),
-        });
-    }
-    Ok(who)
-}
-
-/// The name for the audit of a request that was refused for its form.
-fn name_in(parts: &Parts) -> Option<HostName> {
-    let host = parts.headers.get(header::HOST).map(HeaderValue::as_bytes);
-    let host = host.or(parts.uri.authority().map(|authority| authority.as_str().as_bytes()))?;
-    match Authority::parse(host).ok()?.host {
-        Named::Name(name) => Some(name),
-        Named::Address(_) => None,
-    }
-}
-
-/// The guest's side of an upgrade, if it asks for one that the guard let through.
-fn take_upgrade(parts: &mut Parts) -> Option<OnUpgrade> {
-    let on = parts.extensions.remove::<OnUpgrade>();
-    let asks = parts.headers.get(header::UPGRADE)?.as_bytes().eq_ignore_ascii_case(b"websocket");
-    on.filter(|_| asks && parts.version == Version::HTTP_11)
-}
-
-/// A copy to send again, of a request that does the same twice as once (RFC 9110 §9.2.2) and has no body.
-fn repeatable(request: &Request<Body>) -> Option<Request<Body>> {
-    (request.method().is_idempotent() && http_body::Body::is_end_stream(request.body())).then(|| {
-        let mut copy = Request::new(body::full(bytes::Bytes::new()));
-        *copy.method_mut() = request.method().clone();
-        *copy.uri_mut() = request.uri().clone();
-        *copy.headers_mut() = request.headers().clone();
-        copy
-    })
-}
-
-/// Addresses a request in the way of the connection it goes out on; it may have been addressed for another before.
-fn address(request: &mut Request<Body>, sender: &Sender, tls: bool) {
-    let mut uri = uri::Parts::default();
-    let path = request.uri().path_and_query().cloned();
-    uri.path_and_query = Some(path.unwrap_or_else(|| uri::PathAndQuery::from_static("/")));
-    let host = request.headers_mut().remove(header::HOST);
-    let host = host.and_then(|host| uri::Authority::try_from(host.as_bytes()).ok());
-    let host = host.or_else(|| request.uri().authority().cloned());
-    match sender {
-        Sender::Http1(_) => {
-            *request.version_mut() = Version::HTTP_11;
-            if let Some(Ok(host)) = host.map(|host| HeaderValue::from_str(host.as_str())) {
-                request.headers_mut().insert(header::HOST, host);
-            }
-            join_cookies(request.headers_mut());
-        }
-        Sender::Http2(_) => {
-            *request.version_mut() = Version::HTTP_2;
-            uri.scheme = host.as_ref().map(|_| if tls { uri::Scheme::HTTPS } else { uri::Scheme::HTTP });
-            uri.authority = host;
-        }
-    }
-    if let Ok(uri) = Uri::from_parts(uri) {
-        *request.uri_mut() = uri;
-    }
-}
-
-/// HTTP/2 may send `Cookie` in pieces; HTTP/1 may not (RFC 9113 §8.2.3).
-fn join_cookies(headers: &mut HeaderMap) {
-    let pieces: Vec<&[u8]> = headers.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes).collect();
-    if pieces.len() > 1
-        && let Ok(mut joined) = HeaderValue::from_bytes(&pieces.join(&b"; "[..]))
-    {
-        joined.set_sensitive(true);
-        headers.insert(header::COOKIE, joined);
     }
 }
 

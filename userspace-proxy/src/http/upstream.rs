@@ -134,6 +134,7 @@ pub(crate) struct Connector {
     pub(crate) dialer: Dialer,
     http1: Arc<ClientConfig>,
     http2: Arc<ClientConfig>,
+    other: Arc<ClientConfig>,
     patience: Duration,
 }
 
@@ -169,20 +170,22 @@ impl Connector {
             dialer,
             http1: config(&[Alpn::Http1])?,
             http2: config(&[Alpn::Http2, Alpn::Http1])?,
+            other: config(&[])?,
             patience,
         })
     }
 
-    /// TLS to the upstream, verified for the name.
+    /// TLS to the upstream, verified for the name. Without an offer, nothing is said of a protocol.
     pub(crate) async fn tls(
         &self,
         stream: TcpStream,
         name: &HostName,
-        offer: Alpn,
+        offer: Option<Alpn>,
     ) -> Result<TlsStream<TcpStream>, UpstreamError> {
         let config = match offer {
-            Alpn::Http1 => &self.http1,
-            Alpn::Http2 => &self.http2,
+            Some(Alpn::Http1) => &self.http1,
+            Some(Alpn::Http2) => &self.http2,
+            None => &self.other,
         };
         let name = ServerName::try_from(name.as_str().to_owned());
         let name = name.map_err(|error| UpstreamError::Tls(io::Error::other(error)))?;
@@ -199,7 +202,7 @@ impl Connector {
         let sender = match &key.tls {
             None => begin(stream, key.offer).await?,
             Some(name) => {
-                let stream = self.tls(stream, name, key.offer).await?;
+                let stream = self.tls(stream, name, Some(key.offer)).await?;
                 let http2 = stream.get_ref().1.alpn_protocol() == Some(Alpn::Http2.word());
                 begin(stream, if http2 { Alpn::Http2 } else { Alpn::Http1 }).await?
             }

@@ -3,3 +3,4 @@
 
 pub(crate) mod ca;
 pub(crate) mod leaf;
+pub(crate) mod open;
