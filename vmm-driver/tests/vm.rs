@@ -201,49 +201,89 @@ fn real_vm_a_vmm_has_no_rights_and_its_end_is_told_apart() {
 /// The process that is killed after it booted a VM: this test binary again.
 const LAUNCHER: &str = "TAPGATE_TEST_LAUNCH_IN";
 
+/// A VM whose daemon was killed: booted by another process, which is dead now.
+async fn left_behind(world: &World, test: &str) -> (VmSpec, tapgate_vmm::Handle) {
+    let state = world.dir.path().join("state.json");
+    let mut launcher = std::process::Command::new(std::env::current_exe().unwrap());
+    launcher.args(["--exact", test, "--nocapture"]).env(LAUNCHER, world.dir.path());
+    let text = format!("{}\n{}", world.instance, world.key.display());
+    std::fs::write(world.dir.path().join("world"), text).unwrap();
+    let mut launcher = launcher.spawn().unwrap();
+    while !state.exists() {
+        assert!(launcher.try_wait().unwrap().is_none(), "the launcher ended");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    launcher.kill().unwrap();
+    launcher.wait().unwrap();
+    let (id, handle): (VmId, tapgate_vmm::Handle) =
+        serde_json::from_slice(&std::fs::read(&state).unwrap()).unwrap();
+    (world.spec(&id, 3, Vec::new()), handle)
+}
+
 #[test]
-fn real_vm_a_vm_outlives_its_daemon_and_is_adopted() {
+fn real_vm_outlives_its_daemon_and_is_adopted() {
     if let Some(at) = std::env::var_os(LAUNCHER) {
         return launch_and_wait_for_death(std::path::Path::new(&at));
     }
     World::run(|world| async move {
-        let state = world.dir.path().join("state.json");
-        let me = std::env::current_exe().unwrap();
-        let mut launcher = std::process::Command::new(me);
-        let test = "real_vm_a_vm_outlives_its_daemon_and_is_adopted";
-        launcher.args(["--exact", test, "--nocapture"]).env(LAUNCHER, world.dir.path());
-        let text = format!("{}\n{}", world.instance, world.key.display());
-        std::fs::write(world.dir.path().join("world"), text).unwrap();
-        let mut launcher = launcher.spawn().unwrap();
-        while !state.exists() {
-            assert!(launcher.try_wait().unwrap().is_none(), "the launcher ended");
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-        launcher.kill().unwrap();
-        launcher.wait().unwrap();
-
-        let (id, handle): (VmId, tapgate_vmm::Handle) =
-            serde_json::from_slice(&std::fs::read(&state).unwrap()).unwrap();
+        let (spec, handle) = left_behind(&world, "real_vm_outlives_its_daemon_and_is_adopted").await;
         let _reap = common::Reap(handle.process.pid);
-        let spec = world.spec(&id, 3, Vec::new());
         let datapath = world.datapath().await;
-        let wrong = tapgate_vmm::Handle {
-            process: tapgate_vmm::process::ProcessRef { start_time: 1, ..handle.process.clone() },
-            ..handle.clone()
-        };
-        let gate = datapath.adopt(&id, net(3), &common::policy(&id)).await.unwrap();
         assert_eq!(tapgate_vmm::noted_handle(&spec.dir).as_ref(), Some(&handle));
+        let gate = datapath.adopt(&spec.id, net(3), &common::policy(&spec.id)).await.unwrap();
         let machine = driver().adopt(&spec, &handle, gate).await.unwrap();
         ready(&datapath, &spec, machine.as_ref()).await;
         assert_eq!(world.ask(datapath.egress(), spec.net, "hostname"), "guest-one");
+        assert_eq!(machine.shutdown(PATIENCE).await.unwrap(), Exit::GuestShutdown);
 
-        // Off while nobody watches: the next daemon still learns that the guest did it.
-        drop(machine);
-        world.ssh(datapath.egress(), spec.net, "systemctl poweroff");
         datapath.detach(spec.net).await.unwrap();
-        let gate = common::gate(&datapath, &spec).await;
-        assert!(matches!(driver().adopt(&spec, &wrong, gate).await, Err(VmmError::Gone)), "never a stranger");
+        let mut stranger = handle.clone();
+        stranger.process.pid = std::process::id() as i32;
+        for gone in [&handle, &stranger] {
+            let gate = common::gate(&datapath, &spec).await;
+            assert!(matches!(driver().adopt(&spec, gone, gate).await, Err(VmmError::Gone)), "{gone:?}");
+            driver().discard(&spec, gone).await.unwrap();
+            datapath.detach(spec.net).await.unwrap();
+        }
     });
+}
+
+#[test]
+fn real_vm_that_shut_down_while_nobody_watched_is_known_to_have() {
+    if let Some(at) = std::env::var_os(LAUNCHER) {
+        return launch_and_wait_for_death(std::path::Path::new(&at));
+    }
+    World::run(|world| async move {
+        let test = "real_vm_that_shut_down_while_nobody_watched_is_known_to_have";
+        let (spec, handle) = left_behind(&world, test).await;
+        let _reap = common::Reap(handle.process.pid);
+        let datapath = world.datapath().await;
+        tokio::time::timeout(PATIENCE, tapgate_vmm::ready::ssh(datapath.egress(), &spec.net)).await.unwrap();
+        world.ssh(datapath.egress(), spec.net, "systemctl poweroff");
+        let end = std::time::Instant::now() + PATIENCE;
+        while !qemu_says(&spec.dir.join("qmp.sock"), "query-status").contains("\"shutdown\"") {
+            assert!(std::time::Instant::now() < end, "it never shut down");
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
+        let gate = datapath.adopt(&spec.id, net(3), &common::policy(&spec.id)).await.unwrap();
+        let machine = driver().adopt(&spec, &handle, gate).await.unwrap();
+        let exit = tokio::time::timeout(PATIENCE, machine.wait()).await.unwrap();
+        assert_eq!(exit, Exit::GuestShutdown);
+        assert!(common::console(&spec.dir).contains("reboot: Power down"), "its last words are kept");
+    });
+}
+
+/// Asks QEMU as a driver would, for a moment.
+fn qemu_says(socket: &std::path::Path, command: &str) -> String {
+    use std::io::{BufRead as _, BufReader, Write as _};
+    let mut stream = std::os::unix::net::UnixStream::connect(socket).unwrap();
+    let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
+    lines.next().unwrap().unwrap();
+    for command in ["qmp_capabilities", command] {
+        writeln!(stream, "{{\"execute\": \"{command}\"}}").unwrap();
+    }
+    lines.next().unwrap().unwrap();
+    lines.next().unwrap().unwrap()
 }
 
 fn launch_and_wait_for_death(dir: &std::path::Path) {
