@@ -8,7 +8,7 @@ mod common;
 use common::{PATIENCE, World, boot, driver, gate, net, ready};
 use std::time::Duration;
 use tapgate_model::VmId;
-use tapgate_vmm::{Exit, NetnsDriver, VmSpec, Vmm as _, VmmError};
+use tapgate_vmm::{Exit, NetnsDriver, Seed, VmSpec, Vmm as _, VmmError};
 
 const NASTY: &str = r#"a'b"c$(touch /tmp/x)`id` \ %n %% ; # ! é\" \n end"#;
 const LINES: &str = "first\nsecond 'quoted'\n\tthird";
@@ -192,9 +192,39 @@ fn real_vm_a_vmm_has_no_rights_and_its_end_is_told_apart() {
         assert!(matches!(&exit, Exit::Crashed(why) if why.contains("signal 11")), "{exit:?}");
         datapath.detach(spec.net).await.unwrap();
 
+        // A VMM that hangs: it is asked, does not answer, and is ended all the same.
         let (machine, _reap) = boot(&datapath, &spec).await;
-        assert_eq!(machine.kill().await.unwrap(), Exit::Stopped);
+        let pid = nix::unistd::Pid::from_raw(machine.handle().process.pid);
+        nix::sys::signal::kill(pid, nix::sys::signal::SIGSTOP).unwrap();
+        assert_eq!(machine.shutdown(Duration::from_secs(1)).await.unwrap(), Exit::Stopped);
         assert!(tapgate_vmm::noted_handle(&spec.dir).is_none(), "what is gone leaves no handle");
+    });
+}
+
+#[test]
+fn real_vm_that_cannot_start_says_why_and_leaves_nothing() {
+    World::run(|world| async move {
+        let datapath = world.datapath().await;
+        let spec = VmSpec { memory_mib: 1 << 30, ..world.spec(&VmId::generate(), 8, Vec::new()) };
+        let fail = async |driver: tapgate_vmm::QemuDriver, spec: &VmSpec| {
+            let gate = gate(&datapath, spec).await;
+            let error = driver.boot(spec, gate).await.err().unwrap().to_string();
+            datapath.detach(spec.net).await.unwrap();
+            for name in ["vmm.json", "qmp.sock", "agent.sock"] {
+                assert!(!spec.dir.join(name).exists(), "{name} after: {error}");
+            }
+            error
+        };
+        let error = fail(driver(), &spec).await;
+        assert!(error.starts_with("the VMM did not start") && error.contains("memory"), "{error}");
+        let missing = tapgate_vmm::QemuDriver { program: "/nowhere/qemu".into(), ..driver() };
+        let error = fail(missing, &spec).await;
+        assert_eq!(error, "/nowhere/qemu cannot be started; on Debian: apt-get install qemu-system-x86");
+        let broken =
+            VmSpec { seed: Seed { hostname: "not a name".into(), ..spec.seed.clone() }, ..spec.clone() };
+        assert!(fail(driver(), &broken).await.contains("is not a host name"));
+        let no_image = VmSpec { image: None, ..spec.clone() };
+        assert!(fail(driver(), &no_image).await.contains("no image"));
     });
 }
 
