@@ -353,9 +353,31 @@ fn real_vm_a_disk_stays_with_the_image_that_it_was_made_from() {
     assert_eq!(disk::origin(dir.path(), &newer).unwrap().dir(), image.dir());
     let again = disk::prepare(dir.path(), &image, None, 5 << 30).unwrap();
     assert_eq!((again.path, again.format), (made.path, made.format), "the same disk, grown");
+    if made_is_qcow2(&dir) {
+        use std::os::unix::fs::FileExt as _;
+        let file =
+            std::fs::File::options().read(true).write(true).open(dir.path().join("disk.qcow2")).unwrap();
+        let mut header = [0u8; 1024];
+        file.read_exact_at(&mut header, 0).unwrap();
+        let backing = u64::from_be_bytes(header[8..16].try_into().unwrap());
+        // Another backing file, none, a longer name, an external data file.
+        for (at, bytes) in [(backing, &b"/etc"[..]), (8, &[0; 8]), (16, &[0, 0, 1, 0]), (79, &[4])] {
+            let mut before = vec![0u8; bytes.len()];
+            file.read_exact_at(&mut before, at).unwrap();
+            file.write_all_at(bytes, at).unwrap();
+            let error = disk::prepare(dir.path(), &image, None, 9 << 30).unwrap_err().to_string();
+            assert!(error.contains("tampered"), "{at}: {error}");
+            file.write_all_at(&before, at).unwrap();
+        }
+        disk::prepare(dir.path(), &image, None, 6 << 30).unwrap();
+    }
     std::fs::write(dir.path().join("image.json"), "\"/nowhere\"").unwrap();
     let error = disk::origin(dir.path(), &newer).unwrap_err().to_string();
     assert!(error.contains("cannot be used") && error.contains("/nowhere"), "{error}");
+}
+
+fn made_is_qcow2(dir: &tempfile::TempDir) -> bool {
+    dir.path().join("disk.qcow2").exists()
 }
 
 #[test]
