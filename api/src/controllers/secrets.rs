@@ -184,7 +184,7 @@ pub(crate) async fn update(
     }
     let secret = state.store().secret_update(&account.user, &secret, change, expected).await?;
     changed(&state, &account).await;
-    Ok(Json(secret.into()))
+    Ok(versioned(secret))
 }
 
 pub(crate) async fn remove(
