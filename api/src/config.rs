@@ -3,6 +3,7 @@
 //! Owns reading, merging (flag, then variable, then file, then default) and checking. Unknown keys are errors; every
 //! message names the key and says what to write instead. Nothing is started here.
 
+use crate::{http::SignUp, mail::Via, retention::Retention};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::Deserialize;
 use std::{
@@ -61,6 +62,30 @@ pub struct Settings {
     /// Listen on an address that is not loopback without TLS (a proxy in front has to add it)
     #[arg(long, env = "TAPGATE_LISTEN_WITHOUT_TLS", num_args = 0..=1, default_missing_value = "true")]
     pub listen_without_tls: Option<bool>,
+    /// Certificate chain of the REST API, in PEM; read again when it changes. With `tls_key`
+    #[arg(long, env = "TAPGATE_TLS_CERT", value_name = "FILE")]
+    pub tls_cert: Option<PathBuf>,
+    /// Its key, in PEM
+    #[arg(long, env = "TAPGATE_TLS_KEY", value_name = "FILE")]
+    pub tls_key: Option<PathBuf>,
+    /// Where people reach the REST API, for links [default: from `listen`]
+    #[arg(long, env = "TAPGATE_PUBLIC_URL", value_name = "URL")]
+    pub public_url: Option<String>,
+    /// Who may make an account [default: open]
+    #[arg(long, env = "TAPGATE_SIGN_UP")]
+    pub sign_up: Option<SignUp>,
+    /// Mail server, like smtps://user:password@mail.example.com [default: mails are files in DATA_DIR/mail]
+    #[arg(long, env = "TAPGATE_SMTP_URL", value_name = "URL", hide_env_values = true)]
+    pub smtp_url: Option<String>,
+    /// Address that mails come from [default: tapgate@localhost.localdomain]
+    #[arg(long, env = "TAPGATE_MAIL_FROM", value_name = "ADDRESS")]
+    pub mail_from: Option<String>,
+    /// Days that audit events are kept [default: 90]
+    #[arg(long, env = "TAPGATE_AUDIT_DAYS")]
+    pub audit_days: Option<u32>,
+    /// Audit events that are kept at most [default: 50000000]
+    #[arg(long, env = "TAPGATE_AUDIT_EVENTS")]
+    pub audit_events: Option<u64>,
     /// What runs the guests [default: qemu]
     #[arg(long, env = "TAPGATE_DRIVER")]
     pub driver: Option<DriverKind>,
@@ -115,6 +140,18 @@ pub struct Config {
     pub data_dir: PathBuf,
     /// The API's address.
     pub listen: SocketAddr,
+    /// The API's certificate and its key.
+    pub tls: Option<(PathBuf, PathBuf)>,
+    /// Where people reach the API.
+    pub public_url: String,
+    /// Who may make an account.
+    pub sign_up: SignUp,
+    /// How mails leave.
+    pub mail: Via,
+    /// The address that mails come from.
+    pub mail_from: String,
+    /// How much of the audit log is kept.
+    pub retention: Retention,
     /// What runs the guests.
     pub driver: DriverKind,
     /// What executes guest code.
@@ -199,6 +236,14 @@ impl Settings {
             data_dir,
             listen,
             listen_without_tls,
+            tls_cert,
+            tls_key,
+            public_url,
+            sign_up,
+            smtp_url,
+            mail_from,
+            audit_days,
+            audit_events,
             driver,
             accel,
             public_host,
@@ -227,11 +272,35 @@ impl Settings {
         let listen: SocketAddr = listen.parse().map_err(|_| {
             value("listen", format!("`{listen}` is not an address and port such as 127.0.0.1:7070"))
         })?;
-        if !listen.ip().is_loopback() && self.listen_without_tls != Some(true) {
+        let tls = match (self.tls_cert, self.tls_key) {
+            (Some(cert), Some(key)) => Some((cert, key)),
+            (None, None) => None,
+            _ => return Err(value("tls_cert", "must be set together with tls_key")),
+        };
+        let public_url = match self.public_url {
+            None => format!("{}://{listen}", if tls.is_some() { "https" } else { "http" }),
+            Some(text) if text.starts_with("http://") || text.starts_with("https://") => {
+                text.trim_end_matches('/').to_owned()
+            }
+            Some(text) => {
+                return Err(value(
+                    "public_url",
+                    format!("`{text}` is not a URL such as https://tapgate.example.com"),
+                ));
+            }
+        };
+        let retention = Retention {
+            days: self.audit_days.unwrap_or(Retention::default().days),
+            events: self.audit_events.unwrap_or(Retention::default().events),
+        };
+        if retention.days == 0 || retention.events == 0 {
+            return Err(value("audit_days", "and audit_events must be at least 1"));
+        }
+        if tls.is_none() && !listen.ip().is_loopback() && self.listen_without_tls != Some(true) {
             return Err(value(
                 "listen",
                 format!(
-                    "{} is not loopback and API keys would cross the network in clear text; listen on 127.0.0.1 behind a TLS proxy, or set listen_without_tls = true",
+                    "{} is not loopback and API keys would cross the network in clear text; set tls_cert and tls_key, listen on 127.0.0.1 behind a TLS proxy, or set listen_without_tls = true",
                     listen.ip()
                 ),
             ));
@@ -302,6 +371,12 @@ impl Settings {
         };
         Ok(Config {
             listen,
+            tls,
+            public_url,
+            sign_up: self.sign_up.unwrap_or_default(),
+            mail: self.smtp_url.map_or_else(|| Via::Spool(data_dir.join("mail")), Via::Smtp),
+            mail_from: self.mail_from.unwrap_or_else(|| "tapgate@localhost.localdomain".into()),
+            retention,
             driver: self.driver.unwrap_or_default(),
             accel: self.accel.unwrap_or_default(),
             public_host,

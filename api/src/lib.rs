@@ -4,6 +4,7 @@
 //! writes down what is wanted, wakes the engine, and answers. It never touches a tap, a process or a socket of a guest.
 #![forbid(unsafe_code)]
 
+pub mod admin;
 pub mod cli;
 pub mod config;
 mod controllers;
@@ -14,6 +15,7 @@ pub mod http;
 pub mod images;
 mod log;
 pub mod mail;
+pub mod retention;
 pub mod serve;
 
 pub use http::{AppState, Settings, router};

@@ -16,7 +16,7 @@ const TRIES: u32 = 3;
 const PAUSE: Duration = Duration::from_secs(30);
 
 /// How mails leave.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Default)]
 pub enum Via {
     /// They do not.
     #[default]
@@ -25,6 +25,17 @@ pub enum Via {
     Spool(PathBuf),
     /// By `smtps://user:password@host` or `smtp://host:port?tls=required`.
     Smtp(String),
+}
+
+impl std::fmt::Debug for Via {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Nowhere => f.write_str("Nowhere"),
+            Self::Spool(folder) => f.debug_tuple("Spool").field(folder).finish(),
+            // The URL may hold a password.
+            Self::Smtp(_) => f.write_str("Smtp(..)"),
+        }
+    }
 }
 
 /// Why mail cannot be set up.

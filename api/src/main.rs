@@ -3,7 +3,7 @@
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
-use tapgate::{cli, doctor, images, serve};
+use tapgate::{admin, cli, doctor, images, serve};
 
 /// Runs untrusted code in microVMs and decides what may leave them.
 #[derive(Parser)]
@@ -19,6 +19,8 @@ enum Command {
     Serve(serve::Args),
     /// Test what this host can do, and say how to mend what is missing
     Doctor(doctor::Args),
+    /// The operator's work on the daemon's data
+    Admin(admin::Args),
     /// Build the images that VMs boot from
     #[command(subcommand)]
     Image(images::Args),
@@ -30,6 +32,7 @@ fn main() -> ExitCode {
     let done = match Arguments::parse().command {
         Command::Serve(args) => serve::run(args),
         Command::Doctor(args) => doctor::run(args),
+        Command::Admin(args) => admin::run(args),
         Command::Image(args) => images::run(args),
         Command::Client(command) => return cli::run(command),
     };
@@ -39,5 +42,16 @@ fn main() -> ExitCode {
             eprintln!("tapgate: {error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Arguments::command().debug_assert();
     }
 }

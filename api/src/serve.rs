@@ -7,7 +7,7 @@ use crate::{
     config::{self, AccelChoice, Config, DriverKind},
     engine::{self, Engine, Parts},
     guest_service,
-    http::{AppState, Settings, router},
+    http::{AppState, Settings, router, server},
     images,
 };
 use anyhow::{Context as _, bail};
@@ -75,6 +75,10 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let api = tokio::net::TcpListener::bind(config.listen)
         .await
         .with_context(|| format!("cannot listen on {}; free the port or set `listen`", config.listen))?;
+    let tls = match config.tls.clone() {
+        Some((cert, key)) => Some(Arc::new(server::Tls::load(cert, key).context("cannot serve TLS")?)),
+        None => None,
+    };
     let key =
         SealKey::load_or_create(&config.data_dir.join("seal.key")).context("cannot open the sealing key")?;
     let data_dir = config.data_dir.clone();
@@ -110,9 +114,10 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let notifier = handle.notifier();
     let state = AppState::try_new(store.clone(), handle, Arc::new(make_ca), api_settings(&config))
         .context("cannot set up the API")?;
+    let audit = store.audit().clone();
     let engine = Engine::new(Parts {
         config: config.clone(),
-        store,
+        store: store.clone(),
         datapath,
         table,
         driver,
@@ -127,11 +132,8 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let service = tokio::spawn(guest_service::serve(service, guests, stop.clone()));
     let engine = tokio::spawn(engine.run(commands));
     tracing::info!(listen = %config.listen, instance = config.instance, "serve.ready");
-    let server =
-        axum::serve(api, router(state).into_make_service_with_connect_info::<std::net::SocketAddr>());
-    let signal = stop.clone();
-    let server =
-        tokio::spawn(server.with_graceful_shutdown(async move { signal.cancelled().await }).into_future());
+    let trimming = tokio::spawn(crate::retention::run(store, config.retention, stop.clone()));
+    let server = tokio::spawn(server::serve(api, router(state), tls, stop.clone()));
 
     let ended = tokio::select! {
         name = signalled() => { tracing::info!(signal = name, "serve.stopping"); Ok(()) }
@@ -143,6 +145,8 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         let _ = proxy.await;
         let _ = service.await;
         let _ = server.await;
+        let _ = trimming.await;
+        audit.flush().await;
     };
     if tokio::time::timeout(std::time::Duration::from_secs(10), drain).await.is_err() {
         tracing::warn!("serve.drain_timed_out");
@@ -219,7 +223,10 @@ fn make_ca(vm: &VmId) -> anyhow::Result<CaPem> {
 fn api_settings(config: &Config) -> Settings {
     Settings {
         public_host: config.public_host.clone(),
-        public_url: format!("http://{}", config.listen),
+        public_url: config.public_url.clone(),
+        sign_up: config.sign_up,
+        mail: config.mail.clone(),
+        mail_from: config.mail_from.clone(),
         ssh_ports: config.ssh_ports.clone(),
         slots: config.slots(),
         resources: Resources {

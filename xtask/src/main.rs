@@ -55,6 +55,8 @@ enum Command {
     Test(test::Options),
     /// Formatting, clippy, house style, dependencies.
     Lint,
+    /// The house style alone: how long a file is, and that it opens by saying what it owns.
+    Style,
 }
 
 fn main() -> ExitCode {
@@ -77,5 +79,6 @@ fn run_command(command: Command) -> anyhow::Result<()> {
         Command::Demo(options) => demo::command(&options),
         Command::Test(options) => test::command(&options),
         Command::Lint => lint::command(),
+        Command::Style => style::check(),
     }
 }

@@ -1,7 +1,9 @@
 //! Sign-up, and logging in by password.
 
 use super::keys::KeyView;
-use crate::http::{Account, ApiError, AppState, Fields, Params, Peer, hash_password, time, verify_password};
+use crate::http::{
+    Account, ApiError, AppState, Fields, Params, Peer, SignUp, hash_password, time, verify_password,
+};
 use crate::http::{fields_at_most as at_most, fields_bounded as bounded};
 use axum::Json;
 use axum::extract::State;
@@ -54,17 +56,37 @@ pub(crate) async fn create(
     let last_name = fields.text("last_name")?;
     let email = fields.text("email")?;
     let password = Zeroizing::new(fields.text("password")?);
+    let invitation = fields.optional_text("invitation")?;
     fields.finish()?;
     bounded("first_name", &first_name, 100, false)?;
     bounded("last_name", &last_name, 100, false)?;
     check_email(&email)?;
     check_password(&password)?;
     state.limits().password.take(&peer)?;
+    may_sign_up(&state, &email, invitation.as_deref())?;
     let password = hash_password(password).await?;
     let new = NewUser { first_name, last_name, email, password };
     let (user, key) = state.store().user_create(new, "CLI").await?;
     send_verification(&state, &user);
     Ok((StatusCode::CREATED, Json(SignedUp { api_key: key.into(), user: user.into() })))
+}
+
+/// Whether this host takes new accounts at all, and this one.
+fn may_sign_up(state: &AppState, email: &str, invitation: Option<&str>) -> Result<(), ApiError> {
+    let refused = |message| Err(ApiError::new(StatusCode::FORBIDDEN, "signup_closed", message));
+    match state.settings().sign_up {
+        SignUp::Open => Ok(()),
+        SignUp::Closed => refused("Sign-up is closed here; ask the operator for an account"),
+        SignUp::Invitation => {
+            let invited = invitation.and_then(|ticket| state.store().redeem("invite", ticket));
+            match invited.is_some_and(|invited| invited == email.trim().to_lowercase()) {
+                true => Ok(()),
+                false => {
+                    refused("Sign-up is by invitation here; send the operator's invitation as `invitation`")
+                }
+            }
+        }
+    }
 }
 
 /// Mails the link that confirms the address.
@@ -137,7 +159,7 @@ pub(crate) async fn login(
 }
 
 /// An address as mail servers take it: no quoting, no comments, a domain with at least two labels.
-fn check_email(email: &str) -> Result<(), ApiError> {
+pub(crate) fn check_email(email: &str) -> Result<(), ApiError> {
     let wrong = || ApiError::validation("`email` must be an address like alice@example.com");
     let (local, domain) = email.rsplit_once('@').ok_or_else(wrong)?;
     let plain = |c: char| {
@@ -150,7 +172,7 @@ fn check_email(email: &str) -> Result<(), ApiError> {
     if good && domain.parent().is_some() { Ok(()) } else { Err(wrong()) }
 }
 
-pub(super) fn check_password(password: &str) -> Result<(), ApiError> {
+pub(crate) fn check_password(password: &str) -> Result<(), ApiError> {
     if password.chars().count() < 8 {
         return Err(ApiError::validation("`password` must be at least 8 characters long"));
     }

@@ -1,6 +1,6 @@
 //! What a VM has on the host's disk, and what it is made from: its folder, its disk, its seed, its CA.
 
-use super::Shared;
+use super::{Shared, snapshots};
 use crate::config::DriverKind;
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 use tapgate_model::{UserId, VmId};
@@ -22,6 +22,7 @@ pub(super) async fn spec(shared: &Shared, record: &VmRecord) -> Result<VmSpec, S
         id: record.id.clone(),
         dir: dir(shared, &record.id),
         image: shared.image.clone(),
+        snapshot: record.snapshot.as_ref().map(|snapshot| snapshots::path(&shared.config, snapshot)),
         guest_ns: guest_namespace(shared, record)?,
         vcpus: record.resources.vcpus,
         memory_mib: record.resources.memory_mib,

@@ -3,7 +3,7 @@
 //! Each state is in the records before it is acted on, so after a crash the task goes on where the records say. What a
 //! user asks comes in by the records too; the waker only says that they changed.
 
-use super::{Gated, Shared, files, policy, ssh};
+use super::{Gated, Shared, files, policy, snapshots, ssh};
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
@@ -24,7 +24,7 @@ const RETRY: Duration = Duration::from_secs(1);
 
 /// A VM that runs: the machine, and the port that leads to it.
 struct Live {
-    machine: Box<dyn Running>,
+    machine: Arc<dyn Running>,
     _forward: ssh::Forward,
 }
 
@@ -109,7 +109,10 @@ async fn step(
             Ok(Next::Enter(S::Running))
         }
         S::Running | S::Ready => match live {
-            Some(live) => watch(shared, record, live, waker).await,
+            Some(live) => {
+                snapshots::take_up(shared, &record.id, live.machine.clone());
+                watch(shared, record, live, waker).await
+            }
             None => match adopt(shared, record).await {
                 Ok(adopted) => {
                     tracing::info!(vm = %record.id, "vm.adopted");
@@ -173,7 +176,7 @@ async fn boot(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> {
         .vm_set_handle(&record.id, Some(handle))
         .await
         .map_err(|error| format!("cannot record the VMM: {error}"))?;
-    Ok(Live { machine, _forward: forward(shared, record).await? })
+    Ok(Live { machine: machine.into(), _forward: forward(shared, record).await? })
 }
 
 /// Takes up a machine that a former daemon started. Its gate is checked before anything is served.
@@ -189,7 +192,7 @@ async fn adopt(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> 
         .map_err(|error| error.to_string())?;
     serve(shared, record, &gate).await?;
     let machine = shared.driver.adopt(&spec, &handle, gate).await.map_err(|error| error.to_string())?;
-    Ok(Live { machine, _forward: forward(shared, record).await? })
+    Ok(Live { machine: machine.into(), _forward: forward(shared, record).await? })
 }
 
 /// Makes the VM known to the proxy, with the policy of this moment.

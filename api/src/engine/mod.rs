@@ -11,6 +11,7 @@ pub mod handle;
 mod host;
 mod life;
 mod policy;
+mod snapshots;
 mod ssh;
 
 pub(crate) use guests::Guests;
@@ -18,7 +19,7 @@ pub use handle::{Command, Handle, Notifier, Scope};
 
 use crate::config::Config;
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 use tapgate_datapath::Datapath;
@@ -49,6 +50,8 @@ pub(crate) struct Shared {
     pub stop: CancellationToken,
     /// The VMs that have a gate now.
     gates: Mutex<HashMap<VmId, Gated>>,
+    /// The VMs whose snapshots are being taken.
+    taking: Mutex<HashSet<VmId>>,
     /// Rises with every change of an environment.
     news: watch::Sender<u64>,
 }
@@ -115,6 +118,7 @@ impl Engine {
             notifier,
             stop,
             gates: Mutex::default(),
+            taking: Mutex::default(),
             news: watch::Sender::new(0),
         };
         Self { shared: Arc::new(shared), tasks: TaskTracker::new(), wakers: HashMap::new() }
@@ -133,6 +137,7 @@ impl Engine {
             Err(error) => tracing::error!(%error, "engine.leftovers_not_removed"),
         }
         self.tasks.spawn(events::pump(self.shared.clone()));
+        self.tasks.spawn(snapshots::keep_tidy(self.shared.clone()));
         for record in living {
             self.wake(record.id);
         }

@@ -12,6 +12,19 @@ use tapgate_store::{CaPem, Resources, Store};
 /// Makes a VM's certificate authority.
 pub type CaMaker = Arc<dyn Fn(&VmId) -> anyhow::Result<CaPem> + Send + Sync>;
 
+/// Who may make an account.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum SignUp {
+    /// Nobody but the operator, by `tapgate admin user create`.
+    Closed,
+    /// Who shows what `tapgate admin invite` printed.
+    Invitation,
+    /// Everybody who reaches the API.
+    #[default]
+    Open,
+}
+
 /// How many of each an account may have.
 #[derive(Clone, Copy, Debug)]
 pub struct Quotas {
@@ -52,6 +65,8 @@ pub struct Settings {
     pub base_image: String,
     /// How many of each an account may have.
     pub quotas: Quotas,
+    /// Who may make an account.
+    pub sign_up: SignUp,
     /// How mails leave.
     pub mail: Via,
     /// The address that mails come from.
@@ -73,6 +88,7 @@ impl Default for Settings {
             max_resources: Resources { vcpus: 16, memory_mib: 64 * 1024, disk_bytes: 512 << 30 },
             base_image: "debian-12".into(),
             quotas: Quotas::default(),
+            sign_up: SignUp::Open,
             mail: Via::Nowhere,
             mail_from: "tapgate@localhost.localdomain".into(),
             rates: Rates::default(),

@@ -6,11 +6,13 @@
 //! Must never speak HTTP, nor let SQL or a rusqlite type out.
 #![forbid(unsafe_code)]
 
+mod admin;
 mod agents;
 pub mod audit;
 mod device;
 mod env;
 mod error;
+mod idempotency;
 mod keys;
 mod page;
 mod policy;
@@ -24,6 +26,7 @@ mod store;
 mod tickets;
 mod time;
 mod users;
+mod version;
 mod vms;
 
 pub use agents::{AgentFilter, AgentRecord, AgentStatus, NewAgent};
@@ -31,6 +34,7 @@ pub use audit::{AuditFilter, AuditLog, AuditRecord};
 pub use device::{DeviceCode, DeviceState};
 pub use env::EnvRecord;
 pub use error::{Conflict, Kind, StoreError};
+pub use idempotency::Known;
 pub use keys::{ApiKeyRecord, Caller, IssuedKey};
 pub use page::{Order, Page, PageRequest};
 pub use policy::{AccountPolicy, VmEgress};
@@ -41,4 +45,5 @@ pub use snapshots::{SnapshotRecord, SnapshotStatus};
 pub use store::Store;
 pub use time::now_us;
 pub use users::{NewUser, UserRecord};
+pub use version::Expected;
 pub use vms::{CaPem, Desired, NewVm, Resources, VmFilter, VmRecord, VmSort};

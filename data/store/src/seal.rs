@@ -1,7 +1,8 @@
 //! Sealing at rest: AES-256-GCM with random nonces, each blob bound to its table and row.
 //!
-//! The key is a file of its own, never in the database. A blob moved to another row does not open. Several keys may be
-//! in the file (the first seals, all open), so that a key can be changed without a moment in which nothing opens.
+//! The keys are in a file of their own, never in the database: lines of `seal` and 64 hexadecimal digits (the first
+//! seals, all open, so that a key can be changed without a moment in which nothing opens), and one of `mac`, which
+//! authenticates cursors, tickets and the audit log. A blob moved to another row does not open.
 
 use aws_lc_rs::aead::{AES_256_GCM, Aad, Nonce, RandomizedNonceKey};
 use aws_lc_rs::{digest, hmac};
@@ -34,7 +35,7 @@ pub enum SealError {
     Exposed(PathBuf),
     /// It holds no keys.
     #[error(
-        "the key file {0} does not hold keys of 64 hexadecimal digits, one a line; restore it from a backup"
+        "the key file {0} does not hold lines of `seal` or `mac` and 64 hexadecimal digits; restore it from a backup"
     )]
     Malformed(PathBuf),
     /// The database was sealed by another key.
@@ -54,9 +55,14 @@ struct One {
     raw: Zeroizing<[u8; KEY]>,
 }
 
+struct Keys {
+    seal: Vec<One>,
+    mac: Zeroizing<[u8; KEY]>,
+}
+
 /// The keys that seal and open. Cheap to clone; shows nothing in `Debug`.
 #[derive(Clone)]
-pub struct SealKey(Arc<Vec<One>>);
+pub struct SealKey(Arc<Keys>);
 
 impl std::fmt::Debug for SealKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -70,9 +76,8 @@ impl SealKey {
         match fs::metadata(path) {
             Ok(_) => Self::load(path),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let mut key = Zeroizing::new([0u8; KEY]);
-                random(&mut key[..])?;
-                create(path, &key).map_err(|source| SealError::File { path: path.into(), source })?;
+                write(path, &[fresh()?], &fresh()?, false)
+                    .map_err(|source| SealError::File { path: path.into(), source })?;
                 Self::load(path)
             }
             Err(source) => Err(SealError::File { path: path.into(), source }),
@@ -86,28 +91,45 @@ impl SealKey {
             return Err(SealError::Exposed(path.into()));
         }
         let text = Zeroizing::new(fs::read_to_string(path).map_err(file)?);
-        let keys: Option<Vec<_>> =
-            text.lines().filter(|line| !line.trim().is_empty()).map(parse_hex).collect();
-        match keys {
-            Some(keys) if !keys.is_empty() => Self::from_keys(keys),
-            _ => Err(SealError::Malformed(path.into())),
+        let malformed = || SealError::Malformed(path.into());
+        let (mut seal, mut mac) = (Vec::new(), None);
+        for line in text.lines().filter(|line| !line.trim().is_empty()) {
+            let (kind, digits) = line.split_once(' ').ok_or_else(malformed)?;
+            let key = parse_hex(digits).ok_or_else(malformed)?;
+            match kind {
+                "seal" => seal.push(One::new(key)?),
+                "mac" if mac.is_none() => mac = Some(key),
+                _ => return Err(malformed()),
+            }
+        }
+        match mac {
+            Some(mac) if !seal.is_empty() => Ok(Self(Arc::new(Keys { seal, mac }))),
+            _ => Err(malformed()),
         }
     }
 
-    fn from_keys(keys: Vec<Zeroizing<[u8; KEY]>>) -> Result<Self, SealError> {
-        let keys = keys.into_iter().map(|raw| {
-            let hash = digest::digest(&digest::SHA256, &raw[..]);
-            let mut id = [0; KEY_ID];
-            id.copy_from_slice(&hash.as_ref()[..KEY_ID]);
-            let aead = RandomizedNonceKey::new(&AES_256_GCM, &raw[..]).map_err(|_| SealError::Crypto)?;
-            Ok(One { id, aead, raw })
-        });
-        Ok(Self(Arc::new(keys.collect::<Result<_, SealError>>()?)))
+    /// Puts a fresh key before the others in the file, and reads the file again.
+    pub(crate) fn add_fresh(path: &Path) -> Result<Self, SealError> {
+        let old = Self::load(path)?;
+        let mut keys = vec![fresh()?];
+        keys.extend(old.0.seal.iter().map(|key| key.raw.clone()));
+        write(path, &keys, &old.0.mac, true)
+            .map_err(|source| SealError::File { path: path.into(), source })?;
+        Self::load(path)
+    }
+
+    /// Takes all keys but the first out of the file.
+    pub(crate) fn drop_old(path: &Path) -> Result<Self, SealError> {
+        let old = Self::load(path)?;
+        let first: Vec<_> = old.0.seal.iter().take(1).map(|key| key.raw.clone()).collect();
+        write(path, &first, &old.0.mac, true)
+            .map_err(|source| SealError::File { path: path.into(), source })?;
+        Self::load(path)
     }
 
     /// Seals a value for one row of one table.
     pub(crate) fn seal(&self, table: &str, row: &str, plain: &[u8]) -> Result<Vec<u8>, SealError> {
-        let key = self.0.first().ok_or(SealError::Crypto)?;
+        let key = self.0.seal.first().ok_or(SealError::Crypto)?;
         let mut text = plain.to_vec();
         let nonce = key
             .aead
@@ -127,7 +149,7 @@ impl SealKey {
         if head[0] != VERSION {
             return Err(SealError::Broken);
         }
-        let key = self.0.iter().find(|key| key.id == head[1..=KEY_ID]).ok_or(SealError::WrongKey)?;
+        let key = self.0.seal.iter().find(|key| key.id == head[1..=KEY_ID]).ok_or(SealError::WrongKey)?;
         let nonce = Nonce::try_assume_unique_for_key(&head[1 + KEY_ID..]).map_err(|_| SealError::Broken)?;
         let mut text = Zeroizing::new(text.to_vec());
         let length = key
@@ -139,13 +161,27 @@ impl SealKey {
         Ok(text)
     }
 
-    /// A key for authenticating something else than sealed values, derived from the oldest key so that it stays the
-    /// same when a newer one is put first.
+    /// A key for authenticating something else than sealed values; it stays the same when the sealing key changes.
     pub(crate) fn derive(&self, purpose: &str) -> hmac::Key {
-        let raw: &[u8] = self.0.last().map_or(&[], |key| &key.raw[..]);
-        let tag = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, raw), purpose.as_bytes());
+        let tag = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, &self.0.mac[..]), purpose.as_bytes());
         hmac::Key::new(hmac::HMAC_SHA256, tag.as_ref())
     }
+}
+
+impl One {
+    fn new(raw: Zeroizing<[u8; KEY]>) -> Result<Self, SealError> {
+        let hash = digest::digest(&digest::SHA256, &raw[..]);
+        let mut id = [0; KEY_ID];
+        id.copy_from_slice(&hash.as_ref()[..KEY_ID]);
+        let aead = RandomizedNonceKey::new(&AES_256_GCM, &raw[..]).map_err(|_| SealError::Crypto)?;
+        Ok(Self { id, aead, raw })
+    }
+}
+
+fn fresh() -> Result<Zeroizing<[u8; KEY]>, SealError> {
+    let mut key = Zeroizing::new([0u8; KEY]);
+    random(&mut key[..])?;
+    Ok(key)
 }
 
 /// Bytes from the system's generator.
@@ -170,25 +206,41 @@ fn parse_hex(line: &str) -> Option<Zeroizing<[u8; KEY]>> {
     Some(key)
 }
 
-/// Writes beside, syncs, then links into place: a crash leaves a whole file or none, and never replaces one.
-fn create(path: &Path, key: &[u8; KEY]) -> io::Result<()> {
+/// Writes beside, syncs, then moves into place: a crash leaves a whole file or the one before. Unless told to replace,
+/// it never does.
+fn write(
+    path: &Path,
+    seal: &[Zeroizing<[u8; KEY]>],
+    mac: &Zeroizing<[u8; KEY]>,
+    replace: bool,
+) -> io::Result<()> {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let beside = folder.join(format!(".{}.new", std::process::id()));
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
-    let mut text = Zeroizing::new(String::with_capacity(2 * KEY + 1));
-    for byte in key {
-        text.push_str(&format!("{byte:02x}"));
+    let mut text = Zeroizing::new(String::with_capacity((seal.len() + 1) * (2 * KEY + 8)));
+    for (kind, key) in seal.iter().map(|key| ("seal", key)).chain([("mac", mac)]) {
+        text.push_str(kind);
+        text.push(' ');
+        for byte in key.iter() {
+            text.extend(
+                [byte >> 4, byte & 15].map(|digit| char::from_digit(digit.into(), 16).unwrap_or('0')),
+            );
+        }
+        text.push('\n');
     }
-    text.push('\n');
     file.write_all(text.as_bytes())?;
     file.sync_all()?;
-    let linked = fs::hard_link(&beside, path);
-    fs::remove_file(&beside)?;
-    fs::File::open(folder)?.sync_all()?;
-    match linked {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-        other => other,
+    if replace {
+        fs::rename(&beside, path)?;
+    } else {
+        let linked = fs::hard_link(&beside, path);
+        fs::remove_file(&beside)?;
+        match linked {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            other => other?,
+        }
     }
+    fs::File::open(folder)?.sync_all()
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ use crate::users::id;
 use crate::vms;
 use rusqlite::types::Value;
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
+use std::collections::HashSet;
 use tapgate_model::lifecycle::{Call, decide};
 use tapgate_model::{SnapshotId, UserId, VmId};
 
@@ -208,6 +209,21 @@ impl Store {
                     params![snapshot.as_str(), status.word(), key, size, failure],
                 )?;
                 Ok(())
+            })
+            .await
+    }
+
+    /// Every snapshot whose bytes are still needed: by a user, or by a VM whose disk is not made yet.
+    pub async fn snapshots_held(&self) -> Result<HashSet<SnapshotId>> {
+        self.db
+            .read(|db| {
+                let mut statement = db.prepare_cached(
+                    "SELECT id FROM snapshots WHERE deleted_at IS NULL UNION
+                     SELECT snapshot FROM vms
+                     WHERE snapshot IS NOT NULL AND detail IN ('queued', 'creating', 'starting')",
+                )?;
+                let held = statement.query_map([], |row| id(row, "id"))?.collect::<rusqlite::Result<_>>()?;
+                Ok(held)
             })
             .await
     }

@@ -13,14 +13,14 @@ use aya::{
 use common::*;
 use frames::{SETUPS, Setup, cases, verdict};
 use std::path::Path;
-use tapgate_datapath::{Counters, Datapath};
+use tapgate_datapath::{Counters, Datapath, Gate};
 use tapgate_ebpf_common::{
     Reason, Verdict,
     maps::{FlowKey, Listener, RuleKey, Vm},
     net::{MARK_PROXY, MARK_REJECT, MARK_UPLINK},
     packet::{Header, TCP},
 };
-use tapgate_model::Mode;
+use tapgate_model::{Mode, VmId};
 
 /// A test run's frames come from the loopback device.
 const LOOPBACK: u32 = 1;
@@ -29,6 +29,12 @@ const DROP: u32 = 2;
 /// `struct __sk_buff` and where its mark is.
 const CONTEXT: usize = 192;
 const MARK: usize = 8;
+
+/// A tap that nobody sends on: its counters are the test's alone.
+async fn quiet_tap(datapath: &Datapath) -> Gate {
+    let vm = VmId::generate();
+    datapath.attach_tap(&vm, net(0), &policy(&vm, Mode::Enforce, &[])).await.unwrap()
+}
 
 struct Programs {
     from_guest: SchedClassifier,
@@ -126,7 +132,8 @@ fn difference(before: &Counters, after: &Counters) -> Vec<(Reason, u64, u64)> {
                 after.dropped(reason) - before.dropped(reason),
             )
         })
-        .filter(|(_, passed, dropped)| passed + dropped > 0)
+        // The gateway's own stack says what it likes to a new tap.
+        .filter(|(reason, passed, dropped)| *reason != Reason::Answer && passed + dropped > 0)
         .collect()
 }
 
@@ -137,7 +144,7 @@ fn the_programs_judge_every_crafted_frame_as_the_table_does() {
         config.guest_v6 = Some(format!("{}/{}", frames::GUESTS_V6.0, frames::GUESTS_V6.1).parse().unwrap());
         let datapath = Datapath::open(config).await.unwrap();
         datapath.set_host_addresses(&frames::HOST.map(ip)).unwrap();
-        let _guest = guest(&datapath, 0, Mode::Enforce, &[]).await;
+        let _tap = quiet_tap(&datapath).await;
         let mut programs = Programs::find(&datapath, &world.pins());
         let mut rules: LpmTrie<_, RuleKey, u8> = LpmTrie::try_from(map(&world.pins(), "RULES")).unwrap();
 
@@ -185,7 +192,7 @@ fn the_programs_judge_every_crafted_frame_as_the_table_does() {
 fn arbitrary_frames_never_get_the_uplinks_mark_without_a_rule() {
     in_world(|world| async move {
         let datapath = world.open().await;
-        let _guest = guest(&datapath, 0, Mode::Enforce, &[]).await;
+        let _tap = quiet_tap(&datapath).await;
         let mut programs = Programs::find(&datapath, &world.pins());
         programs.set_up(Setup::Closed, 999);
         let cases = cases();
@@ -222,7 +229,7 @@ fn only_answers_to_the_guests_own_flows_come_back() {
     use frames::*;
     in_world(|world| async move {
         let datapath = world.open().await;
-        let _guest = guest(&datapath, 0, Mode::Enforce, &[]).await;
+        let _tap = quiet_tap(&datapath).await;
         let mut programs = Programs::find(&datapath, &world.pins());
         let mut rules: LpmTrie<_, RuleKey, u8> = LpmTrie::try_from(map(&world.pins(), "RULES")).unwrap();
         for policy in [500, 501] {

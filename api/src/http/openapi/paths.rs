@@ -21,6 +21,25 @@ struct Operation {
 /// Needs no API key.
 const OPEN: &[&str] = &["createUser", "login", "requestDeviceCode", "pollDeviceCode", "getHealth"];
 
+/// Have a version that changes can insist on.
+const VERSIONED: &[&str] = &[
+    "getSecret",
+    "updateSecret",
+    "deleteSecret",
+    "getEnv",
+    "setEnv",
+    "deleteEnv",
+    "getPolicy",
+    "setPolicy",
+    "getVmPolicy",
+    "setVmPolicy",
+    "resetVmPolicy",
+];
+
+fn header(name: &str, what: &str) -> Value {
+    json!({ "name": name, "in": "header", "required": false, "description": what, "schema": { "type": "string" } })
+}
+
 fn parameter(name: &str, schema: Value) -> Value {
     json!({ "name": name, "in": "query", "required": false, "schema": schema })
 }
@@ -135,7 +154,7 @@ fn operations() -> Vec<Operation> {
         post "/v1/agents" createAgent "Agents" "Create an agent and its VM", none(), Some("NewAgent") => 201 Some("Agent"), [409];
         get "/v1/agents/{agent_id}" getAgent "Agents" "Get an agent", none(), None => 200 Some("Agent"), [404];
         delete "/v1/agents/{agent_id}" destroyAgent "Agents" "Destroy an agent and its VM", none(), None => 204 None, [404];
-        post "/v1/users" createUser "Accounts" "Create an account", none(), Some("NewUser") => 201 Some("SignedUp"), [409];
+        post "/v1/users" createUser "Accounts" "Create an account", none(), Some("NewUser") => 201 Some("SignedUp"), [403, 409];
         post "/v1/auth/login" login "Accounts" "Get an API key by password", none(), Some("Login") => 201 Some("SignedUp"), [401];
         put "/v1/auth/password" changePassword "Accounts" "Change the password", none(), Some("PasswordChange") => 204 None, [];
         post "/v1/auth/device/code" requestDeviceCode "Accounts" "Request a device code", none(), None => 200 Some("DeviceCodeData"), [];
@@ -151,9 +170,11 @@ fn error(status: u16) -> Value {
     let what = match status {
         400 => "The request is malformed",
         401 => "The API key is missing or not valid",
+        403 => "It is not allowed here",
         404 => "There is no such resource",
         408 => "The body did not arrive in time",
         409 => "It conflicts with what is there",
+        412 => "It was changed since it was read",
         413 => "The body is too large",
         415 => "The body is not JSON",
         422 => "A field has a value that cannot be",
@@ -197,12 +218,30 @@ fn reference(name: &str) -> Value {
 
 fn describe(operation: Operation) -> Value {
     let Operation { path, id, tag, summary, query, body, answer: (status, schema), errors, .. } = operation;
+    let method = operation.method;
     let names = path.split('/').filter_map(|part| part.strip_prefix('{')?.strip_suffix('}'));
-    let parameters: Vec<Value> = names.map(in_path).chain(query).collect();
+    let mut parameters: Vec<Value> = names.map(in_path).chain(query).collect();
+    let mut headers = Map::new();
+    if VERSIONED.contains(&id) {
+        let schema = json!({ "type": "string" });
+        if method == "get" {
+            headers.insert("ETag".to_owned(), json!({ "description": "The version", "schema": schema }));
+        } else {
+            let what = "Refuse with 412 unless this is the version still, as ETag said";
+            parameters.push(header("If-Match", what));
+        }
+    }
+    if method == "post" && !OPEN.contains(&id) {
+        parameters
+            .push(header("Idempotency-Key", "Sent again with the same key, a request is answered as before"));
+    }
     let mut described =
         json!({ "operationId": id, "tags": [tag], "summary": summary, "parameters": parameters });
     let mut responses = Map::new();
     let mut success = json!({ "description": "Done" });
+    if !headers.is_empty() {
+        success["headers"] = Value::Object(headers);
+    }
     if let Some(schema) = schema {
         let kind = if id == "exportAuditEvents" { "application/x-ndjson" } else { "application/json" };
         success["content"] = json!({ kind: { "schema": reference(schema) } });
@@ -227,6 +266,12 @@ fn describe(operation: Operation) -> Value {
         all.extend([408, 413, 415, 422]);
     }
     all.extend(errors);
+    if method == "post" && !OPEN.contains(&id) {
+        all.extend([409, 413, 422]);
+    }
+    if VERSIONED.contains(&id) && method != "get" {
+        all.push(412);
+    }
     for status in all {
         responses.insert(status.to_string(), error(status));
     }

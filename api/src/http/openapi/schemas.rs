@@ -318,7 +318,7 @@ pub(super) fn schemas() -> Value {
                 "email": { "type": "string", "format": "email", "maxLength": 254 },
                 "password": { "type": "string", "minLength": 8, "maxLength": 1024, "writeOnly": true },
             }),
-            json!({}),
+            json!({ "invitation": or_null(text()) }),
         ),
     );
     put(

@@ -1,0 +1,40 @@
+//! Keeps the audit log within bounds of age and size, a little at a time beside everything else.
+
+use std::time::Duration;
+use tapgate_store::{Store, now_us};
+use tokio_util::sync::CancellationToken;
+
+/// Between two rounds.
+const ROUND: Duration = Duration::from_secs(600);
+const DAY_US: i64 = 86_400_000_000;
+
+/// How much of the audit log is kept.
+#[derive(Clone, Copy, Debug)]
+pub struct Retention {
+    /// No longer than so many days.
+    pub days: u32,
+    /// No more events than this.
+    pub events: u64,
+}
+
+impl Default for Retention {
+    fn default() -> Self {
+        Self { days: 90, events: 50_000_000 }
+    }
+}
+
+/// Trims the log now and then, until it is told to stop.
+pub async fn run(store: Store, keep: Retention, stop: CancellationToken) {
+    loop {
+        let oldest = now_us().saturating_sub(i64::from(keep.days).saturating_mul(DAY_US));
+        match store.audit().retain(oldest, keep.events).await {
+            Ok(0) => {}
+            Ok(gone) => tracing::info!(gone, "audit.trimmed"),
+            Err(error) => tracing::error!(%error, "audit.trim_failed"),
+        }
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(ROUND) => {}
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! The operator's commands on a real data directory, and who may sign up.
+#![allow(missing_docs, clippy::unwrap_used, reason = "tests")]
+
+mod common;
+
+use common::{TestApp, no_limits};
+use serde_json::json;
+use std::io::Write as _;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use tapgate::Settings;
+use tapgate::http::SignUp;
+use tapgate_store::{SealKey, Store, now_us};
+
+fn run(folder: &Path, args: &[&str], input: &str) -> Output {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_tapgate"))
+        .arg("admin")
+        .args(args)
+        .env("TAPGATE_DATA_DIR", folder)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    child.wait_with_output().unwrap()
+}
+
+fn ok(folder: &Path, args: &[&str], input: &str) -> String {
+    let output = run(folder, args, input);
+    assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+}
+
+#[tokio::test]
+async fn the_operators_commands() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let nothing = run(folder, &["user", "list"], "");
+    assert!(!nothing.status.success() && String::from_utf8_lossy(&nothing.stderr).contains("--data-dir"));
+
+    let key_file = folder.join("seal.key");
+    let open = || Store::open(folder, SealKey::load_or_create(&key_file).unwrap()).unwrap();
+    let store = open();
+    let token = ok(folder, &["user", "create", "alice@example.com"], "s3cureP@ssword\n");
+    assert!(store.authenticate(&token).await.unwrap().is_some());
+    assert!(!run(folder, &["user", "create", "nonsense"], "s3cureP@ssword\n").status.success());
+    assert!(!run(folder, &["user", "create", "b@example.com"], "short\n").status.success());
+    assert!(ok(folder, &["user", "list"], "").contains("alice@example.com  enabled"));
+    ok(folder, &["user", "disable", "Alice@example.com"], "");
+    assert!(store.authenticate(&token).await.unwrap().is_none(), "at once");
+    ok(folder, &["user", "enable", "alice@example.com"], "");
+    assert!(!run(folder, &["user", "disable", "nobody@example.com"], "").status.success());
+
+    let backup = folder.join("backup");
+    ok(folder, &["backup", backup.to_str().unwrap()], "");
+    assert!(ok(folder, &["verify-audit"], "").contains("whole"));
+
+    // While a daemon holds the lock, nothing moves under it.
+    let lock = std::fs::File::create(folder.join("lock")).unwrap();
+    let held = nix::fcntl::Flock::lock(lock, nix::fcntl::FlockArg::LockExclusiveNonblock).unwrap();
+    for args in [&["rotate-key"][..], &["restore", backup.to_str().unwrap()]] {
+        let refused = run(folder, args, "");
+        assert!(String::from_utf8_lossy(&refused.stderr).contains("stop it first"), "{args:?}");
+    }
+    drop((held, store));
+    ok(folder, &["rotate-key"], "");
+    assert!(open().authenticate(&token).await.unwrap().is_some());
+    let old = run(folder, &["restore", backup.to_str().unwrap()], "");
+    assert!(String::from_utf8_lossy(&old.stderr).contains("does not fit"), "sealed by the key before");
+}
+
+#[tokio::test]
+async fn sign_up_may_be_closed_or_by_invitation() {
+    let sign_up = async |app: &TestApp, invitation: Option<&str>| {
+        let body = json!({
+            "first_name": "A", "last_name": "B", "email": "Alice@example.com", "password": "s3cureP@ssword",
+            "invitation": invitation,
+        });
+        app.post("", "/v1/users", body).await
+    };
+    let with = |sign_up| TestApp::with(Settings { sign_up, rates: no_limits(), ..Settings::default() });
+    let closed = with(SignUp::Closed);
+    assert_eq!(sign_up(&closed, None).await.error(403), "signup_closed");
+    let app = with(SignUp::Invitation);
+    let later = now_us() + 60_000_000;
+    let (good, other) = (
+        app.store.ticket("invite", "alice@example.com", later),
+        app.store.ticket("invite", "b@example.com", later),
+    );
+    for wrong in [None, Some(""), Some("x"), Some(other.as_str())] {
+        assert_eq!(sign_up(&app, wrong).await.error(403), "signup_closed");
+    }
+    sign_up(&app, Some(&good)).await.is(201);
+    assert_eq!(sign_up(&app, Some(&good)).await.error(409), "email_taken", "an invitation makes one account");
+}

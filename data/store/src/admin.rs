@@ -1,0 +1,97 @@
+//! The operator's work on a store that no daemon has open: another sealing key, a backup put back.
+
+use crate::error::{Result, StoreError};
+use crate::pool::{Durability, connect};
+use crate::seal::{SealError, SealKey};
+use crate::store::Store;
+use rusqlite::params;
+use std::path::Path;
+
+/// Everything that is sealed: table, id column, sealed column, and the name that it is sealed under.
+const SEALED: &[(&str, &str, &str, &str)] = &[
+    ("secrets", "id", "value", "secrets"),
+    ("env", "id", "value", "env"),
+    ("vms", "id", "ca_key", "vms.ca_key"),
+    ("meta", "key", "value", "meta"),
+];
+
+/// The files of a store.
+const FILES: [&str; 2] = ["tapgate.db", "audit.db"];
+
+impl Store {
+    /// Makes a new sealing key and seals everything anew. Interrupted at any point, everything still opens, and doing it
+    /// again completes it. Answers how many values were sealed.
+    pub fn rotate_key(folder: &Path, key_file: &Path) -> Result<usize> {
+        let path = folder.join("tapgate.db");
+        let key = SealKey::load(key_file)?;
+        // Refuses a key file of another store before anything is changed.
+        drop(Self::open(folder, key)?);
+        let key = SealKey::add_fresh(key_file)?;
+        let mut connection = connect(&path, Durability::Full, true)?;
+        let tx = connection.transaction()?;
+        let mut count = 0;
+        for (table, id, column, name) in SEALED {
+            let only = if *table == "meta" { " WHERE key = 'seal_check'" } else { "" };
+            let mut select = tx.prepare(&format!("SELECT {id}, {column} FROM {table}{only}"))?;
+            let rows: Vec<(String, Vec<u8>)> = select
+                .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
+                .collect::<rusqlite::Result<_>>()?;
+            for (row, blob) in rows.iter().filter(|(_, blob)| !blob.is_empty()) {
+                let plain = key.open(name, row, blob)?;
+                let sealed = key.seal(name, row, &plain)?;
+                tx.execute(
+                    &format!("UPDATE {table} SET {column} = ?2 WHERE {id} = ?1"),
+                    params![row, sealed],
+                )?;
+                count += 1;
+            }
+        }
+        tx.commit()?;
+        // The old values are gone from the file too, not just from its tables.
+        connection.execute_batch("VACUUM; PRAGMA wal_checkpoint(TRUNCATE)")?;
+        SealKey::drop_old(key_file)?;
+        Ok(count)
+    }
+
+    /// Puts a backup in the place of a store. The backup is opened and checked first; what was there before is moved
+    /// aside, into a folder whose name is answered.
+    pub fn restore(folder: &Path, backup: &Path, key: SealKey) -> Result<std::path::PathBuf> {
+        let io = |path: &Path| {
+            let path = path.to_owned();
+            move |source| StoreError::Io { path, source }
+        };
+        let beside = folder.join(format!("restoring-{}", std::process::id()));
+        std::fs::create_dir_all(&beside).map_err(io(&beside))?;
+        for name in FILES {
+            let from = backup.join(name);
+            std::fs::copy(&from, beside.join(name)).map_err(io(&from))?;
+        }
+        let checked = Self::open(&beside, key);
+        if let Err(error) = checked {
+            let _ = std::fs::remove_dir_all(&beside);
+            return Err(match error {
+                StoreError::Seal(SealError::WrongKey) => SealError::WrongKey.into(),
+                other => other,
+            });
+        }
+        drop(checked);
+        for name in FILES {
+            let connection = connect(&beside.join(name), Durability::Full, true)?;
+            connection.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)")?;
+        }
+        let now = jiff::Timestamp::now().as_second();
+        let aside = folder.join(format!("before-restore-{now}"));
+        std::fs::create_dir(&aside).map_err(io(&aside))?;
+        for name in FILES {
+            for suffix in ["", "-wal", "-shm"] {
+                let old = folder.join(format!("{name}{suffix}"));
+                if old.exists() {
+                    std::fs::rename(&old, aside.join(format!("{name}{suffix}"))).map_err(io(&old))?;
+                }
+            }
+            std::fs::rename(beside.join(name), folder.join(name)).map_err(io(&beside))?;
+        }
+        let _ = std::fs::remove_dir_all(&beside);
+        Ok(aside)
+    }
+}
