@@ -409,3 +409,28 @@ fn a_daemon_with_other_maps_takes_over_live_taps() {
         datapath.teardown().await.unwrap();
     });
 }
+
+#[test]
+fn a_second_instance_needs_a_range_of_its_own_and_then_runs_beside_the_first() {
+    in_world(|world| async move {
+        let first = world.open().await;
+        let a = guest(&first, 0, Mode::Enforce, &["198.51.100.0/24"]).await;
+        let mut config = world.config.clone();
+        config.instance.push('b');
+        let refused = Datapath::open(config.clone()).await.unwrap_err();
+        assert!(refused.to_string().contains("10.214.0.0/16 is in use"), "{refused}");
+        assert!(!Netns::exists(&format!("tapgate-{}", config.instance)), "nothing is left half made");
+        // One of the host's own networks is as little free.
+        config.guest_v4 = "192.0.2.0/24".parse().unwrap();
+        assert!(Datapath::open(config.clone()).await.is_err());
+        config.guest_v4 = "10.215.0.0/16".parse().unwrap();
+        let second = Datapath::open(config).await.unwrap();
+        let server = echo(listen(&world.internet.0, "198.51.100.1:5000"));
+        round_trip(&mut a.connect("198.51.100.1:5000").unwrap()).unwrap();
+        server.join().unwrap();
+        second.teardown().await.unwrap();
+        // The first is open again without complaint about itself.
+        drop(first);
+        world.open().await.teardown().await.unwrap();
+    });
+}
