@@ -24,7 +24,6 @@ pub(super) async fn spec(shared: &Shared, record: &VmRecord) -> Result<VmSpec, S
         image: shared.image.clone(),
         snapshot: record.snapshot.as_ref().map(|snapshot| snapshots::path(&shared.config, snapshot)),
         guest_ns: guest_namespace(shared, record)?,
-        snapshot: None,
         vcpus: record.resources.vcpus,
         memory_mib: record.resources.memory_mib,
         disk_bytes: record.resources.disk_bytes,
