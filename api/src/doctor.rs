@@ -199,6 +199,7 @@ fn listen(config: &Config) -> Check {
 
 /// Options of `tapgate doctor`.
 #[derive(clap::Args, Debug)]
+#[group(skip)]
 pub struct Args {
     /// Print JSON
     #[arg(long)]

@@ -301,3 +301,74 @@ async fn who_asks_too_often_is_told_when_to_come_back() {
     is_limited(app.get("", "/v1/auth/device/poll?code=ABCD-1234").await);
     is_limited(app.call("", "POST", "/v1/auth/device/code", None).await);
 }
+
+#[tokio::test]
+async fn a_retry_with_the_same_key_does_nothing_again() {
+    let app = TestApp::new();
+    let (alice, bob) = (app.user("alice@example.com").await, app.user("bob@example.com").await);
+    let post = async |token: &str, key: &str, path: &str, body: Value| {
+        let request = Request::post(path)
+            .header(header::AUTHORIZATION, format!("Bearer {token}"))
+            .header(header::CONTENT_TYPE, "application/json")
+            .header("Idempotency-Key", key);
+        app.send(request.body(Body::from(body.to_string())).unwrap()).await
+    };
+    let vm = json!({ "name": "vm", "public_key": PUBLIC_KEY });
+    let first = post(&alice, "one", "/v1/vms", vm.clone()).await;
+    assert!(!first.headers.contains_key("idempotent-replayed"));
+    let first = first.is(201);
+    let again = post(&alice, "one", "/v1/vms", vm.clone()).await;
+    assert_eq!(again.headers["idempotent-replayed"], "true");
+    assert_eq!(again.headers[header::CONTENT_TYPE], "application/json");
+    assert_eq!(again.is(201), first);
+    assert_eq!(post(&alice, "two", "/v1/vms", vm.clone()).await.error(409), "vm_name_taken");
+    assert_eq!(post(&alice, "two", "/v1/vms", vm.clone()).await.error(409), "vm_name_taken");
+    let other = json!({ "name": "other", "public_key": PUBLIC_KEY });
+    assert_eq!(post(&alice, "one", "/v1/vms", other).await.error(422), "idempotency_key_reused");
+    assert_eq!(post(&alice, "one", "/v1/keys", vm.clone()).await.error(422), "idempotency_key_reused");
+    post(&bob, "one", "/v1/vms", vm.clone()).await.is(201);
+    assert_eq!(post(&alice, "", "/v1/vms", vm.clone()).await.error(400), "invalid_idempotency_key");
+    assert_eq!(post("iron_live_x", "one", "/v1/vms", vm).await.error(401), "unauthorized");
+    let key = post(&alice, "key", "/v1/keys", json!({ "name": "k" })).await.is(201);
+    assert_eq!(post(&alice, "key", "/v1/keys", json!({ "name": "k" })).await.is(201), key);
+}
+
+#[tokio::test]
+async fn a_change_may_insist_on_the_version_it_saw() {
+    let app = TestApp::new();
+    let key = app.user("alice@example.com").await;
+    let vm = app.vm(&key, "vm").await;
+    let secret = json!({ "name": "s", "secret": "v", "env_var": "S" });
+    let secret = app.post(&key, "/v1/secrets", secret).await.is(201)["id"].as_str().unwrap().to_owned();
+    app.call(&key, "PUT", "/v1/env/K", Some(json!({ "value": "v" }))).await.is(200);
+    let with = async |method: &str, path: &str, tag: &str, body: &Value| {
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header(header::AUTHORIZATION, format!("Bearer {key}"));
+        let request = request.header(header::CONTENT_TYPE, "application/json").header(header::IF_MATCH, tag);
+        let body = if body.is_null() { Body::empty() } else { Body::from(body.to_string()) };
+        app.send(request.body(body).unwrap()).await
+    };
+    for (path, method, body) in [
+        (format!("/v1/secrets/{secret}"), "PATCH", json!({ "comment": "c" })),
+        ("/v1/env/K".to_owned(), "PUT", json!({ "value": "w" })),
+        ("/v1/egress/policy".to_owned(), "PUT", json!({ "mode": "warn" })),
+        (format!("/v1/vms/{vm}/egress/policy"), "PUT", json!({ "mode": "enforce" })),
+    ] {
+        let tag = app.get(&key, &path).await.headers[header::ETAG].to_str().unwrap().to_owned();
+        assert_eq!(with(method, &path, "\"other\"", &body).await.error(412), "precondition_failed", "{path}");
+        assert_eq!(with(method, &path, "other", &body).await.error(400), "invalid_if_match");
+        let changed = with(method, &path, &format!("\"x\", {tag}"), &body).await;
+        let next = changed.headers[header::ETAG].to_str().unwrap().to_owned();
+        changed.is(200);
+        assert_ne!(next, tag);
+        assert_eq!(with(method, &path, &tag, &body).await.error(412), "precondition_failed");
+        with(method, &path, "*", &body).await.is(200);
+        if path != "/v1/egress/policy" {
+            assert_eq!(with("DELETE", &path, &tag, &Value::Null).await.error(412), "precondition_failed");
+            let now = app.get(&key, &path).await.headers[header::ETAG].to_str().unwrap().to_owned();
+            with("DELETE", &path, &now, &Value::Null).await.is(204);
+        }
+    }
+}

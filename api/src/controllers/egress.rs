@@ -2,7 +2,7 @@
 
 use super::vms::{find, named};
 use crate::engine::Scope;
-use crate::http::{Account, ApiError, AppState, Fields, Id, List, Params, time};
+use crate::http::{Account, ApiError, AppState, Fields, Id, IfMatch, List, Params, Versioned, time};
 use crate::http::{fields_at_most as at_most, fields_bounded as bounded, params_invalid as invalid};
 use axum::Json;
 use axum::extract::State;
@@ -61,24 +61,25 @@ pub(crate) async fn policy(
     State(state): State<AppState>,
     account: Account,
     params: Params,
-) -> Result<Json<PolicyView>, ApiError> {
+) -> Result<Versioned<Json<PolicyView>>, ApiError> {
     params.finish()?;
     let policy = state.store().policy(&account.user).await?;
-    Ok(Json(PolicyView { mode: policy.mode }))
+    Ok(Versioned(policy.version(), Json(PolicyView { mode: policy.mode })))
 }
 
 pub(crate) async fn set_policy(
     State(state): State<AppState>,
     account: Account,
+    IfMatch(expected): IfMatch,
     params: Params,
     mut fields: Fields,
-) -> Result<Json<PolicyView>, ApiError> {
+) -> Result<Versioned<Json<PolicyView>>, ApiError> {
     params.finish()?;
     let mode = parse_mode(&fields.text("mode")?)?;
     fields.finish()?;
-    let policy = state.store().policy_set(&account.user, mode).await?;
+    let policy = state.store().policy_set(&account.user, mode, expected).await?;
     state.engine().policy_changed(Scope::User(account.user)).await;
-    Ok(Json(PolicyView { mode: policy.mode }))
+    Ok(Versioned(policy.version(), Json(PolicyView { mode: policy.mode })))
 }
 
 pub(crate) async fn vm_policy(
@@ -86,19 +87,21 @@ pub(crate) async fn vm_policy(
     account: Account,
     Id(vm): Id<VmId>,
     params: Params,
-) -> Result<Json<VmPolicyView>, ApiError> {
+) -> Result<Versioned<Json<VmPolicyView>>, ApiError> {
     params.finish()?;
     let egress = state.store().vm_egress(&account.user, &vm).await;
-    Ok(Json(egress.map_err(|error| named(&vm, error.into()))?.into()))
+    let egress = egress.map_err(|error| named(&vm, error.into()))?;
+    Ok(Versioned(egress.version(), Json(egress.into())))
 }
 
 pub(crate) async fn set_vm_policy(
     State(state): State<AppState>,
     account: Account,
     Id(vm): Id<VmId>,
+    IfMatch(expected): IfMatch,
     params: Params,
     mut fields: Fields,
-) -> Result<Json<VmPolicyView>, ApiError> {
+) -> Result<Versioned<Json<VmPolicyView>>, ApiError> {
     params.finish()?;
     let mode = fields.optional_text("mode")?.map(|text| parse_mode(&text)).transpose()?;
     let inherit_rules = fields.optional_bool("inherit_rules")?;
@@ -107,20 +110,22 @@ pub(crate) async fn set_vm_policy(
         return Err(ApiError::validation("Give `mode`, `inherit_rules` or both"));
     }
     alive(&state, &account, &vm).await?;
-    let set = state.store().vm_egress_set(&account.user, &vm, mode, inherit_rules.unwrap_or(true)).await;
+    let set =
+        state.store().vm_egress_set(&account.user, &vm, mode, inherit_rules.unwrap_or(true), expected).await;
     let egress = set.map_err(|error| named(&vm, error.into()))?;
     state.engine().policy_changed(Scope::Vm(vm)).await;
-    Ok(Json(egress.into()))
+    Ok(Versioned(egress.version(), Json(egress.into())))
 }
 
 pub(crate) async fn reset_vm_policy(
     State(state): State<AppState>,
     account: Account,
     Id(vm): Id<VmId>,
+    IfMatch(expected): IfMatch,
     params: Params,
 ) -> Result<StatusCode, ApiError> {
     params.finish()?;
-    let reset = state.store().vm_egress_set(&account.user, &vm, None, true).await;
+    let reset = state.store().vm_egress_set(&account.user, &vm, None, true, expected).await;
     reset.map_err(|error| named(&vm, error.into()))?;
     state.engine().policy_changed(Scope::Vm(vm)).await;
     Ok(StatusCode::NO_CONTENT)

@@ -1,6 +1,6 @@
 //! Environment variables.
 
-use crate::http::{Account, ApiError, AppState, Fields, Key, List, Params, time};
+use crate::http::{Account, ApiError, AppState, Fields, IfMatch, Key, List, Params, Versioned, time};
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -31,6 +31,10 @@ impl From<EnvRecord> for EnvView {
     }
 }
 
+fn versioned(env: EnvRecord) -> Versioned<Json<EnvView>> {
+    Versioned(env.version(), Json(env.into()))
+}
+
 /// What every shell takes as a variable's name.
 fn check_key(key: &str) -> Result<(), ApiError> {
     let first = key.bytes().next().is_some_and(|b| b.is_ascii_alphabetic() || b == b'_');
@@ -57,18 +61,19 @@ pub(crate) async fn show(
     account: Account,
     Key(key): Key,
     params: Params,
-) -> Result<Json<EnvView>, ApiError> {
+) -> Result<Versioned<Json<EnvView>>, ApiError> {
     params.finish()?;
-    Ok(Json(state.store().env(&account.user, &key).await?.into()))
+    Ok(versioned(state.store().env(&account.user, &key).await?))
 }
 
 pub(crate) async fn set(
     State(state): State<AppState>,
     account: Account,
     Key(key): Key,
+    IfMatch(expected): IfMatch,
     params: Params,
     mut fields: Fields,
-) -> Result<Json<EnvView>, ApiError> {
+) -> Result<Versioned<Json<EnvView>>, ApiError> {
     params.finish()?;
     let value = fields.text("value")?;
     fields.finish()?;
@@ -80,19 +85,20 @@ pub(crate) async fn set(
         return Err(ApiError::validation("`value` must not contain NUL"));
     }
     let limit = state.settings().quotas.env;
-    let env = state.store().env_set(&account.user, &key, &value, limit).await?;
+    let env = state.store().env_set(&account.user, &key, &value, limit, expected).await?;
     state.engine().env_changed(account.user);
-    Ok(Json(env.into()))
+    Ok(versioned(env))
 }
 
 pub(crate) async fn remove(
     State(state): State<AppState>,
     account: Account,
     Key(key): Key,
+    IfMatch(expected): IfMatch,
     params: Params,
 ) -> Result<StatusCode, ApiError> {
     params.finish()?;
-    state.store().env_delete(&account.user, &key).await?;
+    state.store().env_delete(&account.user, &key, expected).await?;
     state.engine().env_changed(account.user);
     Ok(StatusCode::NO_CONTENT)
 }

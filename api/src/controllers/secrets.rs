@@ -1,7 +1,10 @@
 //! Secrets. A value comes in and never goes out.
 
 use crate::engine::Scope;
-use crate::http::{Account, ApiError, AppState, Fields, Id, List, Params, fields_at_most as at_most, time};
+use crate::http::{
+    Account, ApiError, AppState, Fields, Id, IfMatch, List, Params, Versioned, fields_at_most as at_most,
+    time,
+};
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -115,6 +118,10 @@ pub(crate) async fn create(
     Ok((StatusCode::CREATED, Json(secret.into())))
 }
 
+fn versioned(secret: SecretRecord) -> Versioned<Json<SecretView>> {
+    Versioned(secret.version(), Json(secret.into()))
+}
+
 /// The proxy learns the value, the guests the placeholder.
 async fn changed(state: &AppState, account: &Account) {
     state.engine().policy_changed(Scope::User(account.user.clone())).await;
@@ -144,18 +151,19 @@ pub(crate) async fn show(
     account: Account,
     Id(secret): Id<SecretId>,
     params: Params,
-) -> Result<Json<SecretView>, ApiError> {
+) -> Result<Versioned<Json<SecretView>>, ApiError> {
     params.finish()?;
-    Ok(Json(state.store().secret(&account.user, &secret).await?.into()))
+    Ok(versioned(state.store().secret(&account.user, &secret).await?))
 }
 
 pub(crate) async fn update(
     State(state): State<AppState>,
     account: Account,
     Id(secret): Id<SecretId>,
+    IfMatch(expected): IfMatch,
     params: Params,
     mut fields: Fields,
-) -> Result<Json<SecretView>, ApiError> {
+) -> Result<Versioned<Json<SecretView>>, ApiError> {
     params.finish()?;
     fields.given()?;
     if fields.patch_text("name")?.is_some() {
@@ -174,19 +182,20 @@ pub(crate) async fn update(
     if let Some(Some(comment)) = &change.comment {
         at_most("comment", comment, 1024, true)?;
     }
-    let secret = state.store().secret_update(&account.user, &secret, change).await?;
+    let secret = state.store().secret_update(&account.user, &secret, change, expected).await?;
     changed(&state, &account).await;
-    Ok(Json(secret.into()))
+    Ok(versioned(secret))
 }
 
 pub(crate) async fn remove(
     State(state): State<AppState>,
     account: Account,
     Id(secret): Id<SecretId>,
+    IfMatch(expected): IfMatch,
     params: Params,
 ) -> Result<StatusCode, ApiError> {
     params.finish()?;
-    state.store().secret_delete(&account.user, &secret).await?;
+    state.store().secret_delete(&account.user, &secret, expected).await?;
     changed(&state, &account).await;
     Ok(StatusCode::NO_CONTENT)
 }

@@ -102,6 +102,9 @@ impl From<StoreError> for ApiError {
                 Self::not_found(code, format!("No such {noun}"))
             }
             StoreError::Conflict(conflict) => conflict.into(),
+            StoreError::Changed => {
+                Self::new(StatusCode::PRECONDITION_FAILED, "precondition_failed", sentence(&error))
+            }
             StoreError::Cursor => Self::bad_request("invalid_cursor", sentence(&error)),
             StoreError::Illegal { .. } => Self::conflict("vm_busy", sentence(&error)),
             StoreError::Unavailable(_) => {

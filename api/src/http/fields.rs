@@ -10,7 +10,7 @@ use std::time::Duration;
 /// Longest body. A secret's value is 16 KiB at most, a prompt 64 KiB.
 const MAX_BODY: usize = 256 * 1024;
 /// Longest wait for a body.
-const BODY_TIMEOUT: Duration = Duration::from_secs(15);
+pub(super) const BODY_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// The fields of a JSON object that are not taken yet, and whether there was a body at all.
 #[derive(Debug)]

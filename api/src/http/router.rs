@@ -1,13 +1,13 @@
 //! All routes, and what every answer goes through: no panic, no unknown path and no wrong method leaves the envelope.
 
-use super::{ApiError, AppState, openapi};
+use super::{ApiError, AppState, idempotency, openapi};
 use crate::controllers::{
     agents, audit, device, egress, env, health, keys, pages, secrets, snapshots, users, vms,
 };
 use axum::Router;
 use axum::extract::Request;
 use axum::http::{HeaderValue, Method, StatusCode, Uri, header};
-use axum::middleware::{Next, from_fn};
+use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{delete, get, patch, post, put};
 use std::any::Any;
@@ -58,6 +58,7 @@ pub fn router(state: AppState) -> Router {
         .route("/v1/agents/{agent_id}", get(agents::show).delete(agents::destroy))
         .fallback(unknown_route)
         .method_not_allowed_fallback(wrong_method)
+        .layer(from_fn_with_state(state.clone(), idempotency::layer))
         .layer(from_fn(common_headers))
         .layer(CatchPanicLayer::custom(panicked))
         .with_state(state)

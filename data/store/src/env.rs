@@ -6,6 +6,7 @@ use crate::seal::SealKey;
 use crate::store::{Store, quota};
 use crate::time::now_us;
 use crate::users::id;
+use crate::version::Expected;
 use rusqlite::types::Value;
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 use tapgate_model::{EnvId, UserId};
@@ -23,6 +24,13 @@ pub struct EnvRecord {
     pub created_at: i64,
     /// Microseconds since the epoch.
     pub updated_at: i64,
+}
+
+impl EnvRecord {
+    /// Its version: another after each change.
+    pub fn version(&self) -> String {
+        self.updated_at.to_string()
+    }
 }
 
 const SELECT: &str = "SELECT seq, id, key, value, created_at, updated_at FROM env";
@@ -91,12 +99,21 @@ impl Store {
     }
 
     /// Makes or replaces a variable.
-    pub async fn env_set(&self, user: &UserId, key: &str, value: &str, limit: u32) -> Result<EnvRecord> {
+    pub async fn env_set(
+        &self,
+        user: &UserId,
+        key: &str,
+        value: &str,
+        limit: u32,
+        expected: Expected,
+    ) -> Result<EnvRecord> {
         let (user, key, value, seal) = (user.clone(), key.to_owned(), value.to_owned(), self.key.clone());
         self.db
             .write(move |tx| {
                 let now = now_us();
-                match find(tx, &user, &key)? {
+                let old = find(tx, &user, &key)?;
+                expected.check(&old.as_ref().map_or(String::new(), |(old, _)| old.version()))?;
+                match old {
                     Some((old, _)) => {
                         let blob = seal.seal(TABLE, old.id.as_str(), value.as_bytes())?;
                         tx.execute(
@@ -123,16 +140,14 @@ impl Store {
     }
 
     /// Removes a variable.
-    pub async fn env_delete(&self, user: &UserId, key: &str) -> Result<()> {
+    pub async fn env_delete(&self, user: &UserId, key: &str, expected: Expected) -> Result<()> {
         let (user, key) = (user.clone(), key.to_owned());
         self.db
             .write(move |tx| {
-                match tx
-                    .execute("DELETE FROM env WHERE user = ?1 AND key = ?2", params![user.as_str(), key])?
-                {
-                    0 => Err(StoreError::NotFound(Kind::Env)),
-                    _ => Ok(()),
-                }
+                let (old, _) = find(tx, &user, &key)?.ok_or(StoreError::NotFound(Kind::Env))?;
+                expected.check(&old.version())?;
+                tx.execute("DELETE FROM env WHERE id = ?1", [old.id.as_str()])?;
+                Ok(())
             })
             .await
     }

@@ -73,6 +73,9 @@ pub enum StoreError {
     /// Something stands in the way.
     #[error(transparent)]
     Conflict(#[from] Conflict),
+    /// It is no longer what the caller saw.
+    #[error("it was changed since you read it; read it again")]
+    Changed,
     /// A cursor that this query did not hand out.
     #[error("the cursor is broken or belongs to another query; start again without it")]
     Cursor,

@@ -4,6 +4,7 @@ use crate::error::{Kind, Result, StoreError};
 use crate::rules::read_rule;
 use crate::store::{Store, next_generation};
 use crate::users::id;
+use crate::version::Expected;
 use crate::{secrets, vms};
 use rusqlite::{Connection, OptionalExtension as _, Transaction, params};
 use std::sync::Arc;
@@ -26,6 +27,20 @@ pub struct VmEgress {
     pub own_mode: Option<Mode>,
     /// Whether the account's rules hold for it besides its own.
     pub inherit_rules: bool,
+}
+
+impl AccountPolicy {
+    /// Its version: what it says.
+    pub fn version(&self) -> String {
+        self.mode.word().to_owned()
+    }
+}
+
+impl VmEgress {
+    /// Its version: what it says.
+    pub fn version(&self) -> String {
+        format!("{}-{}-{}", self.mode.word(), self.own_mode.is_none(), self.inherit_rules)
+    }
 }
 
 fn mode(word: &str) -> Result<Mode> {
@@ -77,10 +92,11 @@ impl Store {
     }
 
     /// Sets the account's mode.
-    pub async fn policy_set(&self, user: &UserId, mode: Mode) -> Result<AccountPolicy> {
+    pub async fn policy_set(&self, user: &UserId, mode: Mode, expected: Expected) -> Result<AccountPolicy> {
         let user = user.clone();
         self.db
             .write(move |tx| {
+                expected.check(&AccountPolicy { mode: account_mode(tx, &user)? }.version())?;
                 tx.execute("UPDATE users SET mode = ?2 WHERE id = ?1", params![user.as_str(), mode.word()])?;
                 touch(tx, &user, None)?;
                 Ok(AccountPolicy { mode: account_mode(tx, &user)? })
@@ -101,11 +117,13 @@ impl Store {
         vm: &VmId,
         mode: Option<Mode>,
         inherit_rules: bool,
+        expected: Expected,
     ) -> Result<VmEgress> {
         let (user, vm) = (user.clone(), vm.clone());
         self.db
             .write(move |tx| {
                 vms::owned(tx, &user, &vm)?;
+                expected.check(&vm_egress(tx, &user, &vm)?.version())?;
                 tx.execute(
                     "UPDATE vms SET mode = ?2, inherit_rules = ?3 WHERE id = ?1",
                     params![vm.as_str(), mode.map(Mode::word), inherit_rules],

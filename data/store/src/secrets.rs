@@ -6,6 +6,7 @@ use crate::policy::touch;
 use crate::store::{Store, quota};
 use crate::time::now_us;
 use crate::users::id;
+use crate::version::Expected;
 use rusqlite::types::Value;
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 use tapgate_model::secret::PLACEHOLDER_PREFIX;
@@ -56,6 +57,13 @@ pub struct SecretRecord {
     pub created_at: i64,
     /// Microseconds since the epoch.
     pub updated_at: i64,
+}
+
+impl SecretRecord {
+    /// Its version: another after each change.
+    pub fn version(&self) -> String {
+        self.updated_at.to_string()
+    }
 }
 
 /// Which secrets to list.
@@ -229,11 +237,13 @@ impl Store {
         user: &UserId,
         secret: &SecretId,
         change: SecretChange,
+        expected: Expected,
     ) -> Result<SecretRecord> {
         let (user, secret, key) = (user.clone(), secret.clone(), self.key.clone());
         self.db
             .write(move |tx| {
                 let now = find(tx, &user, &secret)?;
+                expected.check(&now.version())?;
                 let env_var = change.env_var.unwrap_or(now.env_var);
                 env_var_free(tx, &user, &env_var, Some(&secret))?;
                 let hosts = change.hosts.unwrap_or(now.hosts);
@@ -255,17 +265,12 @@ impl Store {
     }
 
     /// Removes a secret.
-    pub async fn secret_delete(&self, user: &UserId, secret: &SecretId) -> Result<()> {
+    pub async fn secret_delete(&self, user: &UserId, secret: &SecretId, expected: Expected) -> Result<()> {
         let (user, secret) = (user.clone(), secret.clone());
         self.db
             .write(move |tx| {
-                let gone = tx.execute(
-                    "DELETE FROM secrets WHERE id = ?1 AND user = ?2",
-                    params![secret.as_str(), user.as_str()],
-                )?;
-                if gone == 0 {
-                    return Err(StoreError::NotFound(Kind::Secret));
-                }
+                expected.check(&find(tx, &user, &secret)?.version())?;
+                tx.execute("DELETE FROM secrets WHERE id = ?1", [secret.as_str()])?;
                 touch(tx, &user, None)
             })
             .await

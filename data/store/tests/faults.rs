@@ -18,7 +18,7 @@ async fn write_until_killed(folder: &std::path::Path) {
     for n in 0.. {
         let stamp = format!("{}x{n}", std::process::id());
         let user = user(&store, &format!("{stamp}@example.com")).await;
-        store.env_set(&user, "K", &stamp, 10).await.unwrap();
+        store.env_set(&user, "K", &stamp, 10, Expected::any()).await.unwrap();
         store.secret_create(&user, new_secret("s", "S", &stamp), 10).await.unwrap();
         writeln!(out, "{user} {stamp}").unwrap();
         out.flush().unwrap();
@@ -72,7 +72,7 @@ async fn what_was_acknowledged_survives_a_hundred_kills() {
 async fn a_full_disk_is_said_and_loses_nothing() {
     let (folder, store) = fresh();
     let user = user(&store, "a@example.com").await;
-    store.env_set(&user, "BEFORE", "x", 1000).await.unwrap();
+    store.env_set(&user, "BEFORE", "x", 1000, Expected::any()).await.unwrap();
     // A limit on the size of files stands for the full disk: a child has it (and ignores its signal), we have not.
     drop(store);
     let script = format!(
@@ -93,7 +93,7 @@ async fn a_full_disk_is_said_and_loses_nothing() {
     for line in text.lines().filter_map(|line| line.strip_prefix("wrote ")) {
         assert!(all.iter().any(|env| env.key == line), "{line} was acknowledged and is gone");
     }
-    store.env_set(&user, "AFTER", "x", 10_000).await.unwrap();
+    store.env_set(&user, "AFTER", "x", 10_000, Expected::any()).await.unwrap();
 }
 
 #[tokio::test]
@@ -107,7 +107,7 @@ async fn full_disk_child() {
     let big = "x".repeat(16 * 1024);
     for n in 0..10_000 {
         let key = format!("K{n}");
-        match store.env_set(&user, &key, &big, 100_000).await {
+        match store.env_set(&user, &key, &big, 100_000, Expected::any()).await {
             Ok(_) => println!("wrote {key}"),
             Err(StoreError::Unavailable(_)) => return println!("unavailable after {n}"),
             Err(other) => panic!("{other:?}"),
@@ -121,11 +121,14 @@ async fn a_locked_file_is_said_and_mends() {
     let user = user(&store, "a@example.com").await;
     let other = rusqlite::Connection::open(folder.path().join("db/tapgate.db")).unwrap();
     other.execute_batch("BEGIN IMMEDIATE").unwrap();
-    assert!(matches!(store.env_set(&user, "K", "v", 10).await, Err(StoreError::Unavailable(_))));
+    assert!(matches!(
+        store.env_set(&user, "K", "v", 10, Expected::any()).await,
+        Err(StoreError::Unavailable(_))
+    ));
     assert!(matches!(store.healthy().await, Err(StoreError::Unavailable(_))));
     store.env_list(&user, 10, None).await.expect("reading goes on");
     other.execute_batch("ROLLBACK").unwrap();
-    store.env_set(&user, "K", "v", 10).await.unwrap();
+    store.env_set(&user, "K", "v", 10, Expected::any()).await.unwrap();
 }
 
 #[tokio::test]

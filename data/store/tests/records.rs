@@ -22,7 +22,7 @@ async fn nothing_secret_is_readable_in_the_files() {
     let (folder, store) = fresh();
     let user = user(&store, "a@example.com").await;
     store.secret_create(&user, new_secret("s", "S", "ghp_very_secret"), 10).await.unwrap();
-    store.env_set(&user, "E", "env_very_secret", 10).await.unwrap();
+    store.env_set(&user, "E", "env_very_secret", 10, Expected::any()).await.unwrap();
     store.vm_create(new_vm(&user, "vm")).await.unwrap();
     let issued = store.key_create(&user, "k").await.unwrap();
     for entry in std::fs::read_dir(folder.path().join("db")).unwrap() {
@@ -117,7 +117,7 @@ async fn the_effective_policy_is_whole_and_its_generation_rises() {
     assert!(risen("account rule").await.rules.has_hosts());
     store.rule_create(&user, Some(&vm), rule("192.0.2.0/24", None), 10).await.unwrap();
     assert_eq!(risen("VM rule").await.rules.cidrs().len(), 1);
-    store.vm_egress_set(&user, &vm, Some(Mode::Warn), false).await.unwrap();
+    store.vm_egress_set(&user, &vm, Some(Mode::Warn), false, Expected::any()).await.unwrap();
     let own = risen("VM policy").await;
     assert_eq!(own.mode, Mode::Warn);
     assert!(!own.rules.has_hosts(), "the account's rules no longer hold");
@@ -132,15 +132,16 @@ async fn the_effective_policy_is_whole_and_its_generation_rises() {
                 value: Some(tapgate_model::SecretValue::new(b"other".to_vec()).unwrap()),
                 ..SecretChange::default()
             },
+            Expected::any(),
         )
         .await
         .unwrap();
     assert_eq!(risen("secret changed").await.secrets[0].value.expose(), b"other");
-    store.secret_delete(&user, &secret.id).await.unwrap();
+    store.secret_delete(&user, &secret.id, Expected::any()).await.unwrap();
     assert!(risen("secret deleted").await.secrets.is_empty());
     store.rule_delete(&user, None, &account.id).await.unwrap();
     risen("rule deleted").await;
-    store.policy_set(&user, Mode::Warn).await.unwrap();
+    store.policy_set(&user, Mode::Warn, Expected::any()).await.unwrap();
     risen("account mode").await;
     assert_eq!(store.effective_policies(&user, SecretsOverHttp::Never).await.unwrap().len(), 1);
 }
@@ -283,7 +284,7 @@ async fn a_rotated_key_seals_everything_and_the_old_one_nothing() {
     let (folder, store) = fresh();
     let user = user(&store, "a@example.com").await;
     store.secret_create(&user, new_secret("s", "S", "value"), 10).await.unwrap();
-    store.env_set(&user, "E", "env value", 10).await.unwrap();
+    store.env_set(&user, "E", "env value", 10, Expected::any()).await.unwrap();
     let vm = store.vm_create(new_vm(&user, "vm")).await.unwrap().id;
     let ticket = store.ticket("verify", "x", now_us() + 60_000_000);
     drop(store);
@@ -308,10 +309,10 @@ async fn a_rotated_key_seals_everything_and_the_old_one_nothing() {
 async fn a_backup_is_put_back_and_what_was_there_is_kept() {
     let (folder, store) = fresh();
     let user = user(&store, "a@example.com").await;
-    store.env_set(&user, "E", "then", 10).await.unwrap();
+    store.env_set(&user, "E", "then", 10, Expected::any()).await.unwrap();
     let backup = folder.path().join("backup");
     store.backup(&backup).await.unwrap();
-    store.env_set(&user, "E", "now", 10).await.unwrap();
+    store.env_set(&user, "E", "now", 10, Expected::any()).await.unwrap();
     drop(store);
     let db = folder.path().join("db");
     let key = || SealKey::load(&folder.path().join("seal.key")).unwrap();

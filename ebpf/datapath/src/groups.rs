@@ -11,7 +11,7 @@ use crate::{
 };
 use aya::maps::{MapError, lpm_trie::Key};
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, HashMap},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -28,7 +28,10 @@ pub(crate) type Content = Arc<[Cidr]>;
 
 /// The content of a list of rules.
 pub(crate) fn content(cidrs: impl Iterator<Item = Cidr>) -> Content {
-    cidrs.collect::<BTreeSet<_>>().into_iter().collect()
+    let mut all: Vec<Cidr> = cidrs.collect();
+    all.sort_unstable();
+    all.dedup();
+    all.into()
 }
 
 #[derive(Debug)]

@@ -9,7 +9,7 @@ use crate::{
     objects::{Tables, absent},
     rules::Rules,
 };
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 use tapgate_ebpf_common::maps::{Bucket, EVENT_BURST, FlowCount, MAX_VMS, VM_IPV6, VM_SECRETS, VM_WARN, Vm};
 use tapgate_model::{GuestNet, Mode, VmPolicy};
 
@@ -21,7 +21,7 @@ pub(crate) struct Slot {
     /// Its entry in the kernel.
     pub vm: Vm,
     /// Its rules.
-    pub rules: Rules,
+    pub rules: Arc<Rules>,
 }
 
 /// All of them.
@@ -78,7 +78,7 @@ impl Slots {
             tables.buckets.insert(slot, bucket, 0).map_err(map_error("put", "BUCKETS"))?;
         }
         let old = tables.vms.get(&link, 0).ok();
-        let rules = Rules::new(policy);
+        let rules = Arc::new(Rules::new(policy));
         let group = self.groups.acquire(tables, slot, &content(rules.cidrs()))?;
         let vm = self.entry(net, group, policy);
         if let Err(error) = tables.vms.insert(link, vm, 0) {
@@ -102,7 +102,7 @@ impl Slots {
         let slot = net.slot;
         let known = self.by_slot.get(&slot).ok_or(DatapathError::NotAttached(slot))?;
         let (link, old) = (known.link, known.vm.rules);
-        let rules = Rules::new(policy);
+        let rules = Arc::new(Rules::new(policy));
         let content = content(rules.cidrs());
         let in_place = self.groups.revise(tables, slot, old, &content)?;
         let group = if in_place { old } else { self.groups.acquire(tables, slot, &content)? };

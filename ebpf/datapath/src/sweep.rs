@@ -2,7 +2,11 @@
 //!
 //! Runs at every change of a policy and every few seconds. Only forgets and cuts: nothing that it does opens anything.
 
-use crate::{DatapathError, Shared, State, cut::Cutter, events::monotonic, objects::absent, rules::Known};
+use crate::{
+    DatapathError, Shared, bpffs, cut::Cutter, error::map_error, events::monotonic, objects::absent,
+    rules::Known,
+};
+use aya::maps::{HashMap, Map, MapData};
 use std::{
     collections::{BTreeMap, HashSet},
     sync::Arc,
@@ -11,13 +15,15 @@ use std::{
 use tapgate_ebpf_common::{
     Verdict,
     judge::judge,
-    maps::{FLOW_ANSWERED, FLOW_FIN_IN, FLOW_FIN_OUT, Flow, FlowKey, mapped},
+    maps::{FLOW_ANSWERED, FLOW_FIN_IN, FLOW_FIN_OUT, Flow, FlowKey, Vm, mapped},
     packet::{ACK, Header, TCP},
 };
 
 const EVERY: Duration = Duration::from_secs(5);
 /// Soon after a change, to remove what it retired.
 const SOON: Duration = Duration::from_millis(150);
+/// Changes often come many at a time: one sweep for all of them.
+const GATHER: Duration = Duration::from_millis(5);
 const SECOND: u64 = 1_000_000_000;
 
 /// Sweeps until it is aborted.
@@ -26,7 +32,7 @@ pub(crate) async fn run(shared: Arc<Shared>) {
     loop {
         let pause = if shared.state().slots.has_retired() { SOON } else { EVERY };
         tokio::select! {
-            () = shared.changed.notified() => {}
+            () = shared.changed.notified() => tokio::time::sleep(GATHER).await,
             () = tokio::time::sleep(pause) => {}
         }
         if cutter.is_none() {
@@ -36,7 +42,7 @@ pub(crate) async fn run(shared: Arc<Shared>) {
             }
         }
         let (work, cutter) = (Arc::clone(&shared), cutter.clone());
-        let done = tokio::task::spawn_blocking(move || sweep(&mut work.state(), cutter.as_deref())).await;
+        let done = tokio::task::spawn_blocking(move || sweep(&work, cutter.as_deref())).await;
         match done {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::warn!(%error, "flows could not be swept"),
@@ -45,65 +51,78 @@ pub(crate) async fn run(shared: Arc<Shared>) {
     }
 }
 
-fn sweep(state: &mut State, cutter: Option<&Cutter>) -> Result<(), DatapathError> {
-    let State { tables, slots, .. } = state;
-    slots.purge(tables)?;
+/// Goes through the flows without holding anyone up: the state is locked for moments only.
+fn sweep(shared: &Shared, cutter: Option<&Cutter>) -> Result<(), DatapathError> {
+    let path = bpffs::maps(&shared.pins).join("FLOWS");
+    let mut table: HashMap<MapData, FlowKey, Flow> = MapData::from_pin(path)
+        .and_then(Map::from_map_data)
+        .and_then(HashMap::try_from)
+        .map_err(map_error("open", "FLOWS"))?;
+    // Flows first, policies after: no flow is judged by a policy older than the one that it was made under.
+    let flows: Vec<(FlowKey, Flow)> = table.iter().filter_map(Result::ok).collect();
+    let (config, host, vms) = {
+        let mut state = shared.state();
+        let crate::State { tables, slots, .. } = &mut *state;
+        slots.purge(tables)?;
+        let config = tables.config.get(&0, 0).map_err(map_error("read", "CONFIG"))?;
+        let host: HashSet<[u8; 16]> = tables.host.keys().filter_map(Result::ok).collect();
+        let vms: BTreeMap<u32, _> =
+            slots.iter().map(|(&slot, known)| (slot, (known.vm, Arc::clone(&known.rules)))).collect();
+        (config, host, vms)
+    };
     let now = monotonic();
-    let config = tables.config.get(&0, 0).map_err(crate::error::map_error("read", "CONFIG"))?;
-    let host: HashSet<[u8; 16]> = tables.host.keys().filter_map(Result::ok).collect();
-    let flows: Vec<(FlowKey, Flow)> = tables.flows.iter().filter_map(Result::ok).collect();
-    let mut held: BTreeMap<u32, u64> = slots.iter().map(|(&slot, _)| (slot, 0)).collect();
+    let mut held: BTreeMap<u32, u64> = BTreeMap::new();
     for (key, flow) in flows {
         // Flows of a VM that is not adopted yet are the kernel's to judge.
-        let Some(slot) = slots.get(key.slot) else { continue };
-        let known = Known { rules: &slot.rules, config: &config, host: &host };
-        let revoked = flow.policy != slot.vm.policy && !passes(&key, slot, &known);
-        if revoked || expired(&key, &flow, now) {
-            match tables.flows.remove(&key) {
-                Err(error) if !absent(&error) => {
-                    return Err(crate::error::map_error("remove a flow", "FLOWS")(error));
-                }
-                _ => {}
-            }
-            if revoked
-                && key.protocol == TCP
-                && let Some(cutter) = cutter
-            {
-                let own = if key.v6 != 0 { slot.vm.v6 } else { mapped(slot.vm.v4) };
-                cutter.cut(&key, &flow, crate::rules::address_of(&own, key.v6 != 0));
-            }
-        } else {
-            *held.entry(key.slot).or_default() += 1;
+        let Some((vm, rules)) = vms.get(&key.slot) else { continue };
+        let held = held.entry(key.slot).or_default();
+        let known = Known { rules, config: &config, host: &host };
+        let revoked = flow.policy != vm.policy && !passes(&key, vm, &known);
+        if !revoked && !expired(&key, &flow, now) {
+            *held += 1;
+            continue;
+        }
+        match table.remove(&key) {
+            Err(error) if !absent(&error) => return Err(map_error("remove a flow", "FLOWS")(error)),
+            _ => {}
+        }
+        if revoked
+            && key.protocol == TCP
+            && let Some(cutter) = cutter
+        {
+            let v6 = key.v6 != 0;
+            cutter.cut(&key, &flow, crate::rules::address_of(&own(vm, v6), v6));
         }
     }
+    let mut state = shared.state();
+    let tables = &mut state.tables;
     for (slot, held) in held {
         let Ok(counts) = tables.flow_counts.get(&slot, 0) else { continue };
         let expired = counts.opened.wrapping_sub(counts.closed).wrapping_sub(held);
-        tables
-            .flows_expired
-            .insert(slot, expired, 0)
-            .map_err(crate::error::map_error("put", "FLOWS_EXPIRED"))?;
+        tables.flows_expired.insert(slot, expired, 0).map_err(map_error("put", "FLOWS_EXPIRED"))?;
     }
     Ok(())
 }
 
 /// Whether the VM's policy of now lets the flow pass.
-fn passes(key: &FlowKey, slot: &crate::slots::Slot, known: &Known<'_>) -> bool {
+fn passes(key: &FlowKey, vm: &Vm, known: &Known<'_>) -> bool {
     let v6 = key.v6 != 0;
     let header = Header {
         v6,
         protocol: key.protocol,
         flags: ACK,
         icmp: if v6 { 128 } else { 8 },
-        source: if v6 { slot.vm.v6 } else { mapped(slot.vm.v4) },
+        source: own(vm, v6),
         destination: key.remote,
         source_port: key.port,
         port: key.remote_port,
-        sequence: 0,
-        acknowledged: 0,
-        payload: 0,
+        ..Header::default()
     };
-    matches!(judge(&header, &slot.vm, known), Verdict::Uplink(_) | Verdict::Tolerate(_))
+    matches!(judge(&header, vm, known), Verdict::Uplink(_) | Verdict::Tolerate(_))
+}
+
+fn own(vm: &Vm, v6: bool) -> [u8; 16] {
+    if v6 { vm.v6 } else { mapped(vm.v4) }
 }
 
 /// Whether the flow has been silent for longer than flows of its kind are.

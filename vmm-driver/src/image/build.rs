@@ -4,7 +4,7 @@
 //! (fast, changes with the agent or a file). Half-built things live under temporary names and never under a final one.
 
 use super::manifest::{self, FileSeal, Manifest, hex};
-use super::rootfs::{BASHRC, FILES, MASKED, PACKAGES, furnish};
+use super::rootfs::{BASHRC, FILES, GENERATORS, LATER, LATER_TEXT, MASKED, PACKAGES, furnish};
 use super::{GUEST_AGENT, Image, ImageError, cpio::Archive, modules, open};
 use sha2::{Digest as _, Sha256};
 use std::ffi::OsStr;
@@ -18,7 +18,7 @@ const SUITE: &str = "bookworm";
 const VERSION: &str = "1";
 /// The root file system's size; a VM's disk is larger and the agent grows it.
 const DISK: u64 = 2 << 30;
-const CMDLINE: &str = "root=/dev/vda rw net.ifnames=0";
+const CMDLINE: &str = "root=/dev/vda rw net.ifnames=0 8250.nr_uarts=1 apparmor=0 systemd.show_status=false";
 /// Reference time of every file that the build makes.
 const EPOCH: &str = "1700000000";
 
@@ -36,7 +36,8 @@ pub fn recipe_hash() -> String {
         add(name.as_bytes());
         add(content.as_bytes());
     }
-    MASKED.iter().chain(modules::WANTED).for_each(|name| add(name.as_bytes()));
+    let names = MASKED.iter().chain(GENERATORS).chain(LATER).chain(modules::WANTED);
+    names.chain([&LATER_TEXT]).for_each(|name| add(name.as_bytes()));
     add(BASHRC.as_bytes());
     add(GUEST_AGENT);
     hex(&hasher.finalize())

@@ -31,7 +31,6 @@ pub const FILES: &[(&str, &str)] = &[
         "[Unit]\n\
          Description=tapgate guest agent\n\
          DefaultDependencies=no\n\
-         After=systemd-remount-fs.service\n\
          Before=ssh.service network.target shutdown.target\n\
          Conflicts=shutdown.target\n\
          \n\
@@ -86,6 +85,18 @@ pub const FILES: &[(&str, &str)] = &[
 
 /// Units that cost time at every boot and do nothing for a guest of this kind.
 pub const MASKED: &[&str] = &[
+    "kmod-static-nodes.service",
+    "modprobe@configfs.service",
+    "modprobe@drm.service",
+    "modprobe@efi_pstore.service",
+    "modprobe@fuse.service",
+    "sys-fs-fuse-connections.mount",
+    "sys-kernel-config.mount",
+    "systemd-ask-password-console.path",
+    "systemd-ask-password-wall.path",
+    "systemd-boot-system-token.service",
+    "systemd-remount-fs.service",
+    "systemd-sysusers.service",
     "apt-daily-upgrade.timer",
     "apt-daily.timer",
     "console-getty.service",
@@ -124,6 +135,31 @@ pub const MASKED: &[&str] = &[
 /// Goes before all else in bash's start file for SSH commands, which ends early for what is not interactive.
 pub const BASHRC: &str = "[ ! -r /etc/tapgate/session.sh ] || . /etc/tapgate/session.sh\n";
 
+/// Programs that make units at boot, of kinds that a guest has none of: each is a process that the boot waits for.
+pub const GENERATORS: &[&str] = &[
+    "systemd-bless-boot-generator",
+    "systemd-cryptsetup-generator",
+    "systemd-getty-generator",
+    "systemd-gpt-auto-generator",
+    "systemd-hibernate-resume-generator",
+    "systemd-integritysetup-generator",
+    "systemd-run-generator",
+    "systemd-system-update-generator",
+    "systemd-veritysetup-generator",
+];
+
+/// Units that wait until SSH answers: they are needed, but not for that.
+pub const LATER: &[&str] = &[
+    "systemd-modules-load.service",
+    "systemd-sysctl.service",
+    "systemd-tmpfiles-setup-dev.service",
+    "systemd-tmpfiles-setup.service",
+    "systemd-udev-trigger.service",
+    "systemd-udevd.service",
+];
+/// The drop-in that makes them wait.
+pub const LATER_TEXT: &str = "[Unit]\nAfter=ssh.service\n";
+
 const ENABLED: &[&str] = &["ssh.service", "tapgate-guest-agent.service"];
 
 /// Puts all of it into an unpacked root file system, and takes out what must not be the same in two machines.
@@ -138,6 +174,12 @@ pub fn furnish(root: &Path) -> Result<(), ImageError> {
     write(&bashrc, format!("{BASHRC}{debian}").as_bytes(), 0o644)?;
     for unit in MASKED {
         link("/dev/null", &units.join(unit))?;
+    }
+    for generator in GENERATORS {
+        link("/dev/null", &root.join("etc/systemd/system-generators").join(generator))?;
+    }
+    for unit in LATER {
+        write(&units.join(format!("{unit}.d/10-after-ssh.conf")), LATER_TEXT.as_bytes(), 0o644)?;
     }
     for unit in ENABLED {
         // Where Debian's own unit was enabled it waits for all of multi-user.target.

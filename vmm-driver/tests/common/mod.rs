@@ -170,7 +170,15 @@ pub struct Reap(pub i32);
 
 impl Drop for Reap {
     fn drop(&mut self) {
-        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.0), nix::sys::signal::Signal::SIGKILL);
+        let membership = std::fs::read_to_string(format!("/proc/{}/cgroup", self.0)).unwrap_or_default();
+        let pid = nix::unistd::Pid::from_raw(self.0);
+        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+        let _ = nix::sys::wait::waitpid(pid, None);
+        // With the test its supervisor goes, which would have removed the group.
+        let group = membership.lines().find_map(|line| line.strip_prefix("0::/tapgate/vm_"));
+        if let (Some(root), Some(name)) = (tapgate_vmm::cgroup::Cgroup::root(), group) {
+            let _ = std::fs::remove_dir(root.join(format!("tapgate/vm_{name}")));
+        }
     }
 }
 
@@ -263,10 +271,24 @@ pub async fn boot(datapath: &Datapath, spec: &VmSpec) -> (Box<dyn Running>, Reap
 pub async fn ready(datapath: &Datapath, spec: &VmSpec, machine: &dyn Running) {
     let started = std::time::Instant::now();
     tokio::select! {
-        () = machine.ready(datapath.egress()) => eprintln!("ready after {:?}", started.elapsed()),
+        () = machine.ready(datapath.egress()) => {
+            let cpu = cpu_seconds(machine.handle().process.pid);
+            eprintln!("ready after {:?}, {cpu:.2} s of CPU time", started.elapsed());
+        }
         exit = machine.wait() => panic!("it ended: {exit:?}\n{}", console(&spec.dir)),
         () = tokio::time::sleep(PATIENCE) => panic!("SSH never answered\n{}", console(&spec.dir)),
     }
+}
+
+/// What a process has used so far, in user and kernel mode.
+fn cpu_seconds(pid: i32) -> f64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let fields: Vec<f64> = stat
+        .rsplit_once(')')
+        .map(|(_, rest)| rest.split_whitespace().filter_map(|field| field.parse().ok()).collect())
+        .unwrap_or_default();
+    // The state is no number, so utime and stime are fields 10 and 11 here; a tick is 10 ms on Linux.
+    fields.get(10).zip(fields.get(11)).map_or(0.0, |(user, system)| (user + system) / 100.0)
 }
 
 pub fn console(dir: &Path) -> String {

@@ -21,6 +21,25 @@ struct Operation {
 /// Needs no API key.
 const OPEN: &[&str] = &["createUser", "login", "requestDeviceCode", "pollDeviceCode", "getHealth"];
 
+/// Have a version that changes can insist on.
+const VERSIONED: &[&str] = &[
+    "getSecret",
+    "updateSecret",
+    "deleteSecret",
+    "getEnv",
+    "setEnv",
+    "deleteEnv",
+    "getPolicy",
+    "setPolicy",
+    "getVmPolicy",
+    "setVmPolicy",
+    "resetVmPolicy",
+];
+
+fn header(name: &str, what: &str) -> Value {
+    json!({ "name": name, "in": "header", "required": false, "description": what, "schema": { "type": "string" } })
+}
+
 fn parameter(name: &str, schema: Value) -> Value {
     json!({ "name": name, "in": "query", "required": false, "schema": schema })
 }
@@ -155,6 +174,7 @@ fn error(status: u16) -> Value {
         404 => "There is no such resource",
         408 => "The body did not arrive in time",
         409 => "It conflicts with what is there",
+        412 => "It was changed since it was read",
         413 => "The body is too large",
         415 => "The body is not JSON",
         422 => "A field has a value that cannot be",
@@ -198,12 +218,30 @@ fn reference(name: &str) -> Value {
 
 fn describe(operation: Operation) -> Value {
     let Operation { path, id, tag, summary, query, body, answer: (status, schema), errors, .. } = operation;
+    let method = operation.method;
     let names = path.split('/').filter_map(|part| part.strip_prefix('{')?.strip_suffix('}'));
-    let parameters: Vec<Value> = names.map(in_path).chain(query).collect();
+    let mut parameters: Vec<Value> = names.map(in_path).chain(query).collect();
+    let mut headers = Map::new();
+    if VERSIONED.contains(&id) {
+        let schema = json!({ "type": "string" });
+        if method == "get" {
+            headers.insert("ETag".to_owned(), json!({ "description": "The version", "schema": schema }));
+        } else {
+            let what = "Refuse with 412 unless this is the version still, as ETag said";
+            parameters.push(header("If-Match", what));
+        }
+    }
+    if method == "post" && !OPEN.contains(&id) {
+        parameters
+            .push(header("Idempotency-Key", "Sent again with the same key, a request is answered as before"));
+    }
     let mut described =
         json!({ "operationId": id, "tags": [tag], "summary": summary, "parameters": parameters });
     let mut responses = Map::new();
     let mut success = json!({ "description": "Done" });
+    if !headers.is_empty() {
+        success["headers"] = Value::Object(headers);
+    }
     if let Some(schema) = schema {
         let kind = if id == "exportAuditEvents" { "application/x-ndjson" } else { "application/json" };
         success["content"] = json!({ kind: { "schema": reference(schema) } });
@@ -228,6 +266,12 @@ fn describe(operation: Operation) -> Value {
         all.extend([408, 413, 415, 422]);
     }
     all.extend(errors);
+    if method == "post" && !OPEN.contains(&id) {
+        all.extend([409, 413, 422]);
+    }
+    if VERSIONED.contains(&id) && method != "get" {
+        all.push(412);
+    }
     for status in all {
         responses.insert(status.to_string(), error(status));
     }

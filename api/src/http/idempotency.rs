@@ -1,0 +1,84 @@
+//! `Idempotency-Key`: a POST that is sent again is answered as the first was, and does nothing.
+//!
+//! The first runs to its end even if its client goes away, so that the retry finds an answer. What failed on our side
+//! is not kept: it may well work next time.
+
+use super::{Account, ApiError, AppState};
+use axum::body::{Body, to_bytes};
+use axum::extract::{FromRequestParts as _, Request, State};
+use axum::http::{HeaderValue, Method, StatusCode, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse as _, Response};
+use sha2::{Digest as _, Sha256};
+use tapgate_model::UserId;
+use tapgate_store::Known;
+
+const HEADER: &str = "idempotency-key";
+const REPLAYED: &str = "idempotent-replayed";
+/// As large as a body may be at all, and a little more: the handler says that it is too large.
+const MAX_BODY: usize = 300 * 1024;
+
+pub(super) async fn layer(State(state): State<AppState>, request: Request, next: Next) -> Response {
+    let keyed = request.method() == Method::POST
+        && request.headers().contains_key(HEADER)
+        && request.headers().contains_key(header::AUTHORIZATION);
+    if !keyed {
+        return next.run(request).await;
+    }
+    run(state, request, next).await.unwrap_or_else(ApiError::into_response)
+}
+
+async fn run(state: AppState, request: Request, next: Next) -> Result<Response, ApiError> {
+    let (mut parts, body) = request.into_parts();
+    let key = parts.headers.get(HEADER).and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned();
+    if key.is_empty() || key.len() > 255 {
+        let message =
+            "Idempotency-Key must be 1 to 255 printable ASCII characters; a random UUID is a good one";
+        return Err(ApiError::bad_request("invalid_idempotency_key", message));
+    }
+    let user = Account::from_request_parts(&mut parts, &state).await?.user;
+    let read = tokio::time::timeout(super::fields::BODY_TIMEOUT, to_bytes(body, MAX_BODY)).await;
+    let Ok(Ok(body)) = read else {
+        let message = "The request body is too large or did not arrive whole";
+        return Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "payload_too_large", message));
+    };
+    let mut hash = Sha256::new();
+    hash.update(parts.uri.to_string());
+    hash.update([0]);
+    hash.update(&body);
+    match state.store().idempotency_begin(&user, &key, hash.finalize().to_vec()).await? {
+        Known::Other => {
+            let message = "This Idempotency-Key was used for another request; use a new one for each";
+            Err(ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "idempotency_key_reused", message))
+        }
+        Known::Running => {
+            let message = "The request with this Idempotency-Key still runs; try again shortly";
+            Err(ApiError { retry_after: Some(1), ..ApiError::conflict("request_in_progress", message) })
+        }
+        Known::Ended { status, body } => Ok(replay(status, body)),
+        Known::New => {
+            let request = Request::from_parts(parts, Body::from(body));
+            tokio::spawn(first(state, user, key, request, next)).await.map_err(|_| ApiError::internal())
+        }
+    }
+}
+
+async fn first(state: AppState, user: UserId, key: String, request: Request, next: Next) -> Response {
+    let (parts, body) = next.run(request).await.into_parts();
+    let body = to_bytes(body, usize::MAX).await.unwrap_or_default();
+    let lasting = !parts.status.is_server_error() && parts.status != StatusCode::TOO_MANY_REQUESTS;
+    let answer = lasting.then(|| (parts.status.as_u16(), body.to_vec()));
+    if let Err(error) = state.store().idempotency_end(&user, &key, answer).await {
+        tracing::error!(%error, "an answer was not kept for retries");
+    }
+    Response::from_parts(parts, Body::from(body))
+}
+
+fn replay(status: u16, body: Vec<u8>) -> Response {
+    let status = StatusCode::from_u16(status).unwrap_or(StatusCode::OK);
+    let mut response = (status, Body::from(body)).into_response();
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    headers.insert(REPLAYED, HeaderValue::from_static("true"));
+    response
+}
