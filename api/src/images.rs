@@ -4,7 +4,7 @@ use anyhow::{Context as _, bail};
 use std::{path::Path, time::SystemTime};
 use tapgate_vmm::image::{self, Image, Manifest};
 
-/// The newest whole image of this name.
+/// The image of this name that this very program would build, else the newest whole one.
 ///
 /// # Errors
 /// There is none; the message says why the nearest one is unusable.
@@ -16,8 +16,11 @@ pub fn find(folder: &Path, name: &str) -> anyhow::Result<Image> {
         .map(|entry| entry.path())
         .filter(|path| Manifest::load(path).is_ok_and(|manifest| manifest.name == name))
         .collect();
+    let own = image::recipe_hash();
     found.sort_by_key(|path| {
-        std::cmp::Reverse(path.metadata().and_then(|meta| meta.modified()).unwrap_or(SystemTime::UNIX_EPOCH))
+        let foreign = !Manifest::load(path).is_ok_and(|manifest| manifest.recipe == own);
+        let changed = path.metadata().and_then(|meta| meta.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
+        (foreign, std::cmp::Reverse(changed))
     });
     match found.first() {
         Some(newest) => Ok(image::open(newest)?),
