@@ -49,6 +49,11 @@ impl Pause {
         self.0 = pause.map(|pause| Box::pin(sleep(pause)));
     }
 
+    /// Whether one has begun and was not seen to end.
+    pub(crate) fn is_running(&self) -> bool {
+        self.0.is_some()
+    }
+
     /// Whether it is over.
     pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if let Some(pause) = &mut self.0 {

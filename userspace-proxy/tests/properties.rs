@@ -138,19 +138,26 @@ proptest! {
         let patterns = Patterns::new(&secrets(&named), Vec::new()).unwrap();
         let mut cleaner = Cleaner::new(patterns.clone());
         let (mut out, mut rest) = (Vec::new(), text.as_bytes());
+        let mut impatient = Cleaner::new(patterns.clone());
+        let mut shown = Vec::new();
         for size in sizes.iter().cycle() {
             if rest.is_empty() {
                 break;
             }
             let (chunk, after) = rest.split_at(rest.len().min(*size));
+            shown.extend(impatient.feed(chunk));
+            shown.extend(impatient.show());
             out.extend(cleaner.feed(chunk));
             rest = after;
         }
         out.extend(cleaner.finish());
         let whole = patterns.clean_whole(text.as_bytes()).unwrap_or_else(|| text.clone().into_bytes());
         prop_assert_eq!(&out, &whole);
-        let out = String::from_utf8(out).unwrap();
+        shown.extend(impatient.finish());
+        let (out, shown) = (String::from_utf8(out).unwrap(), String::from_utf8(shown).unwrap());
+        prop_assert_eq!(out.contains("IRONSH_PROXY_"), shown.contains("IRONSH_PROXY_"));
         for value in &values {
+            prop_assert!(!shown.contains(value.as_str()), "{:?} is left in {:?}", value, shown);
             prop_assert!(!out.contains(value.as_str()), "{:?} is left in {:?}", value, out);
         }
     }

@@ -105,7 +105,7 @@ fn events_arrive_one_by_one_and_cleaned() {
             let head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n";
             stream.write_all(head.as_bytes()).await.unwrap();
             for n in 0.. {
-                stream.write_all(format!("data: {n} {VALUE}\n\n").as_bytes()).await.unwrap();
+                stream.write_all(format!("data: {n} {VALUE}\n\ngh").as_bytes()).await.unwrap();
                 if wanted.recv().await.is_none() {
                     return;
                 }
@@ -116,8 +116,10 @@ fn events_arrive_one_by_one_and_cleaned() {
             format!("GET / HTTP/1.1\r\nHost: api.example\r\nAccept: text/event-stream\r\n{BEARER}\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
         for n in 0..5 {
-            // The next is sent only when this one was read, so nothing may be held back.
+            // The next is sent only when this one was read, so nothing may be held back: not even an end that a value
+            // could begin with.
             let text = until(&mut stream, &format!("data: {n} IRONSH_PROXY_token\n\n")).await;
+            assert!(until(&mut stream, "gh").await.len() < 16, "it comes in a chunk of its own");
             assert!(!text.contains(VALUE));
             next.send(()).await.unwrap();
         }

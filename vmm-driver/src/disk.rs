@@ -84,6 +84,7 @@ pub fn prepare(dir: &Path, image: &Image, snapshot: Option<&Path>, bytes: u64) -
         (None, Some(snapshot)) => copy_snapshot(dir, snapshot)?,
         (None, None) => create(dir, image)?,
     };
+    check_header(&disk, image)?;
     grow(&disk, bytes)?;
     Ok(disk)
 }
@@ -116,7 +117,7 @@ fn create(dir: &Path, image: &Image) -> Result<Disk, VmmError> {
 fn copy_snapshot(dir: &Path, snapshot: &Path) -> Result<Disk, VmmError> {
     let disk = Disk { path: dir.join(STANDALONE), format: Format::Standalone };
     // A snapshot may come from far: it must not name a file of this host as its backing.
-    if backing_offset(snapshot)? != 0 {
+    if depends_on_another(snapshot)? {
         return Err(VmmError::Disk(format!(
             "{} is not a snapshot: it depends on another file",
             snapshot.display()
@@ -211,11 +212,37 @@ fn qcow2_size(path: &Path) -> Result<u64, VmmError> {
     header_field(path, 24)
 }
 
-/// Where the name of the backing file is; 0 where there is none. A data file of its own (a bit in the features) is no
-/// better than a backing file.
-fn backing_offset(path: &Path) -> Result<u64, VmmError> {
+/// Whether a qcow2 file depends on another: a backing file, or an external data file (a bit in its features).
+fn depends_on_another(path: &Path) -> Result<bool, VmmError> {
+    Ok(header_field(path, 8)? != 0 || has_external_data(path)?)
+}
+
+fn has_external_data(path: &Path) -> Result<bool, VmmError> {
     const EXTERNAL_DATA: u64 = 1 << 2;
-    Ok(header_field(path, 8)? | (header_field(path, 72)? & EXTERNAL_DATA))
+    Ok(header_field(path, 72)? & EXTERNAL_DATA != 0)
+}
+
+/// Makes sure that the file still depends on what it was made to depend on. The VMM may write the whole file, header
+/// included; one that a guest has taken over could name any file of the host there, which root's tools would open.
+fn check_header(disk: &Disk, image: &Image) -> Result<(), VmmError> {
+    use std::os::unix::ffi::OsStrExt as _;
+    use std::os::unix::fs::FileExt as _;
+    let changed = || VmmError::Disk(format!("the header of {} was tampered with", disk.path.display()));
+    let depends = match disk.format {
+        Format::Raw => return Ok(()),
+        Format::Standalone if depends_on_another(&disk.path)? => return Err(changed()),
+        Format::Standalone => return Ok(()),
+        Format::Qcow2 => header_field(&disk.path, 8)?,
+    };
+    let expected = image.disk();
+    let length = header_field(&disk.path, 16)? >> 32;
+    let external = has_external_data(&disk.path)?;
+    if external || usize::try_from(length).ok() != Some(expected.as_os_str().len()) {
+        return Err(changed());
+    }
+    let mut name = vec![0u8; expected.as_os_str().len()];
+    File::open(&disk.path).and_then(|file| file.read_exact_at(&mut name, depends)).map_err(|_| changed())?;
+    if name == expected.as_os_str().as_bytes() { Ok(()) } else { Err(changed()) }
 }
 
 /// Eight octets of a qcow2 file's header (version 3: at least 104 octets).

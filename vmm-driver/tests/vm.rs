@@ -8,7 +8,7 @@ mod common;
 use common::{PATIENCE, World, boot, driver, gate, net, ready};
 use std::time::Duration;
 use tapgate_model::VmId;
-use tapgate_vmm::{Exit, NetnsDriver, VmSpec, Vmm as _, VmmError};
+use tapgate_vmm::{Exit, NetnsDriver, Seed, VmSpec, Vmm as _, VmmError};
 
 const NASTY: &str = r#"a'b"c$(touch /tmp/x)`id` \ %n %% ; # ! é\" \n end"#;
 const LINES: &str = "first\nsecond 'quoted'\n\tthird";
@@ -192,58 +192,128 @@ fn real_vm_a_vmm_has_no_rights_and_its_end_is_told_apart() {
         assert!(matches!(&exit, Exit::Crashed(why) if why.contains("signal 11")), "{exit:?}");
         datapath.detach(spec.net).await.unwrap();
 
+        // A VMM that hangs: it is asked, does not answer, and is ended all the same.
         let (machine, _reap) = boot(&datapath, &spec).await;
-        assert_eq!(machine.kill().await.unwrap(), Exit::Stopped);
+        let pid = nix::unistd::Pid::from_raw(machine.handle().process.pid);
+        nix::sys::signal::kill(pid, nix::sys::signal::SIGSTOP).unwrap();
+        assert_eq!(machine.shutdown(Duration::from_secs(1)).await.unwrap(), Exit::Stopped);
         assert!(tapgate_vmm::noted_handle(&spec.dir).is_none(), "what is gone leaves no handle");
+    });
+}
+
+#[test]
+fn real_vm_that_cannot_start_says_why_and_leaves_nothing() {
+    World::run(|world| async move {
+        let datapath = world.datapath().await;
+        let spec = VmSpec { memory_mib: 1 << 30, ..world.spec(&VmId::generate(), 8, Vec::new()) };
+        let fail = async |driver: tapgate_vmm::QemuDriver, spec: &VmSpec| {
+            let gate = gate(&datapath, spec).await;
+            let error = driver.boot(spec, gate).await.err().unwrap().to_string();
+            datapath.detach(spec.net).await.unwrap();
+            for name in ["vmm.json", "qmp.sock", "agent.sock"] {
+                assert!(!spec.dir.join(name).exists(), "{name} after: {error}");
+            }
+            error
+        };
+        let error = fail(driver(), &spec).await;
+        assert!(error.starts_with("the VMM did not start") && error.contains("memory"), "{error}");
+        let missing = tapgate_vmm::QemuDriver { program: "/nowhere/qemu".into(), ..driver() };
+        let error = fail(missing, &spec).await;
+        assert_eq!(error, "/nowhere/qemu cannot be started; on Debian: apt-get install qemu-system-x86");
+        let broken =
+            VmSpec { seed: Seed { hostname: "not a name".into(), ..spec.seed.clone() }, ..spec.clone() };
+        assert!(fail(driver(), &broken).await.contains("is not a host name"));
+        let no_image = VmSpec { image: None, ..spec.clone() };
+        assert!(fail(driver(), &no_image).await.contains("no image"));
     });
 }
 
 /// The process that is killed after it booted a VM: this test binary again.
 const LAUNCHER: &str = "TAPGATE_TEST_LAUNCH_IN";
 
+/// A VM whose daemon was killed: booted by another process, which is dead now.
+async fn left_behind(world: &World, test: &str) -> (VmSpec, tapgate_vmm::Handle) {
+    let state = world.dir.path().join("state.json");
+    let mut launcher = std::process::Command::new(std::env::current_exe().unwrap());
+    launcher.args(["--exact", test, "--nocapture"]).env(LAUNCHER, world.dir.path());
+    let text = format!("{}\n{}", world.instance, world.key.display());
+    std::fs::write(world.dir.path().join("world"), text).unwrap();
+    let mut launcher = launcher.spawn().unwrap();
+    while !state.exists() {
+        assert!(launcher.try_wait().unwrap().is_none(), "the launcher ended");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    launcher.kill().unwrap();
+    launcher.wait().unwrap();
+    let (id, handle): (VmId, tapgate_vmm::Handle) =
+        serde_json::from_slice(&std::fs::read(&state).unwrap()).unwrap();
+    (world.spec(&id, 3, Vec::new()), handle)
+}
+
 #[test]
-fn real_vm_a_vm_outlives_its_daemon_and_is_adopted() {
+fn real_vm_outlives_its_daemon_and_is_adopted() {
     if let Some(at) = std::env::var_os(LAUNCHER) {
         return launch_and_wait_for_death(std::path::Path::new(&at));
     }
     World::run(|world| async move {
-        let state = world.dir.path().join("state.json");
-        let me = std::env::current_exe().unwrap();
-        let mut launcher = std::process::Command::new(me);
-        let test = "real_vm_a_vm_outlives_its_daemon_and_is_adopted";
-        launcher.args(["--exact", test, "--nocapture"]).env(LAUNCHER, world.dir.path());
-        let text = format!("{}\n{}", world.instance, world.key.display());
-        std::fs::write(world.dir.path().join("world"), text).unwrap();
-        let mut launcher = launcher.spawn().unwrap();
-        while !state.exists() {
-            assert!(launcher.try_wait().unwrap().is_none(), "the launcher ended");
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-        launcher.kill().unwrap();
-        launcher.wait().unwrap();
-
-        let (id, handle): (VmId, tapgate_vmm::Handle) =
-            serde_json::from_slice(&std::fs::read(&state).unwrap()).unwrap();
+        let (spec, handle) = left_behind(&world, "real_vm_outlives_its_daemon_and_is_adopted").await;
         let _reap = common::Reap(handle.process.pid);
-        let spec = world.spec(&id, 3, Vec::new());
         let datapath = world.datapath().await;
-        let wrong = tapgate_vmm::Handle {
-            process: tapgate_vmm::process::ProcessRef { start_time: 1, ..handle.process.clone() },
-            ..handle.clone()
-        };
-        let gate = datapath.adopt(&id, net(3), &common::policy(&id)).await.unwrap();
         assert_eq!(tapgate_vmm::noted_handle(&spec.dir).as_ref(), Some(&handle));
+        let gate = datapath.adopt(&spec.id, net(3), &common::policy(&spec.id)).await.unwrap();
         let machine = driver().adopt(&spec, &handle, gate).await.unwrap();
         ready(&datapath, &spec, machine.as_ref()).await;
         assert_eq!(world.ask(datapath.egress(), spec.net, "hostname"), "guest-one");
+        assert_eq!(machine.shutdown(PATIENCE).await.unwrap(), Exit::GuestShutdown);
 
-        // Off while nobody watches: the next daemon still learns that the guest did it.
-        drop(machine);
-        world.ssh(datapath.egress(), spec.net, "systemctl poweroff");
         datapath.detach(spec.net).await.unwrap();
-        let gate = common::gate(&datapath, &spec).await;
-        assert!(matches!(driver().adopt(&spec, &wrong, gate).await, Err(VmmError::Gone)), "never a stranger");
+        let mut stranger = handle.clone();
+        stranger.process.pid = std::process::id() as i32;
+        for gone in [&handle, &stranger] {
+            let gate = common::gate(&datapath, &spec).await;
+            assert!(matches!(driver().adopt(&spec, gone, gate).await, Err(VmmError::Gone)), "{gone:?}");
+            driver().discard(&spec, gone).await.unwrap();
+            datapath.detach(spec.net).await.unwrap();
+        }
     });
+}
+
+#[test]
+fn real_vm_that_shut_down_while_nobody_watched_is_known_to_have() {
+    if let Some(at) = std::env::var_os(LAUNCHER) {
+        return launch_and_wait_for_death(std::path::Path::new(&at));
+    }
+    World::run(|world| async move {
+        let test = "real_vm_that_shut_down_while_nobody_watched_is_known_to_have";
+        let (spec, handle) = left_behind(&world, test).await;
+        let _reap = common::Reap(handle.process.pid);
+        let datapath = world.datapath().await;
+        tokio::time::timeout(PATIENCE, tapgate_vmm::ready::ssh(datapath.egress(), &spec.net)).await.unwrap();
+        world.ssh(datapath.egress(), spec.net, "systemctl poweroff");
+        let end = std::time::Instant::now() + PATIENCE;
+        while !qemu_says(&spec.dir.join("qmp.sock"), "query-status").contains("\"shutdown\"") {
+            assert!(std::time::Instant::now() < end, "it never shut down");
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
+        let gate = datapath.adopt(&spec.id, net(3), &common::policy(&spec.id)).await.unwrap();
+        let machine = driver().adopt(&spec, &handle, gate).await.unwrap();
+        let exit = tokio::time::timeout(PATIENCE, machine.wait()).await.unwrap();
+        assert_eq!(exit, Exit::GuestShutdown);
+        assert!(common::console(&spec.dir).contains("reboot: Power down"), "its last words are kept");
+    });
+}
+
+/// Asks QEMU as a driver would, for a moment.
+fn qemu_says(socket: &std::path::Path, command: &str) -> String {
+    use std::io::{BufRead as _, BufReader, Write as _};
+    let mut stream = std::os::unix::net::UnixStream::connect(socket).unwrap();
+    let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
+    lines.next().unwrap().unwrap();
+    for command in ["qmp_capabilities", command] {
+        writeln!(stream, "{{\"execute\": \"{command}\"}}").unwrap();
+    }
+    lines.next().unwrap().unwrap();
+    lines.next().unwrap().unwrap()
 }
 
 fn launch_and_wait_for_death(dir: &std::path::Path) {
@@ -283,9 +353,31 @@ fn real_vm_a_disk_stays_with_the_image_that_it_was_made_from() {
     assert_eq!(disk::origin(dir.path(), &newer).unwrap().dir(), image.dir());
     let again = disk::prepare(dir.path(), &image, None, 5 << 30).unwrap();
     assert_eq!((again.path, again.format), (made.path, made.format), "the same disk, grown");
+    if made_is_qcow2(&dir) {
+        use std::os::unix::fs::FileExt as _;
+        let file =
+            std::fs::File::options().read(true).write(true).open(dir.path().join("disk.qcow2")).unwrap();
+        let mut header = [0u8; 1024];
+        file.read_exact_at(&mut header, 0).unwrap();
+        let backing = u64::from_be_bytes(header[8..16].try_into().unwrap());
+        // Another backing file, none, a longer name, an external data file.
+        for (at, bytes) in [(backing, &b"/etc"[..]), (8, &[0; 8]), (16, &[0, 0, 1, 0]), (79, &[4])] {
+            let mut before = vec![0u8; bytes.len()];
+            file.read_exact_at(&mut before, at).unwrap();
+            file.write_all_at(bytes, at).unwrap();
+            let error = disk::prepare(dir.path(), &image, None, 9 << 30).unwrap_err().to_string();
+            assert!(error.contains("tampered"), "{at}: {error}");
+            file.write_all_at(&before, at).unwrap();
+        }
+        disk::prepare(dir.path(), &image, None, 6 << 30).unwrap();
+    }
     std::fs::write(dir.path().join("image.json"), "\"/nowhere\"").unwrap();
     let error = disk::origin(dir.path(), &newer).unwrap_err().to_string();
     assert!(error.contains("cannot be used") && error.contains("/nowhere"), "{error}");
+}
+
+fn made_is_qcow2(dir: &tempfile::TempDir) -> bool {
+    dir.path().join("disk.qcow2").exists()
 }
 
 #[test]

@@ -24,6 +24,9 @@ pub struct Signup {
     /// Address
     #[arg(long)]
     email: Option<String>,
+    /// What the operator's `tapgate admin invite` printed, where sign-up is by invitation
+    #[arg(long)]
+    invitation: Option<String>,
     /// Print the API key rather than keep it
     #[arg(long)]
     print_key: bool,
@@ -118,6 +121,7 @@ impl Signup {
             "last_name": ask("Last name", self.last_name)?,
             "email": ask("Email", self.email)?,
             "password": ask_hidden("Password")?,
+            "invitation": self.invitation,
         });
         let answer = api.call("POST", "/v1/users", &[], Some(body))?;
         let key = token(&answer, "/api_key/token")?;

@@ -36,7 +36,7 @@ pub(crate) async fn activate_check(
     visitor: Visitor,
     form: Form,
 ) -> Response {
-    if let Err(refused) = visitor.check(&state, &form) {
+    if let Some(refused) = visitor.refusal(&state, &form) {
         return refused;
     }
     match who(&state, &peer, &form).await {
@@ -78,7 +78,7 @@ pub(crate) async fn activate_confirm(
     visitor: Visitor,
     form: Form,
 ) -> Response {
-    if let Err(refused) = visitor.check(&state, &form) {
+    if let Some(refused) = visitor.refusal(&state, &form) {
         return refused;
     }
     let content = state.store().redeem("activate", form.field("ticket"));
@@ -104,7 +104,7 @@ pub(crate) async fn verify(State(state): State<AppState>, visitor: Visitor, mut 
 }
 
 pub(crate) async fn verify_confirm(State(state): State<AppState>, visitor: Visitor, form: Form) -> Response {
-    if let Err(refused) = visitor.check(&state, &form) {
+    if let Some(refused) = visitor.refusal(&state, &form) {
         return refused;
     }
     let user = state.store().redeem("verify", form.field("ticket")).and_then(|user| user.parse().ok());
@@ -129,7 +129,7 @@ pub(crate) async fn reset_send(
     visitor: Visitor,
     form: Form,
 ) -> Response {
-    if let Err(refused) = visitor.check(&state, &form) {
+    if let Some(refused) = visitor.refusal(&state, &form) {
         return refused;
     }
     if let Err(error) = state.limits().password.take(&peer) {
@@ -172,7 +172,7 @@ pub(crate) async fn choose_set(
     visitor: Visitor,
     form: Form,
 ) -> Response {
-    if let Err(refused) = visitor.check(&state, &form) {
+    if let Some(refused) = visitor.refusal(&state, &form) {
         return refused;
     }
     match set_password(&state, &peer, &form).await {

@@ -201,9 +201,9 @@ async fn serve(shared: &Shared, record: &VmRecord, gate: &Gate) -> Result<(), St
     let policy = shared.policy_of(&record.id).await.map_err(|error| error.to_string())?;
     shared.table.insert(gate.net(), ca, Arc::new(policy));
     let gated = Gated { user: record.user.clone(), net: gate.net() };
-    shared.gates().insert(record.id.clone(), gated);
+    shared.gates().insert(record.id.clone(), gated.clone());
     // A change that came between reading and inserting would be lost without this.
-    policy::install(shared, &record.id, gate.net()).await;
+    policy::install(shared, &record.id, &gated).await;
     Ok(())
 }
 

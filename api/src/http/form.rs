@@ -84,14 +84,14 @@ impl Visitor {
         response
     }
 
-    /// Refuses a form that did not come from our page.
-    pub(crate) fn check(&self, state: &AppState, form: &Form) -> Result<(), Response> {
+    /// The refusal of a form that did not come from our page.
+    pub(crate) fn refusal(&self, state: &AppState, form: &Form) -> Option<Response> {
         let ours = state.store().redeem("form", form.field("form"));
         if ours.is_some() && ours == self.0 {
-            return Ok(());
+            return None;
         }
         let what = "The page was open for too long, or your browser keeps no cookies. Go back, load it again, and retry.";
-        Err(message(StatusCode::FORBIDDEN, "That did not work", what))
+        Some(message(StatusCode::FORBIDDEN, "That did not work", what))
     }
 }
 

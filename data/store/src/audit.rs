@@ -50,6 +50,10 @@ impl AuditLog {
         let queue = Arc::new(Queue::new());
         let chain = chain::Chain::new(key);
         let connection = crate::pool::connect(path, Durability::Normal, true)?;
+        // The ends of the indexes that are written to stay in memory, and go to the file in large steps.
+        connection.pragma_update(None, "cache_size", -32_768)?;
+        connection.pragma_update(None, "wal_autocheckpoint", 8192)?;
+        connection.pragma_update(None, "secure_delete", false)?;
         let writer = writer::Writer::new(connection, chain.clone())?;
         let theirs = queue.clone();
         std::thread::Builder::new()

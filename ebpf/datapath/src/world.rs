@@ -59,6 +59,14 @@ const SETTINGS: [(&str, &str); 18] = [
 
 /// Makes the egress namespace and all around it, or completes what is there.
 pub(crate) async fn open(config: &DatapathConfig, host: &Netns) -> Result<Netns, DatapathError> {
+    // What cannot be is refused before anything is made.
+    let has_v6 = host.read_sysctl("ipv6/conf/all/forwarding").is_ok();
+    if config.guest_v6.is_some() && !has_v6 {
+        return Err(DatapathError::Config(
+            "this kernel has no IPv6; leave the guests' IPv6 range out of the configuration".into(),
+        ));
+    }
+    range_is_free(config, host).await?;
     let name = config.namespace();
     let egress = match Netns::open(&name) {
         Ok(egress) => egress,
@@ -70,12 +78,6 @@ pub(crate) async fn open(config: &DatapathConfig, host: &Netns) -> Result<Netns,
         }
         Err(error) => return Err(error.into()),
     };
-    let has_v6 = host.read_sysctl("ipv6/conf/all/forwarding").is_ok();
-    if config.guest_v6.is_some() && !has_v6 {
-        return Err(DatapathError::Config(
-            "this kernel has no IPv6; leave the guests' IPv6 range out of the configuration".into(),
-        ));
-    }
     // The tables come first: there is no moment with routes and without them.
     nft::load(&egress, &egress_table())?;
     nft::load(host, &host_table(config))?;
@@ -138,6 +140,23 @@ async fn forward_v6(host: &Netns, outside: &Rtnl) -> Result<(), DatapathError> {
         }
     }
     Ok(host.sysctl("ipv6/conf/all/forwarding", "1")?)
+}
+
+/// Another instance's range, or one of the host's own networks, must not be taken over silently.
+async fn range_is_free(config: &DatapathConfig, host: &Netns) -> Result<(), DatapathError> {
+    let outside = Rtnl::connect(host)?;
+    let own = outside.find_link(&config.host_link()).await?;
+    for range in [Some(config.guest_v4), config.guest_v6].into_iter().flatten() {
+        for (network, length, link) in outside.routes(range.network().is_ipv6()).await? {
+            if range.contains(network) && length >= range.prefix_len() && (own.is_none() || link != own) {
+                return Err(DatapathError::Config(format!(
+                    "the guests' range {range} is in use on this host (it has a route to {network}/{length}); give \
+                     this instance a range of its own"
+                )));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Makes the pair of devices that joins the namespaces, unless it is whole; answers both indexes.

@@ -56,7 +56,7 @@ fn a_cidr_rule_is_forwarded_and_masqueraded_and_nothing_else_is() {
         assert_eq!(server.join().unwrap().ip(), ip(HOST_OUT), "the guest's address is translated");
         assert!(datapath.counters(0).unwrap().passed(Reason::Cidr) > 4);
 
-        let arrived = world.arrived();
+        let arrived = world.quiet();
         // Refused at once: UDP without a rule, and every address that is never reachable.
         for to in ["203.0.113.1:5000", "203.0.113.1:443"] {
             let socket = a.udp();
@@ -180,7 +180,7 @@ fn guests_never_reach_each_other_nor_the_host_with_or_without_programs() {
 
         // The programs go: nothing leaves any more.
         world.remove_programs(&datapath, &["tg0", "tg1"]);
-        let arrived = world.arrived();
+        let arrived = world.quiet();
         try_all();
         for to in
             ["10.214.0.2:80", "192.0.2.1:80", "203.0.113.1:80", "169.254.77.1:7710", "169.254.169.254:80"]
@@ -260,7 +260,9 @@ fn a_connection_that_loses_its_rule_is_cut_at_both_ends() {
         kept_server.join().unwrap();
         // Deleting the last rule closes everything.
         datapath.set_policy(a.net, &policy(&a.vm, Mode::Enforce, &[])).unwrap();
-        let arrived = world.arrived();
+        // What is cut now sends its resets first.
+        eventually("no flow is left", || datapath.flows(0).unwrap() == 0);
+        let arrived = world.quiet();
         let socket = a.udp();
         socket.connect("203.0.113.1:9").unwrap();
         socket.send(b"x").unwrap();
@@ -357,7 +359,7 @@ fn filters_of_clsact_hold_and_are_adopted_as_on_older_kernels() {
         round_trip(&mut stream).unwrap();
         drop(datapath);
         round_trip(&mut stream).expect("the filters outlive the daemon");
-        let arrived = world.arrived();
+        let arrived = world.quiet();
         let _ = a.udp().send_to(b"x", "203.0.113.1:9");
         assert_eq!(world.arrived(), arrived);
 
@@ -407,5 +409,30 @@ fn a_daemon_with_other_maps_takes_over_live_taps() {
         drop(stream);
         server.join().unwrap();
         datapath.teardown().await.unwrap();
+    });
+}
+
+#[test]
+fn a_second_instance_needs_a_range_of_its_own_and_then_runs_beside_the_first() {
+    in_world(|world| async move {
+        let first = world.open().await;
+        let a = guest(&first, 0, Mode::Enforce, &["198.51.100.0/24"]).await;
+        let mut config = world.config.clone();
+        config.instance.push('b');
+        let refused = Datapath::open(config.clone()).await.unwrap_err();
+        assert!(refused.to_string().contains("10.214.0.0/16 is in use"), "{refused}");
+        assert!(!Netns::exists(&format!("tapgate-{}", config.instance)), "nothing is left half made");
+        // One of the host's own networks is as little free.
+        config.guest_v4 = "192.0.2.0/24".parse().unwrap();
+        assert!(Datapath::open(config.clone()).await.is_err());
+        config.guest_v4 = "10.215.0.0/16".parse().unwrap();
+        let second = Datapath::open(config).await.unwrap();
+        let server = echo(listen(&world.internet.0, "198.51.100.1:5000"));
+        round_trip(&mut a.connect("198.51.100.1:5000").unwrap()).unwrap();
+        server.join().unwrap();
+        second.teardown().await.unwrap();
+        // The first is open again without complaint about itself.
+        drop(first);
+        world.open().await.teardown().await.unwrap();
     });
 }

@@ -10,7 +10,7 @@ use rtnetlink::{
         address::AddressAttribute,
         link::{InfoData, InfoVeth, LinkAttribute, LinkFlags, LinkMessage},
         neighbour::NeighbourState,
-        route::{RouteProtocol, RouteScope, RouteType},
+        route::{RouteAddress, RouteAttribute, RouteHeader, RouteProtocol, RouteScope, RouteType},
         rule::RuleAction,
     },
 };
@@ -246,6 +246,33 @@ impl Rtnl {
             IpAddr::V6(_) => build!(Ipv6Addr, IpAddr::V6),
         };
         self.handle.route().add(message).replace().execute().await.map_err(wrap(what))
+    }
+
+    /// The main table's routes of one family: network, prefix length, index of the link. Default routes are left out.
+    pub async fn routes(&self, v6: bool) -> Result<Vec<(IpAddr, u8, Option<u32>)>, NetnsError> {
+        let request = if v6 {
+            RouteMessageBuilder::<Ipv6Addr>::new().build()
+        } else {
+            RouteMessageBuilder::<Ipv4Addr>::new().build()
+        };
+        let mut stream = std::pin::pin!(self.handle.route().get(request).execute());
+        let mut found = Vec::new();
+        while let Some(route) = stream.try_next().await.map_err(wrap(|| "list the routes".into()))? {
+            if route.header.table != RouteHeader::RT_TABLE_MAIN {
+                continue;
+            }
+            let (mut network, mut link) = (None, None);
+            for attribute in &route.attributes {
+                match attribute {
+                    RouteAttribute::Destination(RouteAddress::Inet(v4)) => network = Some(IpAddr::V4(*v4)),
+                    RouteAttribute::Destination(RouteAddress::Inet6(v6)) => network = Some(IpAddr::V6(*v6)),
+                    RouteAttribute::Oif(index) => link = Some(*index),
+                    _ => {}
+                }
+            }
+            found.extend(network.map(|network| (network, route.header.destination_prefix_length, link)));
+        }
+        Ok(found)
     }
 
     /// Adds a rule, unless it is there.

@@ -23,6 +23,9 @@ use std::{
 use tapgate_model::{Reason, Verdict};
 use tokio_util::sync::WaitForCancellationFutureOwned;
 
+/// How long the end of a message may be held back because it could be the beginning of a value.
+const HELD_BACK: Duration = Duration::from_millis(50);
+
 /// What goes wrong in a body.
 pub(crate) type BoxError = Box<dyn std::error::Error + Send + Sync>;
 /// A body of either direction.
@@ -155,12 +158,26 @@ pub(crate) struct Cleaned {
     patterns: Arc<Patterns>,
     cleaner: Option<Cleaner>,
     after: Option<Frame<Bytes>>,
+    /// Runs while the end of what was read is held back and nothing follows.
+    patience: Pause,
 }
 
 impl Cleaned {
     pub(crate) fn wrap(inner: Body, patterns: Arc<Patterns>) -> Body {
         let cleaner = Some(Cleaner::new(patterns.clone()));
-        Self { inner, patterns, cleaner, after: None }.boxed_unsync()
+        Self { inner, patterns, cleaner, after: None, patience: Pause::default() }.boxed_unsync()
+    }
+
+    /// A message whose end is held back would wait for the next one, which may wait for its answer.
+    fn poll_patience(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let Some(cleaner) = self.cleaner.as_mut().filter(|cleaner| cleaner.is_waiting()) else {
+            return Poll::Pending;
+        };
+        if !self.patience.is_running() {
+            self.patience.begin(Some(HELD_BACK));
+        }
+        ready!(self.patience.poll(cx));
+        Poll::Ready(Some(Ok(Frame::data(cleaner.show().into()))))
     }
 
     /// What was held back, at the end of the data.
@@ -182,7 +199,11 @@ impl http_body::Body for Cleaned {
             if let Some(after) = self.after.take() {
                 return Poll::Ready(Some(Ok(after)));
             }
-            match ready!(Pin::new(&mut self.inner).poll_frame(cx)) {
+            let Poll::Ready(frame) = Pin::new(&mut self.inner).poll_frame(cx) else {
+                return self.poll_patience(cx);
+            };
+            self.patience = Pause::default();
+            match frame {
                 Some(Ok(frame)) => match frame.into_data() {
                     Ok(data) => {
                         let Some(cleaner) = &mut self.cleaner else { continue };

@@ -118,18 +118,20 @@ fn spellings(value: &[u8]) -> Vec<Zeroizing<Vec<u8>>> {
 pub struct Cleaner<P = Arc<Patterns>> {
     patterns: P,
     held: Vec<u8>,
+    /// So many octets of what is held were given out already, for nothing followed them.
+    shown: usize,
 }
 
 impl Cleaner {
     /// A cleaner at the beginning of a body.
     pub fn new(patterns: Arc<Patterns>) -> Self {
-        Self { patterns, held: Vec::new() }
+        Self { patterns, held: Vec::new(), shown: 0 }
     }
 }
 
 impl<'a> Cleaner<&'a Patterns> {
     fn new_unshared(patterns: &'a Patterns) -> Self {
-        Self { patterns, held: Vec::new() }
+        Self { patterns, held: Vec::new(), shown: 0 }
     }
 }
 
@@ -138,6 +140,21 @@ impl<P: std::ops::Deref<Target = Patterns>> Cleaner<P> {
     pub fn feed(&mut self, chunk: &[u8]) -> Vec<u8> {
         self.held.extend_from_slice(chunk);
         self.take(false)
+    }
+
+    /// Whether something short is held that nothing may follow for long: the end of a message, most likely.
+    pub(crate) fn is_waiting(&self) -> bool {
+        self.shown < self.held.len() && self.held.len() < SHORTEST
+    }
+
+    /// Gives such an end, and remembers it: were it the beginning of a value after all, the rest is still replaced.
+    pub fn show(&mut self) -> Vec<u8> {
+        if !self.is_waiting() {
+            return Vec::new();
+        }
+        let end = self.held[self.shown..].to_vec();
+        self.shown = self.held.len();
+        end
     }
 
     /// The end: gives the rest.
@@ -155,13 +172,14 @@ impl<P: std::ops::Deref<Target = Patterns>> Cleaner<P> {
             if found.start() >= held_from {
                 break;
             }
-            out.extend_from_slice(&text[at..found.start()]);
+            out.extend_from_slice(text.get(at.max(self.shown)..found.start()).unwrap_or_default());
             out.extend_from_slice(&self.patterns.pairs[found.pattern().as_usize()].placeholder);
             at = found.end();
         }
         let keep = at.max(held_from);
-        out.extend_from_slice(&text[at..keep]);
+        out.extend_from_slice(text.get(at.max(self.shown)..keep).unwrap_or_default());
         self.held.drain(..keep);
+        self.shown = self.shown.saturating_sub(keep);
         out
     }
 }
@@ -224,6 +242,23 @@ mod tests {
         assert_eq!(cleaner.feed(b"ond\n\n"), b"second\n\n");
         assert_eq!(cleaner.feed(b"secret-valu"), b"");
         assert_eq!(cleaner.finish(), b"secret-valu");
+    }
+
+    #[test]
+    fn a_short_end_is_not_kept_waiting_and_gives_nothing_away() {
+        let mut cleaner = Cleaner::new(patterns(&[("a", "ghp_value")]));
+        assert_eq!(cleaner.feed(b"message g"), b"message ");
+        assert_eq!(cleaner.show(), b"g");
+        assert_eq!(cleaner.show(), b"");
+        assert_eq!(cleaner.feed(b"o on"), b"o on");
+        assert_eq!(cleaner.feed(b"gh"), b"");
+        assert_eq!(cleaner.show(), b"gh");
+        assert_eq!(cleaner.feed(b"p_val"), b"");
+        assert_eq!(cleaner.show(), b"", "half a value is never shown");
+        assert_eq!(cleaner.feed(b"ue!"), b"IRONSH_PROXY_a!");
+        assert_eq!(cleaner.feed(b"gh"), b"");
+        cleaner.show();
+        assert_eq!(cleaner.finish(), b"");
     }
 
     #[test]

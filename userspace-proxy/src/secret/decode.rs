@@ -26,8 +26,13 @@ pub(crate) struct Unreadable;
 pub(crate) type Reader = Pin<Box<dyn AsyncRead + Send>>;
 type Source = Pin<Box<dyn AsyncBufRead + Send>>;
 
-/// Leaves of `Accept-Encoding` what can be undone here.
+/// Leaves of `Accept-Encoding` what can be undone here. Codings inside messages are not asked for at all: gRPC's own, and
+/// those of WebSocket extensions.
 pub(crate) fn restrict(headers: &mut HeaderMap) {
+    if headers.contains_key("grpc-accept-encoding") {
+        headers.insert("grpc-accept-encoding", HeaderValue::from_static("identity"));
+    }
+    headers.remove(header::SEC_WEBSOCKET_EXTENSIONS);
     let offers: Vec<String> = headers
         .get_all(header::ACCEPT_ENCODING)
         .iter()
@@ -139,7 +144,9 @@ mod tests {
         restrict(&mut headers);
         assert_eq!(headers[header::ACCEPT_ENCODING], "identity");
         headers.insert(header::ACCEPT_ENCODING, "gzip;q=0.5, compress, dcz, *;q=0.1, BR".parse().unwrap());
+        headers.insert("grpc-accept-encoding", "gzip".parse().unwrap());
         restrict(&mut headers);
+        assert_eq!(headers["grpc-accept-encoding"], "identity");
         assert_eq!(headers[header::ACCEPT_ENCODING], "gzip;q=0.5, BR");
         for (value, count) in [
             ("gzip", Some(1)),

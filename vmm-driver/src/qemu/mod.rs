@@ -58,13 +58,13 @@ impl QemuDriver {
     async fn start(&self, spec: &VmSpec, mut gate: Gate) -> Result<Box<dyn Running>, VmmError> {
         fits(spec, &gate)?;
         let tap = gate.take_tap().ok_or_else(|| VmmError::Gate("it has no tap to hand over".into()))?;
-        let (handle, process) = {
+        let launched = {
             let (driver, spec) = (self.clone(), spec.clone());
             // Files, qemu-img and fork: nothing for a thread that serves others.
-            tokio::task::spawn_blocking(move || driver.launch(&spec, tap))
-                .await
-                .map_err(|e| VmmError::Start(e.to_string()))??
+            tokio::task::spawn_blocking(move || driver.launch(&spec, tap)).await
         };
+        let launched = launched.map_err(|e| VmmError::Start(e.to_string())).and_then(std::convert::identity);
+        let (handle, process) = launched.inspect_err(|_| self.clean(spec))?;
         match connect(&spec.dir, &process).await {
             Ok(qmp) => Ok(Box::new(QemuRunning::follow(self, spec, handle, process, Some(qmp), false, gate))),
             Err(error) => {
@@ -125,11 +125,12 @@ impl QemuDriver {
             cgroup: cgroup.and_then(|group| group.entrance().ok()),
         }
         .spawn()?;
-        let process = ProcessRef::of(pid).map_err(|e| VmmError::Start(format!("it ended at once ({e})")))?;
-        let handle = Handle { driver: "qemu".into(), process, control: Some(control), notes };
-        remember(&spec.dir, &handle)?;
-        let process = Process::open(&handle.process).map_err(VmmError::io("pidfd"))?.ok_or(VmmError::Gone)?;
-        Ok((handle, process))
+        noted(spec, pid, control, notes).inspect_err(|_| {
+            // Our own child, not waited for yet, so the number is still its own.
+            let child = nix::unistd::Pid::from_raw(pid);
+            let _ = nix::sys::signal::kill(child, nix::sys::signal::Signal::SIGKILL);
+            let _ = nix::sys::wait::waitpid(child, None);
+        })
     }
 
     fn enclose(&self, spec: &VmSpec, notes: &mut Vec<String>) -> Option<Cgroup> {
@@ -174,6 +175,20 @@ impl QemuDriver {
         let _ = fs::remove_file(spec.dir.join(file::CONTROL));
         let _ = fs::remove_file(spec.dir.join(file::AGENT));
     }
+}
+
+/// Opens the new process and notes in the VM's folder how it is found again.
+fn noted(
+    spec: &VmSpec,
+    pid: i32,
+    control: PathBuf,
+    notes: Vec<String>,
+) -> Result<(Handle, Process), VmmError> {
+    let process = ProcessRef::of(pid).map_err(|e| VmmError::Start(format!("it ended at once ({e})")))?;
+    let handle = Handle { driver: "qemu".into(), process, control: Some(control), notes };
+    remember(&spec.dir, &handle)?;
+    let process = Process::open(&handle.process).map_err(VmmError::io("pidfd"))?.ok_or(VmmError::Gone)?;
+    Ok((handle, process))
 }
 
 /// Where Debian puts QEMU.

@@ -206,6 +206,19 @@ impl World {
         text[at..].split(' ').next().unwrap().parse().unwrap()
     }
 
+    /// The same, once no more packets arrive.
+    pub fn quiet(&self) -> u64 {
+        let mut before = self.arrived();
+        loop {
+            std::thread::sleep(SILENCE);
+            let now = self.arrived();
+            if now == before {
+                return now;
+            }
+            before = now;
+        }
+    }
+
     /// Takes the programs off the taps, and waits until the kernel has done so.
     pub fn remove_programs(&self, datapath: &Datapath, links: &[&str]) {
         for entry in std::fs::read_dir(self.pins().join("links")).unwrap() {
