@@ -46,8 +46,8 @@ pub fn wait_and_reap(names: &Names, folder: &Path) {
 
 /// Takes everything away that is there of the world; what is not there is not missed.
 pub fn reap(names: &Names, folder: &Path) {
-    let namespaces = [names.internet(), names.host(), names.egress()];
     for _ in 0..50 {
+        let namespaces = namespaces(names);
         let mut pids: Vec<u32> = namespaces.iter().flat_map(|namespace| processes(namespace)).collect();
         pids.extend(of_folder(folder));
         pids.retain(|pid| *pid != std::process::id());
@@ -57,19 +57,14 @@ pub fn reap(names: &Names, folder: &Path) {
         let _ = run("kill", std::iter::once("-KILL".to_owned()).chain(pids.iter().map(u32::to_string)));
         thread::sleep(Duration::from_millis(100));
     }
-    for namespace in &namespaces {
-        if Path::new("/run/netns").join(namespace).exists() {
-            let _ = run("ip", ["netns", "delete", namespace]);
-        }
+    for namespace in namespaces(names) {
+        let _ = run("ip", ["netns", "delete", &namespace]);
     }
     for pins in pins(names) {
         let _ = fs::remove_dir_all(pins);
     }
     for vm in vms(folder) {
         remove_named_after(Path::new("/sys/fs/cgroup/tapgate"), &vm, |group| drop(fs::remove_dir(group)));
-        remove_named_after(Path::new("/run/netns"), &vm, |file| {
-            let _ = run("ip", ["netns".as_ref(), "delete".as_ref(), file.file_name().unwrap_or_default()]);
-        });
     }
     let _ = fs::remove_dir_all(names.etc());
     if std::env::var_os("TAPGATE_KEEP").is_none() {
@@ -81,6 +76,16 @@ pub fn reap(names: &Names, folder: &Path) {
 fn pins(names: &Names) -> [PathBuf; 2] {
     let root = Path::new("/sys/fs/bpf");
     [root.join("tapgate").join(&names.world), root.join(names.egress())]
+}
+
+/// The world's namespaces that are there: its own, the daemon's, and those of guests of the namespace driver.
+fn namespaces(names: &Names) -> Vec<String> {
+    let (egress, guests) = (names.egress(), format!("{}-", names.egress()));
+    let ours = |name: &String| {
+        [names.internet(), names.host(), egress.clone()].contains(name) || name.starts_with(&guests)
+    };
+    let entries = fs::read_dir("/run/netns").into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().into_string().ok()).filter(ours).collect()
 }
 
 /// The ids of the VMs that the world's daemon made.

@@ -5,6 +5,7 @@ use std::{fs, path::PathBuf};
 use tapgate_e2e::{
     World,
     daemon::{self, Daemon, Driver, Settings},
+    demo::Stage,
     sh::{self, Done, capture},
 };
 
@@ -100,4 +101,24 @@ fn rubbish_gets_the_error_envelope() {
         }
     }
     assert_eq!(daemon.client().get("/healthz").unwrap().status, 200);
+}
+
+#[test]
+fn a_daemon_that_is_killed_with_its_guest_leaves_nothing_once_its_world_is_gone() {
+    let world = World::new().unwrap();
+    let name = world.names().world.clone();
+    let mut stage = Stage::new(&world, Daemon::start(&world, settings()).unwrap()).unwrap();
+    stage.boot("box").unwrap();
+    let left = || {
+        let folders = ["/run/netns", "/sys/fs/bpf/tapgate", "/etc/netns", "/tmp"];
+        let entries = folders.iter().filter_map(|folder| fs::read_dir(folder).ok()).flatten().flatten();
+        entries
+            .map(|entry| entry.path())
+            .filter(|path| path.to_string_lossy().contains(&name))
+            .collect::<Vec<_>>()
+    };
+    assert!(left().len() >= 6, "{:?}", left());
+    drop(stage);
+    drop(world);
+    assert_eq!(left(), Vec::<PathBuf>::new());
 }
