@@ -95,6 +95,9 @@ pub struct Settings {
     /// Name or address that clients reach this host by, for SSH [default: 127.0.0.1]
     #[arg(long, env = "TAPGATE_PUBLIC_HOST", value_name = "HOST")]
     pub public_host: Option<String>,
+    /// Host interface that traffic allowed by cidr rules may leave by; any, as the host routes, if not set
+    #[arg(long, env = "TAPGATE_UPLINK", value_name = "INTERFACE")]
+    pub uplink: Option<String>,
     /// Addresses for guests [default: 10.214.0.0/16]
     #[arg(long, env = "TAPGATE_GUEST_V4", value_name = "CIDR")]
     pub guest_v4: Option<String>,
@@ -158,6 +161,8 @@ pub struct Config {
     pub accel: AccelChoice,
     /// What SSH clients connect to.
     pub public_host: String,
+    /// The interface that forwarded traffic may leave by, if one is set.
+    pub uplink: Option<String>,
     /// IPv4 addresses for guests.
     pub guest_v4: Cidr,
     /// IPv6 addresses for guests; `None` turns IPv6 off.
@@ -247,6 +252,7 @@ impl Settings {
             driver,
             accel,
             public_host,
+            uplink,
             guest_v4,
             guest_v6,
             resolvers,
@@ -380,6 +386,7 @@ impl Settings {
             driver: self.driver.unwrap_or_default(),
             accel: self.accel.unwrap_or_default(),
             public_host,
+            uplink: self.uplink,
             guest_v4: Cidr::from(IpNet::V4(guest_v4)),
             guest_v6: guest_v6.map(|net| Cidr::from(IpNet::V6(net))),
             resolvers,

@@ -92,6 +92,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         pin_root: "/sys/fs/bpf/tapgate".into(),
         guest_v4: config.guest_v4,
         guest_v6: config.guest_v6,
+        uplink: config.uplink.clone(),
     })
     .await
     .context("cannot open the datapath")?;
@@ -131,6 +132,8 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let proxy = tokio::spawn(proxy.serve(listeners, stop.clone()));
     let service = tokio::spawn(guest_service::serve(service, guests, stop.clone()));
     let engine = tokio::spawn(engine.run(commands));
+    // Tells systemd (Type=notify), where there is one.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     tracing::info!(listen = %config.listen, instance = config.instance, "serve.ready");
     let trimming = tokio::spawn(crate::retention::run(store, config.retention, stop.clone()));
     let server = tokio::spawn(server::serve(api, router(state), tls, stop.clone()));

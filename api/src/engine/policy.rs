@@ -26,7 +26,9 @@ pub(super) async fn refresh(shared: &Shared, scope: &Scope) {
 /// Installs one VM's policy in both places.
 pub(super) async fn install(shared: &Shared, vm: &VmId, gated: &Gated) {
     let installed = match shared.policy_of(vm).await {
-        Ok(policy) => shared.datapath.set_policy(gated.net, &policy).map(|()| policy).map_err(|e| e.to_string()),
+        Ok(policy) => {
+            shared.datapath.set_policy(gated.net, &policy).map(|()| policy).map_err(|e| e.to_string())
+        }
         Err(error) => Err(error.to_string()),
     };
     match installed {

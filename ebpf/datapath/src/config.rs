@@ -20,6 +20,8 @@ pub struct DatapathConfig {
     pub guest_v4: Range,
     /// The guests' IPv6 range; `None` where guests have no IPv6.
     pub guest_v6: Option<Range>,
+    /// The host's interface that forwarded traffic may leave by; `None` leaves it to the host's routes.
+    pub uplink: Option<String>,
 }
 
 impl DatapathConfig {
@@ -29,6 +31,15 @@ impl DatapathConfig {
         if !(1..=MAX_INSTANCE).contains(&name.len()) || !name.bytes().all(plain) {
             return Err(DatapathError::Config(format!(
                 "`{name}` cannot be the name of an instance; use 1 to {MAX_INSTANCE} lower-case letters, digits and `-`"
+            )));
+        }
+        // It becomes part of a table's text.
+        let link = |b: u8| b.is_ascii_alphanumeric() || b"-_.@".contains(&b);
+        if let Some(uplink) =
+            self.uplink.as_deref().filter(|u| u.is_empty() || u.len() > 15 || !u.bytes().all(link))
+        {
+            return Err(DatapathError::Config(format!(
+                "`{uplink}` cannot be the name of an interface; use one like eth0"
             )));
         }
         if !self.guest_v4.network().is_ipv4() || self.guest_v4.prefix_len() > 30 {
@@ -82,7 +93,14 @@ mod tests {
             pin_root: "/sys/fs/bpf/tapgate".into(),
             guest_v4: v4.parse().unwrap(),
             guest_v6: v6.map(|text| text.parse().unwrap()),
+            uplink: None,
         };
+        let named = |uplink: &str| DatapathConfig {
+            uplink: Some(uplink.into()),
+            ..config("main", "10.214.0.0/16", None)
+        };
+        assert!(named("eth0.7").check().is_ok());
+        assert!(named("eth0\" accept").check().is_err());
         assert!(config("main", "10.214.0.0/16", None).check().is_ok());
         assert!(config("main", "10.214.0.0/16", Some("fd74:6761:7465::/64")).check().is_ok());
         for (instance, v4, v6) in [

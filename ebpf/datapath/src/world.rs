@@ -327,6 +327,10 @@ fn host_table(config: &DatapathConfig) -> String {
         ),
         None => (format!("iifname \"{link}\" meta nfproto ipv6 drop"), String::new()),
     };
+    let elsewhere = match &config.uplink {
+        Some(uplink) => format!("iifname \"{link}\" oifname != \"{uplink}\" drop"),
+        None => String::new(),
+    };
     format!(
         "table inet {table} {{
 }}
@@ -342,6 +346,7 @@ table inet {table} {{
         type filter hook forward priority filter; policy accept;
         iifname \"{link}\" ct state invalid drop
         iifname \"{link}\" oifname \"{link}\" drop
+        {elsewhere}
         oifname \"{link}\" ct state established,related accept
         oifname \"{link}\" drop
     }}
@@ -353,4 +358,23 @@ table inet {table} {{
 }}
 "
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn forwarded_traffic_leaves_by_the_uplink_that_is_set() {
+        let config = |uplink: Option<&str>| DatapathConfig {
+            instance: "main".into(),
+            pin_root: "/sys/fs/bpf/tapgate".into(),
+            guest_v4: "10.214.0.0/16".parse().unwrap(),
+            guest_v6: None,
+            uplink: uplink.map(str::to_owned),
+        };
+        let rule = "iifname \"tgu-main\" oifname != \"eth0\" drop";
+        assert!(host_table(&config(Some("eth0"))).contains(rule));
+        assert!(!host_table(&config(None)).contains("oifname != \"eth0\""));
+    }
 }

@@ -34,6 +34,7 @@ fn config(instance: &str) -> DatapathConfig {
         pin_root: format!("/sys/fs/bpf/tapgate-test-{instance}").into(),
         guest_v4: "10.214.0.0/16".parse().unwrap(),
         guest_v6: None,
+        uplink: None,
     }
 }
 

@@ -77,6 +77,7 @@ impl World {
             pin_root: PathBuf::from(format!("/sys/fs/bpf/tgvm-{}", self.instance)),
             guest_v4: "10.214.0.0/16".parse().unwrap(),
             guest_v6: None,
+            uplink: None,
         }
     }
 
