@@ -1,0 +1,175 @@
+//! The keys as written: one list for the file, the flags and the variables. Owns reading and merging; judges nothing.
+
+use super::ConfigError;
+use crate::http::SignUp;
+use serde::Deserialize;
+use std::path::{Path, PathBuf};
+
+/// Which program runs the guests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum DriverKind {
+    /// A network namespace instead of a VM: for tests and trying it out. Isolates nothing but the network.
+    Netns,
+    /// QEMU's microvm machine, with KVM or TCG.
+    #[default]
+    Qemu,
+}
+
+/// What executes guest code.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum AccelChoice {
+    /// KVM where a probe shows that it runs guests, else TCG.
+    #[default]
+    Auto,
+    /// KVM, or an error.
+    Kvm,
+    /// Emulation.
+    Tcg,
+}
+
+/// When secrets may go out in clear-text HTTP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum OverHttp {
+    /// Wherever the secret's hosts match.
+    Always,
+    /// Only to hosts that the secret names, not through `*`.
+    Explicit,
+    /// Never.
+    Never,
+}
+
+/// The keys as written, before they are checked. One list for the file, the flags and the variables.
+#[derive(Clone, Debug, Default, Deserialize, clap::Args)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// Where all state lives [default: /var/lib/tapgate]
+    #[arg(long, env = "TAPGATE_DATA_DIR", value_name = "DIR")]
+    pub data_dir: Option<PathBuf>,
+    /// Address of the REST API [default: 127.0.0.1:7070]
+    #[arg(long, env = "TAPGATE_LISTEN", value_name = "IP:PORT")]
+    pub listen: Option<String>,
+    /// Listen on an address that is not loopback without TLS (a proxy in front has to add it)
+    #[arg(long, env = "TAPGATE_LISTEN_WITHOUT_TLS", num_args = 0..=1, default_missing_value = "true")]
+    pub listen_without_tls: Option<bool>,
+    /// Certificate chain of the REST API, in PEM; read again when it changes. With `tls_key`
+    #[arg(long, env = "TAPGATE_TLS_CERT", value_name = "FILE")]
+    pub tls_cert: Option<PathBuf>,
+    /// Its key, in PEM
+    #[arg(long, env = "TAPGATE_TLS_KEY", value_name = "FILE")]
+    pub tls_key: Option<PathBuf>,
+    /// Where people reach the REST API, for links [default: from `listen`]
+    #[arg(long, env = "TAPGATE_PUBLIC_URL", value_name = "URL")]
+    pub public_url: Option<String>,
+    /// Who may make an account [default: open]
+    #[arg(long, env = "TAPGATE_SIGN_UP")]
+    pub sign_up: Option<SignUp>,
+    /// Mail server, like smtps://user:password@mail.example.com [default: mails are files in DATA_DIR/mail]
+    #[arg(long, env = "TAPGATE_SMTP_URL", value_name = "URL", hide_env_values = true)]
+    pub smtp_url: Option<String>,
+    /// Address that mails come from [default: tapgate@localhost.localdomain]
+    #[arg(long, env = "TAPGATE_MAIL_FROM", value_name = "ADDRESS")]
+    pub mail_from: Option<String>,
+    /// Days that audit events are kept [default: 90]
+    #[arg(long, env = "TAPGATE_AUDIT_DAYS")]
+    pub audit_days: Option<u32>,
+    /// Audit events that are kept at most [default: 50000000]
+    #[arg(long, env = "TAPGATE_AUDIT_EVENTS")]
+    pub audit_events: Option<u64>,
+    /// What runs the guests [default: qemu]
+    #[arg(long, env = "TAPGATE_DRIVER")]
+    pub driver: Option<DriverKind>,
+    /// What executes guest code [default: auto]
+    #[arg(long, env = "TAPGATE_ACCEL")]
+    pub accel: Option<AccelChoice>,
+    /// Name or address that clients reach this host by, for SSH [default: 127.0.0.1]
+    #[arg(long, env = "TAPGATE_PUBLIC_HOST", value_name = "HOST")]
+    pub public_host: Option<String>,
+    /// Host interface that traffic allowed by cidr rules may leave by; any, as the host routes, if not set
+    #[arg(long, env = "TAPGATE_UPLINK", value_name = "INTERFACE")]
+    pub uplink: Option<String>,
+    /// Addresses for guests [default: 10.214.0.0/16]
+    #[arg(long, env = "TAPGATE_GUEST_V4", value_name = "CIDR")]
+    pub guest_v4: Option<String>,
+    /// Addresses for guests, or `off` [default: fd74:6761:7465::/64]
+    #[arg(long, env = "TAPGATE_GUEST_V6", value_name = "CIDR")]
+    pub guest_v6: Option<String>,
+    /// Name servers that guests' questions go to; the system's if not set
+    #[arg(long, env = "TAPGATE_RESOLVERS", value_name = "IP:PORT", value_delimiter = ',')]
+    pub resolvers: Option<Vec<String>>,
+    /// Host ports forwarded to guests' SSH [default: 22000-22999]
+    #[arg(long, env = "TAPGATE_SSH_PORTS", value_name = "FIRST-LAST")]
+    pub ssh_ports: Option<String>,
+    /// Name of this daemon among several on the host: its namespace, pins and tables [default: from data_dir]
+    #[arg(long, env = "TAPGATE_INSTANCE", value_name = "NAME")]
+    pub instance: Option<String>,
+    /// Base image [default: debian-12]
+    #[arg(long, env = "TAPGATE_IMAGE", value_name = "NAME")]
+    pub image: Option<String>,
+    /// Where base images are kept [default: /var/cache/tapgate/images]
+    #[arg(long, env = "TAPGATE_IMAGE_DIR", value_name = "DIR")]
+    pub image_dir: Option<PathBuf>,
+    /// Virtual CPUs of a VM [default: 1]
+    #[arg(long, env = "TAPGATE_VCPUS")]
+    pub vcpus: Option<u32>,
+    /// Memory of a VM in MiB [default: 512]
+    #[arg(long, env = "TAPGATE_MEMORY_MIB")]
+    pub memory_mib: Option<u32>,
+    /// Disk of a VM in GiB [default: 8]
+    #[arg(long, env = "TAPGATE_DISK_GIB")]
+    pub disk_gib: Option<u32>,
+    /// When secrets go out in clear-text HTTP [default: explicit]
+    #[arg(long, env = "TAPGATE_SECRETS_OVER_HTTP")]
+    pub secrets_over_http: Option<OverHttp>,
+    /// What to log, as in RUST_LOG [default: info]
+    #[arg(long, env = "TAPGATE_LOG", value_name = "FILTER")]
+    pub log: Option<String>,
+}
+
+impl Settings {
+    /// Reads the file's keys.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        toml::from_str(&text).map_err(|error| ConfigError::Parse {
+            path: path.to_owned(),
+            message: error.to_string().trim_end().replace('\n', "; "),
+        })
+    }
+
+    /// These keys, and where one is not set the other's.
+    pub fn or(self, other: Self) -> Self {
+        macro_rules! merge { ($($key:ident),+) => { Self { $($key: self.$key.or(other.$key)),+ } } }
+        merge!(
+            data_dir,
+            listen,
+            listen_without_tls,
+            tls_cert,
+            tls_key,
+            public_url,
+            sign_up,
+            smtp_url,
+            mail_from,
+            audit_days,
+            audit_events,
+            driver,
+            accel,
+            public_host,
+            uplink,
+            guest_v4,
+            guest_v6,
+            resolvers,
+            ssh_ports,
+            instance,
+            image,
+            image_dir,
+            vcpus,
+            memory_mib,
+            disk_gib,
+            secrets_over_http,
+            log
+        )
+    }
+}
