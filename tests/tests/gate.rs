@@ -7,7 +7,7 @@ use tapgate_e2e::{
     World,
     daemon::{self, Daemon, Driver, Settings},
     demo::Stage,
-    sites,
+    sh, sites,
     world::GIT_TOKEN,
 };
 
@@ -237,5 +237,26 @@ fn guests_reach_neither_each_other_nor_the_host() {
         assert!(!done.ok(), "{done:?}");
         stage.clear().unwrap();
         stage.enter(first).unwrap();
+    });
+}
+
+#[test]
+fn an_address_that_the_host_gets_later_is_closed_too() {
+    const LATER: &str = "192.0.2.77";
+    with_guest(|stage| {
+        // A range rule for the host's own network, and a secret, so that port 80 goes by the proxy's dialer.
+        stage.api().rule("cidr", "192.0.2.0/24").unwrap();
+        stage.api().secret("key", "KEY", REAL, &["*"]).unwrap();
+        let host = stage.world().names().host();
+        sh::ip(&format!("-n {host} address add {LATER}/32 dev lo")).unwrap();
+        let closed = || reasons(stage).iter().any(|reason| reason == "host_address");
+        for _ in 0..100 {
+            curl(stage, &format!("http://{LATER}/"));
+            if closed() {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(100));
+        }
+        panic!("{LATER} was never taken for the host's own: {:?}", reasons(stage));
     });
 }
