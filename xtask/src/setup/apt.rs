@@ -50,7 +50,8 @@ pub fn install(packages: &[&str]) -> Result<()> {
     Ok(())
 }
 
-const INSTALL: [&str; 3] = ["install", "--yes", "--no-install-recommends"];
+/// Nothing that the machine has is taken away from it.
+const INSTALL: [&str; 4] = ["install", "--yes", "--no-install-recommends", "--no-remove"];
 
 fn apt() -> Command {
     let mut command = program("apt-get");
@@ -59,9 +60,9 @@ fn apt() -> Command {
 }
 
 /// Whether apt cannot install the package next to what is installed: `qemu-utils` from backports, for one, keeps
-/// out the `qemu-system-x86` of the release.
+/// out the `qemu-system-x86` of the release. Without `--no-remove` apt would offer to take the former away.
 fn conflicts(package: &str) -> bool {
-    output(apt().args(["--simulate", "install", "--no-install-recommends", package])).is_none()
+    output(apt().arg("--simulate").args(INSTALL).arg(package)).is_none()
 }
 
 /// The name of the backports suite, made available if it is not yet.
