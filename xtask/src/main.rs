@@ -1,6 +1,7 @@
 //! `cargo xtask`: the developer's side of tapgate. Reads the command line and hands over; owns no step itself.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod build;
 mod demo;
 mod ebpf;
@@ -49,6 +50,8 @@ enum Command {
         #[arg(long)]
         release: bool,
     },
+    /// Measure a part against the design's bars, beside its peers, and keep the table in `docs/bench/`.
+    Bench(bench::Options),
     /// Watch a real guest being held, let out, and given a secret that it never sees.
     Demo(demo::Options),
     /// Run every test, and the demo's steps.
@@ -76,6 +79,7 @@ fn run_command(command: Command) -> anyhow::Result<()> {
         Command::BuildEbpf => ebpf::build(),
         Command::TestEbpf => ebpf::test(),
         Command::Image { release } => image::command(release),
+        Command::Bench(options) => bench::command(&options),
         Command::Demo(options) => demo::command(&options),
         Command::Test(options) => test::command(&options),
         Command::Lint => lint::command(),
