@@ -30,30 +30,28 @@ pub(crate) fn router(guests: Guests) -> Router {
 }
 
 /// Serves both families until told to stop.
-pub(crate) async fn serve(listeners: ServiceListeners, router: Router, stop: CancellationToken) {
+pub(crate) async fn serve(
+    listeners: ServiceListeners,
+    router: Router,
+    stop: CancellationToken,
+) -> std::io::Result<()> {
     let serve = |listener: std::net::TcpListener| {
         let (router, stop) = (router.clone(), stop.clone());
         async move {
             let listener =
                 listener.set_nonblocking(true).and_then(|()| tokio::net::TcpListener::from_std(listener));
-            let served = match listener {
-                Ok(listener) => {
-                    let service = router.into_make_service_with_connect_info::<SocketAddr>();
-                    axum::serve(listener, service).with_graceful_shutdown(stop.cancelled_owned()).await
-                }
-                Err(error) => Err(error),
-            };
-            if let Err(error) = served {
-                tracing::error!(%error, "guest_service.ended");
-            }
+            let service = router.into_make_service_with_connect_info::<SocketAddr>();
+            axum::serve(listener?, service).with_graceful_shutdown(stop.cancelled_owned()).await
         }
     };
     let v6 = listeners.v6.map(&serve);
-    tokio::join!(serve(listeners.v4), async {
-        if let Some(v6) = v6 {
-            v6.await;
+    tokio::try_join!(serve(listeners.v4), async {
+        match v6 {
+            Some(v6) => v6.await,
+            None => Ok(()),
         }
-    });
+    })?;
+    Ok(())
 }
 
 async fn vm(State(guests): State<Arc<Guests>>, ConnectInfo(peer): ConnectInfo<SocketAddr>) -> Response {

@@ -15,7 +15,9 @@ pub mod http;
 pub mod images;
 mod log;
 pub mod mail;
+pub mod parts;
 pub mod retention;
 pub mod serve;
+pub mod traffic;
 
 pub use http::{AppState, Settings, router};

@@ -1,27 +1,31 @@
 //! `tapgate serve`: opens the parts, joins them, serves, and ends in order.
 //!
 //! Guests outlive it: on SIGTERM the API and the proxy end, the VMs run on behind their gates, and the next daemon adopts
-//! them. Must never start serving with a part missing.
+//! them. Must never start serving with a part missing, nor go on when one has ended.
 
 use crate::{
     config::{self, AccelChoice, Config, DriverKind},
     engine::{self, Engine, Parts},
     guest_service,
-    http::{AppState, Settings, router, server},
+    http::{AppState, Settings, metrics::Token, router, server},
     images,
+    parts::RunningParts,
 };
 use anyhow::{Context as _, bail};
 use std::{path::PathBuf, sync::Arc};
 use tapgate_datapath::{Datapath, DatapathConfig};
 use tapgate_model::VmId;
 use tapgate_proxy::{Limits, Listeners, PolicyTable, Proxy, ProxyConfig, VmCa};
-use tapgate_store::{CaPem, Resources, SealKey, Store};
+use tapgate_store::{AuditLog, CaPem, Resources, SealKey, Store};
 use tapgate_vmm::{
     NetnsDriver, QemuDriver, Vmm,
     accel::{self, Accel},
     image::Image,
 };
 use tokio_util::sync::CancellationToken;
+
+/// How long parts may take to end.
+const DRAIN: std::time::Duration = std::time::Duration::from_secs(10);
 
 /// Options of `tapgate serve`.
 #[derive(clap::Args, Debug)]
@@ -113,9 +117,6 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     );
     let (handle, commands) = engine::Handle::new();
     let notifier = handle.notifier();
-    let state = AppState::try_new(store.clone(), handle, Arc::new(make_ca), api_settings(&config))
-        .context("cannot set up the API")?;
-    let audit = store.audit().clone();
     let engine = Engine::new(Parts {
         config: config.clone(),
         store: store.clone(),
@@ -128,33 +129,52 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     });
     engine.watch_host_addresses().context("cannot hand the host's addresses to the datapath")?;
     let guests = guest_service::router(engine.guests());
+    let state = AppState::try_new(store.clone(), handle, Arc::new(make_ca), api_settings(&config)?)
+        .context("cannot set up the API")?
+        .with_traffic(engine.traffic());
 
-    let proxy = tokio::spawn(proxy.serve(listeners, stop.clone()));
-    let service = tokio::spawn(guest_service::serve(service, guests, stop.clone()));
-    let engine = tokio::spawn(engine.run(commands));
+    let audit = store.audit().clone();
+    let mut parts = RunningParts::new(stop.clone());
+    parts.spawn("proxy", proxy.serve(listeners, stop.clone()));
+    parts.spawn("guest service", guest_service::serve(service, guests, stop.clone()));
+    parts.spawn("engine", engine.run(commands));
+    parts.spawn("audit log's writer", written(audit.clone(), stop.clone()));
+    let trimming = crate::retention::run(store, config.retention, stop.clone());
+    parts.spawn("audit log's retention", never_fails(trimming));
+    parts.spawn("API server", never_fails(server::serve(api, router(state), tls, stop.clone())));
     // Tells systemd (Type=notify), where there is one.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     tracing::info!(listen = %config.listen, instance = config.instance, "serve.ready");
-    let trimming = tokio::spawn(crate::retention::run(store, config.retention, stop.clone()));
-    let server = tokio::spawn(server::serve(api, router(state), tls, stop.clone()));
 
     let ended = tokio::select! {
-        name = signalled() => { tracing::info!(signal = name, "serve.stopping"); Ok(()) }
-        () = stop.cancelled() => Ok(()),
+        name = signalled() => {
+            tracing::info!(signal = name, "serve.stopping");
+            Ok(())
+        }
+        why = parts.ended() => {
+            tracing::error!(why, "serve.part_ended");
+            Err(anyhow::anyhow!(
+                "{why}; the daemon ends so that it can be started anew; VMs run on, closed but for cidr rules"
+            ))
+        }
     };
-    stop.cancel();
-    let drain = async {
-        let _ = engine.await;
-        let _ = proxy.await;
-        let _ = service.await;
-        let _ = server.await;
-        let _ = trimming.await;
-        audit.flush().await;
-    };
-    if tokio::time::timeout(std::time::Duration::from_secs(10), drain).await.is_err() {
+    if !parts.end(DRAIN).await || tokio::time::timeout(DRAIN, audit.flush()).await.is_err() {
         tracing::warn!("serve.drain_timed_out");
     }
     ended
+}
+
+async fn never_fails(part: impl Future<Output = ()>) -> Result<(), std::convert::Infallible> {
+    part.await;
+    Ok(())
+}
+
+/// Ends when the thread that writes audit events has.
+async fn written(audit: AuditLog, stop: CancellationToken) -> Result<(), &'static str> {
+    tokio::select! {
+        () = stop.cancelled() => Ok(()),
+        () = audit.writer_ended() => Err("its thread is gone"),
+    }
 }
 
 /// One daemon for one data directory.
@@ -223,8 +243,11 @@ fn make_ca(vm: &VmId) -> anyhow::Result<CaPem> {
     Ok(CaPem { cert: ca.cert_pem().to_owned(), key: ca.key_pem() })
 }
 
-fn api_settings(config: &Config) -> Settings {
-    Settings {
+fn api_settings(config: &Config) -> anyhow::Result<Settings> {
+    let token = config.data_dir.join("metrics.token");
+    let token = Token::load_or_create(&token).with_context(|| format!("cannot use {}", token.display()))?;
+    Ok(Settings {
+        metrics_token: Some(token),
         public_host: config.public_host.clone(),
         public_url: config.public_url.clone(),
         sign_up: config.sign_up,
@@ -239,7 +262,7 @@ fn api_settings(config: &Config) -> Settings {
         },
         base_image: config.image.clone(),
         ..Settings::default()
-    }
+    })
 }
 
 async fn signalled() -> &'static str {

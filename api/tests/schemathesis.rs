@@ -1,12 +1,13 @@
 //! schemathesis over the API's own document: all checks, generated and wrong requests, stateful links.
 //!
-//! Runs where the program is installed (`pip install schemathesis`), else says that it did not. `TAPGATE_SCHEMATHESIS`
-//! names another program than `st`; `TAPGATE_SCHEMATHESIS_EXAMPLES` how many requests an operation gets.
+//! `TAPGATE_SCHEMATHESIS` names another program than the `st` that `cargo xtask setup` installs;
+//! `TAPGATE_SCHEMATHESIS_EXAMPLES` how many requests an operation gets in each phase: 10 for every day, more for a campaign.
 #![allow(missing_docs, clippy::unwrap_used, reason = "tests")]
 
 mod common;
 
 use common::TestApp;
+use tapgate::Settings;
 use tapgate::engine::Command;
 use tapgate::http::server::serve;
 use tapgate_model::StatusDetail as S;
@@ -19,7 +20,14 @@ async fn obey(
     notifier: tapgate::engine::Notifier,
 ) {
     while let Some(command) = commands.recv().await {
-        let Command::Vm(vm) = command else { continue };
+        let vm = match command {
+            Command::Vm(vm) => vm,
+            Command::Policy(_) => {
+                notifier.policy_in_force();
+                continue;
+            }
+            Command::Env(_) => continue,
+        };
         let Ok(record) = store.vm_any(&vm).await else { continue };
         let steps: &[S] = match record.detail {
             S::Creating => &[S::Starting, S::Running, S::Ready],
@@ -37,14 +45,16 @@ async fn obey(
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn schemathesis_finds_nothing() {
-    let program = std::env::var("TAPGATE_SCHEMATHESIS").unwrap_or_else(|_| "st".into());
-    if std::process::Command::new(&program).arg("--version").output().is_err() {
-        eprintln!("SKIPPED: {program} is not installed; pip install schemathesis");
-        return;
-    }
+    let program = common::tool("TAPGATE_SCHEMATHESIS", "st");
     let examples = std::env::var("TAPGATE_SCHEMATHESIS_EXAMPLES").unwrap_or_else(|_| "10".into());
-    let mut app = TestApp::new();
+    let mut app = TestApp::with(Settings {
+        rates: common::no_limits(),
+        start_wait: std::time::Duration::from_secs(5),
+        follow_for: std::time::Duration::from_millis(200),
+        ..Settings::default()
+    });
     let key = app.user("alice@example.com").await;
+    let own = app.get(&key, "/v1/keys").await.is(200)["data"][0]["id"].as_str().unwrap().to_owned();
     let commands = std::mem::replace(&mut app.commands, tokio::sync::mpsc::unbounded_channel().1);
     tokio::spawn(obey(app.store.clone(), commands, app.engine.notifier()));
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -52,20 +62,14 @@ async fn schemathesis_finds_nothing() {
     tokio::spawn(serve(listener, app.router.clone(), None, CancellationToken::new()));
     let output = tokio::task::spawn_blocking(move || {
         let folder = tempfile::tempdir().unwrap();
+        let data = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data");
         std::process::Command::new(program)
-            .args(["--config-file", concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/schemathesis.toml")])
-            .args(["run", &url, "--checks", "all", "--phases", "examples,coverage,fuzzing,stateful"])
-            // A key that is revoked or an event stream that never ends would stop the run itself.
-            .args([
-                "--exclude-path",
-                "/v1/keys/{key_id}",
-                "--max-examples",
-                &examples,
-                "--seed",
-                "1",
-                "--no-color",
-            ])
-            .args(["--header", &format!("Authorization: Bearer {key}"), "--request-timeout", "20"])
+            .args(["--config-file", &format!("{data}/schemathesis.toml"), "run", &url])
+            .args(["--checks", "all", "--phases", "examples,coverage,fuzzing,stateful"])
+            .args(["--max-examples", &examples, "--seed", "1", "--no-color"])
+            .args(["--header", &format!("Authorization: Bearer {key}")])
+            .env("SCHEMATHESIS_HOOKS", format!("{data}/schemathesis.py"))
+            .env("TAPGATE_OWN_KEY", own)
             .current_dir(folder.path())
             .output()
             .unwrap()

@@ -5,6 +5,7 @@ mod apt;
 mod bpf;
 mod cargo_tools;
 mod needs;
+mod python;
 mod services;
 
 use crate::run::{find, is_executable, output, program, run};
@@ -68,6 +69,7 @@ pub fn command(check: bool, packages_only: bool) -> Result<()> {
         let check = check || !advice.is_empty();
         advice.extend(bpf::linker(&machine, check)?);
         advice.extend(cargo_tools::install(&machine, check)?);
+        advice.extend(python::install(&machine, check)?);
     }
     if advice.is_empty() {
         eprintln!("setup: everything that building and testing need is here");
@@ -88,6 +90,9 @@ fn is_there(sign: &Sign) -> bool {
         Sign::Program(name) => find(name).is_some(),
         Sign::File(path) => Path::new(path).exists(),
         Sign::BpfCompiler => bpf::compiler_is_there(),
+        Sign::PythonModule(name) => {
+            output(program("python3").args(["-c", &format!("import {name}")])).is_some()
+        }
     }
 }
 

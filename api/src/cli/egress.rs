@@ -1,6 +1,6 @@
 //! `tapgate egress`: policy and rules, of the account or (with `--vm`) of one VM.
 
-use super::exit::Done;
+use super::exit::{Done, Failure};
 use super::output::{json, line, one, rows};
 use super::{Api, Options};
 use serde_json::{Value, json as value};
@@ -33,6 +33,8 @@ enum Command {
         #[command(subcommand)]
         command: Option<Policy>,
     },
+    /// With --vm: frames, octets and drops by reason, and attempts that no audit event holds
+    Counters,
     /// What is allowed
     #[command(visible_alias = "rules")]
     Rule {
@@ -94,6 +96,10 @@ impl Args {
             Command::Policy { command } => {
                 policy(&api, &base, self.vm.is_some(), command.unwrap_or(Policy::Show))
             }
+            Command::Counters if self.vm.is_none() => {
+                Err(Failure::usage("name a VM: tapgate egress counters --vm NAME"))
+            }
+            Command::Counters => counters(&api, &base),
             Command::Rule { command } => rule(&api, &base, command),
         }
     }
@@ -123,6 +129,25 @@ fn policy(api: &Api, base: &str, of_vm: bool, command: Policy) -> Done {
         false => &[("MODE", "mode")],
     };
     one(api.json, columns, &answer)
+}
+
+fn counters(api: &Api, base: &str) -> Done {
+    let counted = api.get(&format!("{base}/counters"), &[])?;
+    if api.json {
+        return json(&counted);
+    }
+    let mut lines = Vec::new();
+    for (name, value) in counted.as_object().into_iter().flatten() {
+        match value.as_object() {
+            None => lines.push(value!({ "counter": name, "value": value })),
+            Some(reasons) => lines.extend(
+                reasons
+                    .iter()
+                    .map(|(reason, count)| value!({ "counter": format!("{name} {reason}"), "value": count })),
+            ),
+        }
+    }
+    rows(false, &[("COUNTER", "counter"), ("VALUE", "value")], lines)
 }
 
 fn rule(api: &Api, base: &str, command: Rule) -> Done {

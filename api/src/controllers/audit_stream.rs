@@ -3,7 +3,7 @@
 //! A stream reads a step at a time, when the client has taken the step before: it never holds more than one.
 
 use super::audit::EventView;
-use crate::http::{Account, ApiError, AppState, params_invalid as invalid};
+use crate::http::{Account, ApiError, AppState, Code, params_invalid as invalid};
 use axum::body::Body;
 use axum::http::{HeaderMap, HeaderValue, header};
 use axum::response::sse::{Event, KeepAlive, Sse};
@@ -27,12 +27,16 @@ struct Follower {
     place: i64,
     written: watch::Receiver<u64>,
     checked: Instant,
+    until: Instant,
 }
 
 impl Follower {
-    /// The next events; `None` when the key is no longer good.
+    /// The next events; `None` when the key is no longer good, or the answer has lasted long enough.
     async fn next(&mut self) -> Result<Option<Vec<AuditRecord>>, StoreError> {
         loop {
+            if Instant::now() >= self.until {
+                return Ok(None);
+            }
             if self.checked.elapsed() >= RECHECK {
                 if !self.state.store().key_lives(&self.account.key).await? {
                     return Ok(None);
@@ -49,7 +53,8 @@ impl Follower {
             }
             if stood_still {
                 // Nothing new, or time to look at the key again: both go round once more.
-                let _ = timeout(RECHECK, self.written.changed()).await;
+                let most = RECHECK.min(self.until.saturating_duration_since(Instant::now()));
+                let _ = timeout(most, self.written.changed()).await;
             }
         }
     }
@@ -70,13 +75,14 @@ pub(super) async fn follow(
         // A place says nothing of another account's events: it is a number, and every step looks at the owner.
         Some(value) => {
             let place = value.to_str().ok().and_then(|text| text.parse().ok());
-            place
-                .ok_or_else(|| ApiError::bad_request("invalid_cursor", "Last-Event-ID is not one of ours"))?
+            place.ok_or_else(|| ApiError::new(Code::InvalidCursor, "Last-Event-ID is not one of ours"))?
         }
         None => audit.follow_from(&account.user, filter.since_us).await?,
     };
     let written = audit.watch();
-    let follower = Follower { state, account, filter, place, written, checked: Instant::now() };
+    let now = Instant::now();
+    let until = now + state.settings().follow_for;
+    let follower = Follower { state, account, filter, place, written, checked: now, until };
     let steps = stream::unfold(follower, |mut follower| async move {
         match follower.next().await {
             Ok(Some(events)) => {

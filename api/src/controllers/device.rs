@@ -1,7 +1,7 @@
 //! Device login: a code for a program without a browser, and the polling for its token.
 
 use super::snapshots::Data;
-use crate::http::{ApiError, AppState, Params, Peer, time};
+use crate::http::{ApiError, AppState, Code, Params, Peer, time};
 use axum::Json;
 use axum::extract::State;
 use serde::Serialize;
@@ -46,7 +46,7 @@ pub(crate) async fn poll(
     let code = params.text("code");
     params.finish()?;
     state.limits().device.take(&peer)?;
-    let missing = || ApiError::bad_request("invalid_parameter", "The query parameter `code` is required");
+    let missing = || ApiError::new(Code::InvalidParameter, "The query parameter `code` is required");
     let data = match state.store().device_poll(&code.ok_or_else(missing)?, &peer.to_string()).await? {
         DeviceState::Authorized(token) => PollView { status: "authorized", token: Some(token) },
         DeviceState::Expired => PollView { status: "expired", token: None },

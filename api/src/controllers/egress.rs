@@ -2,7 +2,7 @@
 
 use super::vms::{find, named};
 use crate::engine::Scope;
-use crate::http::{Account, ApiError, AppState, Fields, Id, IfMatch, List, Params, Versioned, time};
+use crate::http::{Account, ApiError, AppState, Code, Fields, Id, IfMatch, List, Params, Versioned, time};
 use crate::http::{fields_at_most as at_most, fields_bounded as bounded, params_invalid as invalid};
 use axum::Json;
 use axum::extract::State;
@@ -134,7 +134,7 @@ pub(crate) async fn reset_vm_policy(
 /// A VM that is not destroyed: only such can be given rules.
 async fn alive(state: &AppState, account: &Account, vm: &VmId) -> Result<(), ApiError> {
     match find(state, account, vm).await?.detail.status() {
-        Status::Destroyed => Err(ApiError::conflict("vm_destroyed", "VM has been destroyed")),
+        Status::Destroyed => Err(ApiError::new(Code::VmDestroyed, "VM has been destroyed")),
         _ => Ok(()),
     }
 }

@@ -7,8 +7,8 @@ use axum::http::StatusCode;
 use serde::Serialize;
 use tapgate_store::EnvRecord;
 
-/// Longest value in octets.
-const MAX_VALUE: usize = 32 * 1024;
+/// Longest value in characters: whatever they are, the kernel takes the variable (128 KiB with its name).
+const MAX_VALUE: usize = 32_000;
 
 #[derive(Serialize)]
 pub(crate) struct EnvView {
@@ -78,8 +78,8 @@ pub(crate) async fn set(
     let value = fields.text("value")?;
     fields.finish()?;
     check_key(&key)?;
-    if value.len() > MAX_VALUE {
-        return Err(ApiError::validation(format!("`value` must be at most {MAX_VALUE} bytes long")));
+    if value.chars().count() > MAX_VALUE {
+        return Err(ApiError::validation(format!("`value` must be at most {MAX_VALUE} characters long")));
     }
     if value.contains('\0') {
         return Err(ApiError::validation("`value` must not contain NUL"));

@@ -4,11 +4,13 @@
 pub mod agents;
 pub mod audit;
 mod audit_stream;
+pub mod counters;
 pub mod device;
 pub mod egress;
 pub mod env;
 pub mod health;
 pub mod keys;
+pub mod metrics;
 pub mod pages;
 pub mod secrets;
 pub mod snapshots;

@@ -3,7 +3,7 @@
 
 use super::users::{check_password, fingerprint};
 use crate::http::form::{Form, Visitor, failed, input, message};
-use crate::http::{ApiError, AppState, Params, Peer, escape, hash_password, verify_password};
+use crate::http::{ApiError, AppState, Code, Params, Peer, escape, hash_password, verify_password};
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
@@ -64,10 +64,7 @@ async fn who(state: &AppState, peer: &Peer, form: &Form) -> Result<(UserId, Stri
     // Only who has an account can try codes, and only so often.
     let requester = state.store().device_pending(form.field("code")).await?;
     let gone = || {
-        ApiError::not_found(
-            "code_not_found",
-            "The code is wrong or has expired. Ask the program for a new one.",
-        )
+        ApiError::new(Code::CodeNotFound, "The code is wrong or has expired. Ask the program for a new one.")
     };
     Ok((user.id, requester.ok_or_else(gone)?))
 }
@@ -187,8 +184,7 @@ pub(crate) async fn choose_set(
 
 async fn set_password(state: &AppState, peer: &Peer, form: &Form) -> Result<(), ApiError> {
     state.limits().password.take(peer)?;
-    let gone =
-        || ApiError::not_found("link_not_found", "The link has expired or was used. Ask for a new one.");
+    let gone = || ApiError::new(Code::LinkNotFound, "The link has expired or was used. Ask for a new one.");
     let content = state.store().redeem("reset", form.field("ticket")).ok_or_else(gone)?;
     let (print, email) = content.split_once(' ').ok_or_else(gone)?;
     let (user, hash) = state.store().user_by_email(email).await?.ok_or_else(gone)?;

@@ -2,7 +2,7 @@
 
 use super::keys::KeyView;
 use crate::http::{
-    Account, ApiError, AppState, Fields, Params, Peer, SignUp, hash_password, time, verify_password,
+    Account, ApiError, AppState, Code, Fields, Params, Peer, SignUp, hash_password, time, verify_password,
 };
 use crate::http::{fields_at_most as at_most, fields_bounded as bounded};
 use axum::Json;
@@ -73,7 +73,7 @@ pub(crate) async fn create(
 
 /// Whether this host takes new accounts at all, and this one.
 fn may_sign_up(state: &AppState, email: &str, invitation: Option<&str>) -> Result<(), ApiError> {
-    let refused = |message| Err(ApiError::new(StatusCode::FORBIDDEN, "signup_closed", message));
+    let refused = |message| Err(ApiError::new(Code::SignupClosed, message));
     match state.settings().sign_up {
         SignUp::Open => Ok(()),
         SignUp::Closed => refused("Sign-up is closed here; ask the operator for an account"),
@@ -125,7 +125,7 @@ pub(crate) async fn change_password(
     let email = state.store().user(&account.user).await?.email;
     let hash = state.store().user_by_email(&email).await?.map(|(_, hash)| hash);
     if !verify_password(current, hash).await? {
-        return Err(ApiError::validation("`current_password` is wrong"));
+        return Err(ApiError::new(Code::PasswordWrong, "`current_password` is wrong"));
     }
     state.store().user_set_password(&account.user, hash_password(new).await?).await?;
     Ok(StatusCode::NO_CONTENT)

@@ -1,6 +1,8 @@
 //! VMs: create, list, show, start, stop, destroy, and how to reach them by SSH.
 
-use crate::http::{Account, ApiError, AppState, Fields, Id, List, Params, fields_bounded as bounded, time};
+use crate::http::{
+    Account, ApiError, AppState, Code, Fields, Id, List, Params, fields_bounded as bounded, refused, time,
+};
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -112,7 +114,7 @@ pub(super) async fn new_vm(
 fn parse_snapshot(text: &str) -> Result<SnapshotId, ApiError> {
     text.parse().map_err(|_| {
         let shown: String = text.chars().filter(|c| !c.is_control()).take(64).collect();
-        ApiError::not_found("snapshot_not_found", format!("No snapshot with ID {shown}"))
+        ApiError::new(Code::SnapshotNotFound, format!("No snapshot with ID {shown}"))
     })
 }
 
@@ -175,7 +177,7 @@ pub(super) async fn find(state: &AppState, account: &Account, vm: &VmId) -> Resu
 
 pub(super) fn named(vm: &VmId, error: ApiError) -> ApiError {
     match error.code {
-        "vm_not_found" => ApiError::not_found("vm_not_found", format!("No VM with ID {vm}")),
+        Code::VmNotFound => ApiError::new(Code::VmNotFound, format!("No VM with ID {vm}")),
         _ => error,
     }
 }
@@ -244,7 +246,7 @@ pub(crate) async fn ssh(
     params.finish()?;
     let vm = find(&state, &account, &vm).await?;
     if vm.detail.status() == Status::Destroyed {
-        return Err(ApiError::conflict(Refusal::Destroyed.code(), Refusal::Destroyed.to_string()));
+        return Err(ApiError::new(refused(Refusal::Destroyed), Refusal::Destroyed.to_string()));
     }
     let host = state.settings().public_host.clone();
     let command = format!("ssh -p {} root@{host}", vm.ssh_port);

@@ -13,6 +13,7 @@ mod life;
 mod policy;
 mod snapshots;
 mod ssh;
+mod traffic;
 
 pub(crate) use guests::Guests;
 pub use handle::{Command, Handle, Notifier, Scope};
@@ -167,6 +168,11 @@ impl Engine {
     /// What the guest service may ask.
     pub(crate) fn guests(&self) -> Guests {
         Guests::new(self.shared.clone())
+    }
+
+    /// What the kernel counted.
+    pub fn traffic(&self) -> Arc<dyn crate::traffic::Traffic> {
+        Arc::new(traffic::Counted(self.shared.clone()))
     }
 
     /// Hands the host's addresses to those who keep guests from them, now and whenever they change.

@@ -2,6 +2,7 @@
 
 use super::{ApiError, AppState, Peer};
 use axum::extract::FromRequestParts;
+use axum::http::HeaderMap;
 use axum::http::header::AUTHORIZATION;
 use axum::http::request::Parts;
 use tapgate_model::{ApiKeyId, UserId};
@@ -17,8 +18,8 @@ pub struct Account {
 }
 
 /// The token of a request.
-pub(crate) fn bearer(parts: &Parts) -> Result<&str, ApiError> {
-    let mut values = parts.headers.get_all(AUTHORIZATION).iter();
+pub(crate) fn bearer(headers: &HeaderMap) -> Result<&str, ApiError> {
+    let mut values = headers.get_all(AUTHORIZATION).iter();
     let (Some(value), None) = (values.next(), values.next()) else {
         return Err(ApiError::unauthorized(
             "Send your API key in the header `Authorization: Bearer <api_key>`",
@@ -42,7 +43,7 @@ impl FromRequestParts<AppState> for Account {
         let limits = state.limits();
         // Who guesses keys is stopped before the database is asked.
         limits.refused.peek(&peer)?;
-        let token = bearer(parts).inspect_err(|_| drop(limits.refused.take(&peer)))?;
+        let token = bearer(&parts.headers).inspect_err(|_| drop(limits.refused.take(&peer)))?;
         match state.store().authenticate(token).await? {
             Some(Caller { user, key }) => {
                 limits.key.take(&key)?;

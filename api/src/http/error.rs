@@ -1,18 +1,18 @@
 //! The error envelope: `{"error": {"code", "message"}}`, whatever went wrong.
 
+use super::Code;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::json;
 use std::borrow::Cow;
+use tapgate_model::lifecycle::Refusal;
 use tapgate_store::{Conflict, Kind, StoreError};
 
 /// An error as the client sees it.
 #[derive(Clone, Debug)]
 pub struct ApiError {
-    /// HTTP status.
-    pub status: StatusCode,
-    /// Stable, for programs.
-    pub code: &'static str,
+    /// Stable, for programs; it decides the status.
+    pub code: Code,
     /// For people: what is wrong and what to do.
     pub message: Cow<'static, str>,
     /// Seconds after which trying again makes sense.
@@ -21,59 +21,45 @@ pub struct ApiError {
 
 impl ApiError {
     /// Any error.
-    pub fn new(status: StatusCode, code: &'static str, message: impl Into<Cow<'static, str>>) -> Self {
-        Self { status, code, message: message.into(), retry_after: None }
+    pub fn new(code: Code, message: impl Into<Cow<'static, str>>) -> Self {
+        Self { code, message: message.into(), retry_after: None }
     }
 
-    /// 400: the request itself is malformed.
-    pub fn bad_request(code: &'static str, message: impl Into<Cow<'static, str>>) -> Self {
-        Self::new(StatusCode::BAD_REQUEST, code, message)
-    }
-
-    /// 422: a field has a value that cannot be.
+    /// A field has a value that cannot be.
     pub fn validation(message: impl Into<Cow<'static, str>>) -> Self {
-        Self::new(StatusCode::UNPROCESSABLE_ENTITY, "validation_error", message)
+        Self::new(Code::ValidationError, message)
     }
 
-    /// 401.
+    /// Nobody we know.
     pub fn unauthorized(message: impl Into<Cow<'static, str>>) -> Self {
-        Self::new(StatusCode::UNAUTHORIZED, "unauthorized", message)
+        Self::new(Code::Unauthorized, message)
     }
 
-    /// 404.
-    pub fn not_found(code: &'static str, message: impl Into<Cow<'static, str>>) -> Self {
-        Self::new(StatusCode::NOT_FOUND, code, message)
-    }
-
-    /// 409.
-    pub fn conflict(code: &'static str, message: impl Into<Cow<'static, str>>) -> Self {
-        Self::new(StatusCode::CONFLICT, code, message)
-    }
-
-    /// 500. What happened goes to the log, never to the client.
+    /// What happened goes to the log, never to the client.
     pub fn internal() -> Self {
-        let message = "Something went wrong on the server; its log says what";
-        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", message)
+        Self::new(Code::InternalError, "Something went wrong on the server; its log says what")
     }
 
-    /// 429.
+    /// Too often.
     pub fn rate_limited(seconds: u64) -> Self {
         let message = format!("Too many requests; try again in {seconds} s");
-        Self {
-            retry_after: Some(seconds),
-            ..Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limited", message)
-        }
+        Self { retry_after: Some(seconds), ..Self::new(Code::RateLimited, message) }
+    }
+
+    /// The HTTP status.
+    pub const fn status(&self) -> StatusCode {
+        self.code.status()
     }
 }
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let body = json!({ "error": { "code": self.code, "message": self.message } });
-        let mut response = (self.status, axum::Json(body)).into_response();
+        let body = json!({ "error": { "code": self.code.word(), "message": self.message } });
+        let mut response = (self.status(), axum::Json(body)).into_response();
         if let Some(seconds) = self.retry_after {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
-        if self.status == StatusCode::UNAUTHORIZED {
+        if self.code == Code::Unauthorized {
             response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         response
@@ -81,16 +67,16 @@ impl IntoResponse for ApiError {
 }
 
 /// The code and the noun of what is not there.
-pub(crate) const fn missing(kind: Kind) -> (&'static str, &'static str) {
+pub(crate) const fn missing(kind: Kind) -> (Code, &'static str) {
     match kind {
-        Kind::Agent => ("agent_not_found", "agent"),
-        Kind::ApiKey => ("api_key_not_found", "API key"),
-        Kind::Env => ("env_not_found", "environment variable"),
-        Kind::Rule => ("rule_not_found", "egress rule"),
-        Kind::Secret => ("secret_not_found", "secret"),
-        Kind::Snapshot => ("snapshot_not_found", "snapshot"),
-        Kind::User => ("user_not_found", "user"),
-        Kind::Vm => ("vm_not_found", "VM"),
+        Kind::Agent => (Code::AgentNotFound, "agent"),
+        Kind::ApiKey => (Code::ApiKeyNotFound, "API key"),
+        Kind::Env => (Code::EnvNotFound, "environment variable"),
+        Kind::Rule => (Code::RuleNotFound, "egress rule"),
+        Kind::Secret => (Code::SecretNotFound, "secret"),
+        Kind::Snapshot => (Code::SnapshotNotFound, "snapshot"),
+        Kind::User => (Code::UserNotFound, "user"),
+        Kind::Vm => (Code::VmNotFound, "VM"),
     }
 }
 
@@ -99,22 +85,17 @@ impl From<StoreError> for ApiError {
         match error {
             StoreError::NotFound(kind) => {
                 let (code, noun) = missing(kind);
-                Self::not_found(code, format!("No such {noun}"))
+                Self::new(code, format!("No such {noun}"))
             }
             StoreError::Conflict(conflict) => conflict.into(),
-            StoreError::Changed => {
-                Self::new(StatusCode::PRECONDITION_FAILED, "precondition_failed", sentence(&error))
-            }
-            StoreError::Cursor => Self::bad_request("invalid_cursor", sentence(&error)),
-            StoreError::Illegal { .. } => Self::conflict("vm_busy", sentence(&error)),
+            StoreError::Changed => Self::new(Code::PreconditionFailed, sentence(&error)),
+            StoreError::Cursor => Self::new(Code::InvalidCursor, sentence(&error)),
+            StoreError::Illegal { .. } => Self::new(Code::VmBusy, sentence(&error)),
             StoreError::Unavailable(_) => {
                 tracing::error!(%error, "a request could not be served");
                 let message =
                     "The server cannot write its database now (a full disk, perhaps); try again later";
-                Self {
-                    retry_after: Some(5),
-                    ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", message)
-                }
+                Self { retry_after: Some(5), ..Self::new(Code::Unavailable, message) }
             }
             error => {
                 tracing::error!(%error, "a request failed");
@@ -127,18 +108,29 @@ impl From<StoreError> for ApiError {
 impl From<Conflict> for ApiError {
     fn from(conflict: Conflict) -> Self {
         let code = match &conflict {
-            Conflict::AgentName => "agent_name_taken",
-            Conflict::Email => "email_taken",
-            Conflict::EnvVar => "env_var_taken",
-            Conflict::RuleName => "rule_name_taken",
-            Conflict::SecretName => "secret_name_taken",
-            Conflict::SnapshotNotReady => "snapshot_not_ready",
-            Conflict::State(refusal) => refusal.code(),
-            Conflict::VmName => "vm_name_taken",
-            Conflict::HostFull => "host_full",
-            Conflict::Quota { .. } => "quota_exceeded",
+            Conflict::AgentName => Code::AgentNameTaken,
+            Conflict::Email => Code::EmailTaken,
+            Conflict::EnvVar => Code::EnvVarTaken,
+            Conflict::RuleName => Code::RuleNameTaken,
+            Conflict::SecretName => Code::SecretNameTaken,
+            Conflict::SnapshotNotReady => Code::SnapshotNotReady,
+            Conflict::State(refusal) => refused(*refusal),
+            Conflict::VmName => Code::VmNameTaken,
+            Conflict::HostFull => Code::HostFull,
+            Conflict::Quota { .. } => Code::QuotaExceeded,
         };
-        Self::conflict(code, sentence(&conflict))
+        Self::new(code, sentence(&conflict))
+    }
+}
+
+/// The code of a call that does not fit what the VM is doing.
+pub(crate) const fn refused(refusal: Refusal) -> Code {
+    match refusal {
+        Refusal::AlreadyRunning => Code::VmAlreadyRunning,
+        Refusal::Destroyed => Code::VmDestroyed,
+        Refusal::NotRunning => Code::VmNotRunning,
+        Refusal::NotStopped => Code::VmNotStopped,
+        Refusal::Stopping => Code::VmStopping,
     }
 }
 

@@ -1,9 +1,9 @@
 //! A JSON body, taken apart field by field: each error names its field, and a field that nobody asked for is one too.
 
-use super::ApiError;
+use super::{ApiError, Code};
 use axum::body::to_bytes;
 use axum::extract::{FromRequest, Request};
-use axum::http::{StatusCode, header};
+use axum::http::header;
 use serde_json::{Map, Value};
 use std::time::Duration;
 
@@ -29,7 +29,7 @@ impl<S: Send + Sync> FromRequest<S> for Fields {
             Ok(Err(error)) => return Err(unreadable(&error)),
             Err(_) => {
                 let message = "The request body did not arrive in time";
-                return Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, "request_timeout", message));
+                return Err(ApiError::new(Code::RequestTimeout, message));
             }
         };
         if bytes.is_empty() {
@@ -37,13 +37,13 @@ impl<S: Send + Sync> FromRequest<S> for Fields {
         }
         if json != Some(true) {
             let message = "Send the body as JSON, with the header `Content-Type: application/json`";
-            return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", message));
+            return Err(ApiError::new(Code::UnsupportedMediaType, message));
         }
         match serde_json::from_slice(&bytes) {
             Ok(Value::Object(fields)) => Ok(Self(fields, true)),
-            Ok(_) => Err(ApiError::bad_request("invalid_json", "The body must be a JSON object")),
+            Ok(_) => Err(ApiError::new(Code::InvalidJson, "The body must be a JSON object")),
             Err(error) => {
-                Err(ApiError::bad_request("invalid_json", format!("The body is not valid JSON: {error}")))
+                Err(ApiError::new(Code::InvalidJson, format!("The body is not valid JSON: {error}")))
             }
         }
     }
@@ -55,11 +55,11 @@ fn unreadable(error: &axum::Error) -> ApiError {
     while let Some(inner) = source {
         if inner.is::<http_body_util::LengthLimitError>() {
             let message = format!("The request body is larger than {} KiB", MAX_BODY / 1024);
-            return ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "payload_too_large", message);
+            return ApiError::new(Code::PayloadTooLarge, message);
         }
         source = inner.source();
     }
-    ApiError::bad_request("invalid_body", "The request body could not be read")
+    ApiError::new(Code::InvalidBody, "The request body could not be read")
 }
 
 impl Fields {
@@ -67,10 +67,9 @@ impl Fields {
     pub fn given(&self) -> Result<(), ApiError> {
         match self.1 {
             true => Ok(()),
-            false => Err(ApiError::bad_request(
-                "invalid_json",
-                "Send a JSON object as the body; it may be empty: {}",
-            )),
+            false => {
+                Err(ApiError::new(Code::InvalidJson, "Send a JSON object as the body; it may be empty: {}"))
+            }
         }
     }
 

@@ -119,7 +119,7 @@ pub(crate) fn message(status: StatusCode, title: &str, text: &str) -> Response {
 
 /// An API error as a page.
 pub(crate) fn failed(error: &ApiError) -> Response {
-    let mut response = message(error.status, "That did not work", &error.message);
+    let mut response = message(error.status(), "That did not work", &error.message);
     if let Some(seconds) = error.retry_after {
         response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
     }

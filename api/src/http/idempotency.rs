@@ -3,7 +3,7 @@
 //! The first runs to its end even if its client goes away, so that the retry finds an answer. What failed on our side
 //! is not kept: it may well work next time.
 
-use super::{Account, ApiError, AppState};
+use super::{Account, ApiError, AppState, Code};
 use axum::body::{Body, to_bytes};
 use axum::extract::{FromRequestParts as _, Request, State};
 use axum::http::{HeaderValue, Method, StatusCode, header};
@@ -34,13 +34,13 @@ async fn run(state: AppState, request: Request, next: Next) -> Result<Response, 
     if key.is_empty() || key.len() > 255 {
         let message =
             "Idempotency-Key must be 1 to 255 printable ASCII characters; a random UUID is a good one";
-        return Err(ApiError::bad_request("invalid_idempotency_key", message));
+        return Err(ApiError::new(Code::InvalidIdempotencyKey, message));
     }
     let user = Account::from_request_parts(&mut parts, &state).await?.user;
     let read = tokio::time::timeout(super::fields::BODY_TIMEOUT, to_bytes(body, MAX_BODY)).await;
     let Ok(Ok(body)) = read else {
         let message = "The request body is too large or did not arrive whole";
-        return Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "payload_too_large", message));
+        return Err(ApiError::new(Code::PayloadTooLarge, message));
     };
     let mut hash = Sha256::new();
     hash.update(parts.uri.to_string());
@@ -49,11 +49,11 @@ async fn run(state: AppState, request: Request, next: Next) -> Result<Response, 
     match state.store().idempotency_begin(&user, &key, hash.finalize().to_vec()).await? {
         Known::Other => {
             let message = "This Idempotency-Key was used for another request; use a new one for each";
-            Err(ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "idempotency_key_reused", message))
+            Err(ApiError::new(Code::IdempotencyKeyReused, message))
         }
         Known::Running => {
             let message = "The request with this Idempotency-Key still runs; try again shortly";
-            Err(ApiError { retry_after: Some(1), ..ApiError::conflict("request_in_progress", message) })
+            Err(ApiError { retry_after: Some(1), ..ApiError::new(Code::RequestInProgress, message) })
         }
         Known::Ended { status, body } => Ok(replay(status, body)),
         Known::New => {

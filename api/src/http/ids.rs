@@ -46,7 +46,7 @@ impl<S: Send + Sync, T: Resource> FromRequestParts<S> for Id<T> {
         text.parse().map(Self).map_err(|_| {
             let (code, noun) = missing(T::KIND);
             let shown: String = text.chars().filter(|c| !c.is_control()).take(64).collect();
-            ApiError::not_found(code, format!("No {noun} with ID {shown}"))
+            ApiError::new(code, format!("No {noun} with ID {shown}"))
         })
     }
 }

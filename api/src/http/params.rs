@@ -1,6 +1,6 @@
 //! Query parameters, taken one by one: each error names its parameter, and one that nobody asked for is an error too.
 
-use super::ApiError;
+use super::{ApiError, Code};
 use axum::extract::FromRequestParts;
 use axum::http::request::Parts;
 use std::collections::BTreeMap;
@@ -31,7 +31,7 @@ fn printable(text: &str) -> String {
 
 /// 400 for a parameter.
 pub(crate) fn invalid(name: &str, what: &str) -> ApiError {
-    ApiError::bad_request("invalid_parameter", format!("The query parameter `{name}` {what}"))
+    ApiError::new(Code::InvalidParameter, format!("The query parameter `{name}` {what}"))
 }
 
 impl Params {
@@ -75,9 +75,9 @@ impl Params {
         Ok(limit.unwrap_or(default))
     }
 
-    /// `cursor`.
+    /// `cursor`; an empty one is the first page.
     pub fn cursor(&mut self) -> Option<String> {
-        self.text("cursor")
+        self.text("cursor").filter(|cursor| !cursor.is_empty())
     }
 
     /// `cursor`, `limit` and `order`.
@@ -100,7 +100,7 @@ impl Params {
             None => Ok(()),
             Some(name) => {
                 let message = format!("Unknown query parameter `{}`", printable(name));
-                Err(ApiError::bad_request("unknown_parameter", message))
+                Err(ApiError::new(Code::UnknownParameter, message))
             }
         }
     }

@@ -1,12 +1,13 @@
 //! All routes, and what every answer goes through: no panic, no unknown path and no wrong method leaves the envelope.
 
-use super::{ApiError, AppState, idempotency, openapi};
+use super::{ApiError, AppState, Code, idempotency, metrics, openapi};
 use crate::controllers::{
-    agents, audit, device, egress, env, health, keys, pages, secrets, snapshots, users, vms,
+    agents, audit, counters, device, egress, env, health, keys, metrics as scrape, pages, secrets, snapshots,
+    users, vms,
 };
 use axum::Router;
 use axum::extract::Request;
-use axum::http::{HeaderValue, Method, StatusCode, Uri, header};
+use axum::http::{HeaderValue, Method, Uri, header};
 use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{delete, get, patch, post, put};
@@ -17,6 +18,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 pub fn router(state: AppState) -> Router {
     Router::new()
         .route("/healthz", get(health::get))
+        .route("/metrics", get(scrape::get))
         .route("/openapi.json", get(openapi::json_document))
         .route("/docs", get(openapi::html_page))
         .route("/v1/users", post(users::create))
@@ -40,6 +42,7 @@ pub fn router(state: AppState) -> Router {
             "/v1/vms/{vm_id}/egress/policy",
             get(egress::vm_policy).put(egress::set_vm_policy).delete(egress::reset_vm_policy),
         )
+        .route("/v1/vms/{vm_id}/egress/counters", get(counters::show))
         .route("/v1/vms/{vm_id}/egress/rules", get(egress::vm_rules).post(egress::create_vm_rule))
         .route("/v1/vms/{vm_id}/egress/rules/{rule_id}", delete(egress::delete_vm_rule))
         .route("/v1/vms/{vm_id}/snapshots", get(snapshots::list_of_vm).post(snapshots::create))
@@ -61,6 +64,7 @@ pub fn router(state: AppState) -> Router {
         .layer(from_fn_with_state(state.clone(), idempotency::layer))
         .layer(from_fn(common_headers))
         .layer(CatchPanicLayer::custom(panicked))
+        .layer(from_fn_with_state(state.clone(), metrics::observe))
         .with_state(state)
 }
 
@@ -69,12 +73,12 @@ fn shown(uri: &Uri) -> String {
 }
 
 async fn unknown_route(uri: Uri) -> ApiError {
-    ApiError::not_found("not_found", format!("There is nothing at {}", shown(&uri)))
+    ApiError::new(Code::NotFound, format!("There is nothing at {}", shown(&uri)))
 }
 
 async fn wrong_method(method: Method, uri: Uri) -> ApiError {
     let message = format!("{} does not take {method}; the header `Allow` lists what it takes", shown(&uri));
-    ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message)
+    ApiError::new(Code::MethodNotAllowed, message)
 }
 
 async fn common_headers(request: Request, next: Next) -> Response {

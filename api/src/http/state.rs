@@ -1,10 +1,12 @@
 //! What every request needs: the store, the engine, and the settings.
 
 use super::limits::{Limits, Rates};
+use super::metrics::{Metrics, Token};
 use crate::engine::Handle;
 use crate::mail::{Mailer, Via};
+use crate::traffic::Traffic;
 use std::ops::RangeInclusive;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tapgate_model::VmId;
 use tapgate_store::{CaPem, Resources, Store};
@@ -24,6 +26,9 @@ pub enum SignUp {
     #[default]
     Open,
 }
+
+/// What a VM may ask for, unless the settings say less.
+pub const MAX_RESOURCES: Resources = Resources { vcpus: 16, memory_mib: 64 * 1024, disk_bytes: 512 << 30 };
 
 /// How many of each an account may have.
 #[derive(Clone, Copy, Debug)]
@@ -75,6 +80,10 @@ pub struct Settings {
     pub rates: Rates,
     /// How long `start` waits for the VM.
     pub start_wait: Duration,
+    /// What `/metrics` asks for; without one nobody may read it.
+    pub metrics_token: Option<Token>,
+    /// How long one answer follows the audit log; then the client comes back and goes on where it was.
+    pub follow_for: Duration,
 }
 
 impl Default for Settings {
@@ -85,7 +94,7 @@ impl Default for Settings {
             ssh_ports: 2200..=9999,
             slots: 4096,
             resources: Resources { vcpus: 1, memory_mib: 1024, disk_bytes: 8 << 30 },
-            max_resources: Resources { vcpus: 16, memory_mib: 64 * 1024, disk_bytes: 512 << 30 },
+            max_resources: MAX_RESOURCES,
             base_image: "debian-12".into(),
             quotas: Quotas::default(),
             sign_up: SignUp::Open,
@@ -93,6 +102,8 @@ impl Default for Settings {
             mail_from: "tapgate@localhost.localdomain".into(),
             rates: Rates::default(),
             start_wait: Duration::from_secs(30),
+            metrics_token: None,
+            follow_for: Duration::from_secs(3600),
         }
     }
 }
@@ -104,6 +115,8 @@ struct Inner {
     settings: Settings,
     limits: Limits,
     mailer: Mailer,
+    metrics: Metrics,
+    traffic: OnceLock<Arc<dyn Traffic>>,
 }
 
 /// Shared by every request.
@@ -123,7 +136,25 @@ impl AppState {
     ) -> Result<Self, crate::mail::MailError> {
         let limits = Limits::new(settings.rates);
         let mailer = Mailer::new(&settings.mail_from, settings.mail.clone())?;
-        Ok(Self(Arc::new(Inner { store, engine, ca, settings, limits, mailer })))
+        let (metrics, traffic) = (Metrics::new(), OnceLock::new());
+        Ok(Self(Arc::new(Inner { store, engine, ca, settings, limits, mailer, metrics, traffic })))
+    }
+
+    /// Names who knows what the kernel counted. Only the first counts.
+    #[must_use]
+    pub fn with_traffic(self, traffic: Arc<dyn Traffic>) -> Self {
+        let _ = self.0.traffic.set(traffic);
+        self
+    }
+
+    /// Who knows what the kernel counted, if somebody does.
+    pub(crate) fn traffic(&self) -> Option<&Arc<dyn Traffic>> {
+        self.0.traffic.get()
+    }
+
+    /// What was counted while requests were served.
+    pub(crate) fn metrics(&self) -> &Metrics {
+        &self.0.metrics
     }
 
     /// The way for mails.

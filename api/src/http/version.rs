@@ -1,6 +1,6 @@
 //! `ETag` and `If-Match`: a change that insists on having seen the newest version, or is refused with 412.
 
-use super::ApiError;
+use super::{ApiError, Code};
 use axum::extract::FromRequestParts;
 use axum::http::request::Parts;
 use axum::http::{HeaderValue, header};
@@ -18,8 +18,7 @@ impl<S: Send + Sync> FromRequestParts<S> for IfMatch {
         let mut given = false;
         for value in parts.headers.get_all(header::IF_MATCH) {
             given = true;
-            let wrong =
-                || ApiError::bad_request("invalid_if_match", "If-Match must be * or tags as ETag has them");
+            let wrong = || ApiError::new(Code::InvalidIfMatch, "If-Match must be * or tags as ETag has them");
             for tag in value.to_str().map_err(|_| wrong())?.split(',').map(str::trim) {
                 if tag == "*" {
                     return Ok(Self(Expected::any()));

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use std::sync::Arc;
 use tapgate::engine::{Command, Handle};
 use tapgate::http::{Rate, Rates};
+use tapgate::traffic::Traffic;
 use tapgate::{AppState, Settings, router};
 use tapgate_model::{StatusDetail, VmId};
 use tapgate_store::{CaPem, SealKey, Store};
@@ -24,6 +25,23 @@ pub const PUBLIC_KEY: &str =
 pub fn no_limits() -> Rates {
     let rate = Rate { burst: 1_000_000, per_minute: 1_000_000 };
     Rates { key: rate, refused: rate, password: rate, device: rate }
+}
+
+/// A program that `cargo xtask setup` installs; the variable names another one.
+pub fn tool(variable: &str, name: &str) -> std::path::PathBuf {
+    if let Some(program) = std::env::var_os(variable) {
+        return program.into();
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let home = std::env::var_os("CARGO_HOME").map(std::path::PathBuf::from);
+    let home = home.or_else(|| Some(std::path::PathBuf::from(std::env::var_os("HOME")?).join(".cargo")));
+    let folders = std::env::split_paths(&path)
+        .chain(home.map(|home| home.join("bin")))
+        .chain([std::path::PathBuf::from("/usr/local/tapgate-tools/bin")]);
+    folders
+        .map(|folder| folder.join(name))
+        .find(|program| program.is_file())
+        .unwrap_or_else(|| panic!("{name} is not installed; run `cargo xtask setup`"))
 }
 
 pub struct TestApp {
@@ -78,13 +96,21 @@ impl TestApp {
     }
 
     pub fn with(settings: Settings) -> Self {
+        Self::counting(settings, None)
+    }
+
+    /// With somebody who knows what the kernel counted.
+    pub fn counting(settings: Settings, traffic: Option<Arc<dyn Traffic>>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let key = SealKey::load_or_create(&folder.path().join("seal.key")).unwrap();
         let store = Store::open(&folder.path().join("db"), key).unwrap();
         let (engine, commands) = Handle::new();
         let ca =
             Arc::new(|vm: &VmId| Ok(CaPem { cert: format!("CA of {vm}"), key: String::from("key").into() }));
-        let state = AppState::try_new(store.clone(), engine.clone(), ca, settings).unwrap();
+        let mut state = AppState::try_new(store.clone(), engine.clone(), ca, settings).unwrap();
+        if let Some(traffic) = traffic {
+            state = state.with_traffic(traffic);
+        }
         Self { router: router(state), store, engine, commands, _folder: folder }
     }
 

@@ -1,6 +1,6 @@
 //! Audit events: one for each thing that a VM tried to reach, and the sink that the parts hand them to.
 
-use crate::{HostName, Mode, UserId, Verdict, VmId};
+use crate::{EventId, HostName, Mode, UserId, Verdict, VmId};
 use serde::{Deserialize, Serialize};
 use std::net::IpAddr;
 
@@ -44,11 +44,33 @@ impl Protocol {
     }
 }
 
+/// Digits of an event's time in its id: 55 bits of microseconds, until the year 3111.
+const TIME_DIGITS: usize = 11;
+
+impl EventId {
+    /// A new id for an event of this time (microseconds since the Unix epoch). The time in it lets the log find the event
+    /// without an index of its own; what follows is random, as in every id.
+    pub fn at(timestamp_us: i64) -> Self {
+        let digit =
+            |at: usize| char::from_digit(u32::try_from(timestamp_us >> (5 * at) & 31).unwrap_or(0), 32);
+        let time: String = (0..TIME_DIGITS).rev().filter_map(digit).collect();
+        let random: String = Self::generate().into();
+        let id = format!("{}{time}{}", Self::PREFIX, &random[Self::PREFIX.len()..Self::PREFIX.len() + 9]);
+        id.parse().unwrap_or_else(|_| Self::generate())
+    }
+
+    /// The time in an id that [`Self::at`] made; some time or none for any other.
+    pub fn timestamp_us(&self) -> Option<i64> {
+        let digits = self.as_str().get(Self::PREFIX.len()..)?.get(..TIME_DIGITS)?;
+        i64::from_str_radix(digits, 32).ok()
+    }
+}
+
 /// One thing that a VM tried. The sink gives it an id unless it has one already (a denial page shows it).
 #[derive(Clone, Debug)]
 pub struct AuditEvent {
     /// Set where the guest was told the id.
-    pub id: Option<crate::EventId>,
+    pub id: Option<EventId>,
     /// When it was decided: microseconds since the Unix epoch.
     pub timestamp_us: i64,
     /// Who.
@@ -118,4 +140,20 @@ impl AuditEvent {
 pub trait AuditSink: Send + Sync {
     /// Takes one event.
     fn record(&self, event: AuditEvent);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_id_holds_its_time() {
+        for time in [0, 1, 31, 32, 1_772_280_330_000_001, (1 << 55) - 1] {
+            let (a, b) = (EventId::at(time), EventId::at(time));
+            assert_ne!(a, b);
+            assert_eq!(a.timestamp_us(), Some(time));
+            assert_eq!(a.as_str().parse::<EventId>().unwrap(), a);
+        }
+        assert_eq!("ee_w8n3vqx1".parse::<EventId>().unwrap().timestamp_us(), None);
+    }
 }

@@ -55,19 +55,6 @@ pub enum Refusal {
     Stopping,
 }
 
-impl Refusal {
-    /// The API's error code.
-    pub const fn code(self) -> &'static str {
-        match self {
-            Self::AlreadyRunning => "vm_already_running",
-            Self::Destroyed => "vm_destroyed",
-            Self::NotRunning => "vm_not_running",
-            Self::NotStopped => "vm_not_stopped",
-            Self::Stopping => "vm_stopping",
-        }
-    }
-}
-
 /// Decides about a call on a VM in this state.
 pub const fn decide(call: Call, now: S) -> Result<Answer, Refusal> {
     match (call, now) {

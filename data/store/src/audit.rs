@@ -5,20 +5,24 @@
 
 mod chain;
 mod follow;
+mod plan;
 mod query;
 mod queue;
 mod record;
 mod writer;
 
 pub use query::AuditFilter;
+pub use queue::AuditLoad;
 pub use record::AuditRecord;
 
 use crate::error::{Result, StoreError};
 use crate::page::{Cursors, Page};
-use crate::pool::{Durability, Pool};
+use crate::pool::{Durability, Pool, QueueLoad};
 use crate::schema;
 use crate::seal::SealKey;
+use crate::users::id;
 use queue::Queue;
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 use tapgate_model::{AuditEvent, AuditSink, UserId, VmId};
@@ -30,6 +34,8 @@ pub struct AuditLog {
     queue: Arc<Queue>,
     cursors: Cursors,
     chain: chain::Chain,
+    /// Closes when the writing thread ends.
+    alive: tokio::sync::watch::Receiver<()>,
 }
 
 impl std::fmt::Debug for AuditLog {
@@ -56,11 +62,21 @@ impl AuditLog {
         connection.pragma_update(None, "secure_delete", false)?;
         let writer = writer::Writer::new(connection, chain.clone())?;
         let theirs = queue.clone();
+        let (living, alive) = tokio::sync::watch::channel(());
         std::thread::Builder::new()
             .name("audit-write".into())
-            .spawn(move || writer.run(&theirs))
+            .spawn(move || {
+                let _living = living;
+                writer.run(&theirs);
+            })
             .map_err(|error| StoreError::Internal(error.to_string()))?;
-        Ok(Self { db: Pool::start(path, "audit", Durability::Normal)?, queue, cursors, chain })
+        Ok(Self { db: Pool::start(path, "audit", Durability::Normal)?, queue, cursors, chain, alive })
+    }
+
+    /// Comes back when the thread that writes is gone: it never goes unless it panics.
+    pub async fn writer_ended(&self) {
+        let mut alive = self.alive.clone();
+        while alive.changed().await.is_ok() {}
     }
 
     /// Waits until every event recorded before the call can be read.
@@ -90,6 +106,32 @@ impl AuditLog {
             })
             .await?;
         Ok(u64::try_from(written).unwrap_or(0) + pending)
+    }
+
+    /// How many events of each VM were not kept.
+    pub async fn dropped_all(&self) -> Result<HashMap<VmId, u64>> {
+        let mut all = self.queue.dropped_all();
+        let written = self
+            .db
+            .read(|db| {
+                let mut statement = db.prepare_cached("SELECT vm, count FROM dropped")?;
+                let rows = statement.query_map([], |row| Ok((id::<VmId>(row, "vm")?, row.get("count")?)))?;
+                Ok(rows.collect::<rusqlite::Result<Vec<(_, i64)>>>()?)
+            })
+            .await?;
+        for (vm, count) in written {
+            *all.entry(vm).or_default() += u64::try_from(count).unwrap_or(0);
+        }
+        Ok(all)
+    }
+
+    /// What came in since the start.
+    pub fn load(&self) -> AuditLoad {
+        self.queue.load()
+    }
+
+    pub(crate) fn queues(&self) -> [QueueLoad; 2] {
+        self.db.load()
     }
 
     /// A user's events.

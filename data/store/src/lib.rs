@@ -30,7 +30,7 @@ mod version;
 mod vms;
 
 pub use agents::{AgentFilter, AgentRecord, AgentStatus, NewAgent};
-pub use audit::{AuditFilter, AuditLog, AuditRecord};
+pub use audit::{AuditFilter, AuditLoad, AuditLog, AuditRecord};
 pub use device::{DeviceCode, DeviceState};
 pub use env::EnvRecord;
 pub use error::{Conflict, Kind, StoreError};
@@ -38,6 +38,7 @@ pub use idempotency::Known;
 pub use keys::{ApiKeyRecord, Caller, IssuedKey};
 pub use page::{Order, Page, PageRequest};
 pub use policy::{AccountPolicy, VmEgress};
+pub use pool::QueueLoad;
 pub use rules::{NewRule, RuleFilter, RuleRecord, RuleSort};
 pub use seal::{SealError, SealKey};
 pub use secrets::{NewSecret, SecretChange, SecretFilter, SecretRecord, SecretSort};

@@ -7,6 +7,7 @@ use crate::error::{Result, StoreError};
 use rusqlite::{Connection, OpenFlags, Transaction, TransactionBehavior};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -28,11 +29,30 @@ pub(crate) enum Durability {
     Normal,
 }
 
+/// How many jobs wait for one kind of thread of one database.
+#[derive(Clone, Copy, Debug)]
+pub struct QueueLoad {
+    /// `store` or `audit`.
+    pub database: &'static str,
+    /// `read` or `write`.
+    pub kind: &'static str,
+    /// Jobs that no thread has begun.
+    pub waiting: usize,
+}
+
+/// Where jobs for one kind of thread wait.
+#[derive(Clone)]
+struct Line {
+    jobs: SyncSender<Job>,
+    waiting: Arc<AtomicUsize>,
+}
+
 /// One database file's threads.
 #[derive(Clone)]
 pub(crate) struct Pool {
-    writer: SyncSender<Job>,
-    readers: SyncSender<Job>,
+    name: &'static str,
+    writer: Line,
+    readers: Line,
     path: Arc<PathBuf>,
 }
 
@@ -64,7 +84,7 @@ pub(crate) fn connect(path: &Path, durability: Durability, write: bool) -> Resul
 
 impl Pool {
     /// Starts the threads for a file that exists and has its schema.
-    pub(crate) fn start(path: &Path, name: &str, durability: Durability) -> Result<Self> {
+    pub(crate) fn start(path: &Path, name: &'static str, durability: Durability) -> Result<Self> {
         let spawn = |name: String, connection: Connection, jobs: Arc<Mutex<Receiver<Job>>>| {
             thread::Builder::new()
                 .name(name)
@@ -78,7 +98,17 @@ impl Pool {
         for i in 0..READERS {
             spawn(format!("{name}-read-{i}"), connect(path, durability, false)?, jobs.clone())?;
         }
-        Ok(Self { writer, readers, path: Arc::new(path.into()) })
+        let line = |jobs| Line { jobs, waiting: Arc::default() };
+        Ok(Self { name, writer: line(writer), readers: line(readers), path: Arc::new(path.into()) })
+    }
+
+    /// How many jobs wait.
+    pub(crate) fn load(&self) -> [QueueLoad; 2] {
+        [("write", &self.writer), ("read", &self.readers)].map(|(kind, line)| QueueLoad {
+            database: self.name,
+            kind,
+            waiting: line.waiting.load(Ordering::Relaxed),
+        })
     }
 
     /// Runs a job on a reader.
@@ -121,19 +151,25 @@ impl Pool {
 }
 
 async fn submit<T: Send + 'static>(
-    to: &SyncSender<Job>,
+    to: &Line,
     job: impl FnOnce(&mut Connection) -> Result<T> + Send + 'static,
 ) -> Result<T> {
     let (answer, answered) = oneshot::channel();
+    let waiting = to.waiting.clone();
     let job: Job = Box::new(move |connection| {
+        waiting.fetch_sub(1, Ordering::Relaxed);
         // A caller that went away before its turn asked for nothing.
         if !answer.is_closed() {
             let _ = answer.send(job(connection));
         }
     });
-    to.try_send(job).map_err(|error| match error {
-        TrySendError::Full(_) => StoreError::Unavailable("too many requests are waiting".into()),
-        TrySendError::Disconnected(_) => StoreError::Internal("a database thread has ended".into()),
+    to.waiting.fetch_add(1, Ordering::Relaxed);
+    to.jobs.try_send(job).map_err(|error| {
+        to.waiting.fetch_sub(1, Ordering::Relaxed);
+        match error {
+            TrySendError::Full(_) => StoreError::Unavailable("too many requests are waiting".into()),
+            TrySendError::Disconnected(_) => StoreError::Internal("a database thread has ended".into()),
+        }
     })?;
     answered.await.map_err(|_| StoreError::Internal("a database job panicked".into()))?
 }

@@ -9,7 +9,7 @@ use std::path::Path;
 
 const TAPGATE: &[&str] =
     &[include_str!("migrations/tapgate-1.sql"), include_str!("migrations/tapgate-2.sql")];
-const AUDIT: &[&str] = &[include_str!("migrations/audit-1.sql")];
+const AUDIT: &[&str] = &[include_str!("migrations/audit-1.sql"), include_str!("migrations/audit-2.sql")];
 
 /// Brings `tapgate.db` up to date.
 pub(crate) fn prepare_main(path: &Path) -> Result<()> {

@@ -3,7 +3,7 @@
 use crate::audit::AuditLog;
 use crate::error::{Result, StoreError};
 use crate::page::Cursors;
-use crate::pool::{Durability, Pool};
+use crate::pool::{Durability, Pool, QueueLoad};
 use crate::schema;
 use crate::seal::{SealError, SealKey};
 use crate::tickets::Tickets;
@@ -69,6 +69,11 @@ impl Store {
         }
         self.db.copy_to(main).await?;
         self.audit.copy_to(audit).await
+    }
+
+    /// How many jobs wait for the threads of both databases.
+    pub fn load(&self) -> Vec<QueueLoad> {
+        [self.db.load(), self.audit.queues()].concat()
     }
 
     /// Whether the database answers and can be written: what a health check asks.

@@ -328,6 +328,23 @@ impl Store {
         self.db.read(move |db| find(db, &vm)).await
     }
 
+    /// Every VM that is not destroyed, and its state: for counting them.
+    pub async fn vms_living_states(&self) -> Result<Vec<(VmId, StatusDetail)>> {
+        self.db
+            .read(|db| {
+                let mut statement =
+                    db.prepare_cached("SELECT id, detail FROM vms WHERE detail <> 'destroyed'")?;
+                let rows = statement.query_map([], |row| {
+                    let detail: String = row.get("detail")?;
+                    let detail = StatusDetail::from_word(&detail);
+                    let bad = || rusqlite::Error::InvalidColumnName("detail".to_owned());
+                    Ok((id(row, "id")?, detail.ok_or_else(bad)?))
+                })?;
+                Ok(rows.collect::<rusqlite::Result<_>>()?)
+            })
+            .await
+    }
+
     /// Every VM that is not destroyed, whoever owns it: for the engine at start.
     pub async fn vms_living(&self) -> Result<Vec<VmRecord>> {
         self.db

@@ -7,6 +7,8 @@ pub enum Sign {
     BpfCompiler,
     /// This file or folder exists.
     File(&'static str),
+    /// Python finds this module.
+    PythonModule(&'static str),
     /// A program of this name can be run.
     Program(&'static str),
 }
@@ -103,6 +105,12 @@ pub const NEEDS: &[Need] = &[
             "default-jdk-headless",
             "procps",
         ],
+    },
+    Need {
+        what: "Python's virtual environments",
+        why: "tests with programs from PyPI",
+        signs: &[Sign::Program("python3"), Sign::PythonModule("ensurepip")],
+        packages: &["python3", "python3-venv"],
     },
     Need {
         what: "curl, openssl and dig",

@@ -1,6 +1,6 @@
 //! Every operation: what it takes, what it answers, what can go wrong.
 
-use super::schemas::DETAIL;
+use super::schemas::{DETAIL, host, host_name, id};
 use serde_json::{Map, Value, json};
 
 /// One operation, as the table below writes it.
@@ -36,8 +36,8 @@ const VERSIONED: &[&str] = &[
     "resetVmPolicy",
 ];
 
-fn header(name: &str, what: &str) -> Value {
-    json!({ "name": name, "in": "header", "required": false, "description": what, "schema": { "type": "string" } })
+fn header(name: &str, what: &str, schema: Value) -> Value {
+    json!({ "name": name, "in": "header", "required": false, "description": what, "schema": schema })
 }
 
 fn parameter(name: &str, schema: Value) -> Value {
@@ -59,7 +59,8 @@ fn moment(name: &str) -> Value {
 /// `cursor` and `limit`, and `order` with the fields to sort by where there is a choice.
 fn paging(default: u32, max: u32, sort: &[&str]) -> Vec<Value> {
     let limit = json!({ "type": "integer", "minimum": 1, "maximum": max, "default": default });
-    let mut all = vec![text("cursor"), parameter("limit", limit)];
+    let cursor = json!({ "type": "string", "format": "page-cursor" });
+    let mut all = vec![parameter("cursor", cursor), parameter("limit", limit)];
     if !sort.is_empty() {
         all.push(parameter("sort", json!({ "type": "string", "enum": sort, "default": sort[0] })));
         all.push(order());
@@ -77,17 +78,18 @@ fn with(mut filters: Vec<Value>, paging: Vec<Value>) -> Vec<Value> {
 }
 
 fn rules() -> Vec<Value> {
-    with(vec![text("host"), text("cidr"), text("name")], paging(50, 200, &["created_at", "host"]))
+    let cidr = parameter("cidr", json!({ "type": "string", "format": "cidr" }));
+    with(vec![parameter("host", host()), cidr, text("name")], paging(50, 200, &["created_at", "host"]))
 }
 
 fn events() -> Vec<Value> {
     vec![
-        text("vm_id"),
+        parameter("vm_id", id("vm_")),
         words("verdict", &["allowed", "denied"]),
         parameter("allowed", json!({ "type": "boolean" })),
         words("mode", &["enforce", "warn"]),
-        text("host"),
-        text("cidr"),
+        parameter("host", host_name()),
+        parameter("cidr", json!({ "type": "string", "format": "cidr" })),
         words("protocol", &["http", "tls", "tcp", "udp", "icmp", "dns"]),
         moment("since"),
         moment("until"),
@@ -123,6 +125,7 @@ fn operations() -> Vec<Operation> {
         post "/v1/vms/{vm_id}/start" startVm "VMs" "Start a VM", none(), None => 200 Some("Vm"), [404, 409];
         post "/v1/vms/{vm_id}/stop" stopVm "VMs" "Stop a VM", none(), None => 200 Some("Vm"), [404, 409];
         get "/v1/vms/{vm_id}/ssh" getVmSsh "VMs" "Get SSH connection info", none(), None => 200 Some("Ssh"), [404, 409];
+        get "/v1/vms/{vm_id}/egress/counters" getVmCounters "Egress" "Get what was counted for a VM", none(), None => 200 Some("Counters"), [404];
         get "/v1/vms/{vm_id}/egress/policy" getVmPolicy "Egress" "Get a VM's policy", none(), None => 200 Some("VmPolicy"), [404];
         put "/v1/vms/{vm_id}/egress/policy" setVmPolicy "Egress" "Replace a VM's policy", none(), Some("VmPolicyChange") => 200 Some("VmPolicy"), [404, 409];
         delete "/v1/vms/{vm_id}/egress/policy" resetVmPolicy "Egress" "Go back to the account's policy", none(), None => 204 None, [404];
@@ -156,7 +159,7 @@ fn operations() -> Vec<Operation> {
         delete "/v1/agents/{agent_id}" destroyAgent "Agents" "Destroy an agent and its VM", none(), None => 204 None, [404];
         post "/v1/users" createUser "Accounts" "Create an account", none(), Some("NewUser") => 201 Some("SignedUp"), [403, 409];
         post "/v1/auth/login" login "Accounts" "Get an API key by password", none(), Some("Login") => 201 Some("SignedUp"), [401];
-        put "/v1/auth/password" changePassword "Accounts" "Change the password", none(), Some("PasswordChange") => 204 None, [];
+        put "/v1/auth/password" changePassword "Accounts" "Change the password", none(), Some("PasswordChange") => 204 None, [403];
         post "/v1/auth/device/code" requestDeviceCode "Accounts" "Request a device code", none(), None => 200 Some("DeviceCodeData"), [];
         get "/v1/auth/device/poll" pollDeviceCode "Accounts" "Poll a device code", vec![code], None => 200 Some("DevicePollData"), [];
         get "/v1/keys" listKeys "Accounts" "List API keys", none(), None => 200 Some("ApiKeyList"), [];
@@ -228,12 +231,14 @@ fn describe(operation: Operation) -> Value {
             headers.insert("ETag".to_owned(), json!({ "description": "The version", "schema": schema }));
         } else {
             let what = "Refuse with 412 unless this is the version still, as ETag said";
-            parameters.push(header("If-Match", what));
+            parameters.push(header("If-Match", what, json!({ "type": "string", "format": "entity-tags" })));
         }
     }
     if method == "post" && !OPEN.contains(&id) {
-        parameters
-            .push(header("Idempotency-Key", "Sent again with the same key, a request is answered as before"));
+        let what = "Sent again with the same key, a request is answered as before";
+        let schema =
+            json!({ "type": "string", "format": "idempotency-key", "minLength": 1, "maxLength": 255 });
+        parameters.push(header("Idempotency-Key", what, schema));
     }
     let mut described =
         json!({ "operationId": id, "tags": [tag], "summary": summary, "parameters": parameters });

@@ -1,5 +1,6 @@
 //! The shapes of bodies.
 
+use crate::http::{Code, MAX_RESOURCES};
 use serde_json::{Map, Value, json};
 
 fn text() -> Value {
@@ -28,7 +29,8 @@ fn words(words: &[&str]) -> Value {
     json!({ "type": "string", "enum": words })
 }
 
-fn id(prefix: &str) -> Value {
+/// An id with this prefix.
+pub(super) fn id(prefix: &str) -> Value {
     json!({ "type": "string", "pattern": format!("^{prefix}[a-z0-9]+$") })
 }
 
@@ -88,10 +90,20 @@ const PROTOCOLS: &[&str] = &["dns", "http", "icmp", "tcp", "tls", "udp"];
 const VISIBLE: &str =
     r"^[^\u0000-\u001f\u007f-\u009f]*[^\s\u0000-\u001f\u007f-\u009f][^\u0000-\u001f\u007f-\u009f]*$";
 
+/// An address in ASCII; a domain in Unicode is taken too.
+const EMAIL: &str = r"^[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{1,64}@([A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?$";
+
 /// A host pattern in ASCII; Unicode is taken too, and mapped.
 const HOST: &str = r"^(\*|(\*\.)?([A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?\.)*[A-Za-z_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?\.?)$";
 
-fn host() -> Value {
+/// An exact name, without patterns.
+pub(super) fn host_name() -> Value {
+    let pattern = HOST.replacen(r"\*|(\*\.)?", "", 1);
+    json!({ "type": "string", "pattern": pattern, "maxLength": 250 })
+}
+
+/// A host pattern.
+pub(super) fn host() -> Value {
     json!({ "type": "string", "pattern": HOST, "maxLength": 250 })
 }
 
@@ -104,11 +116,22 @@ fn plain(max: u32, multiline: bool) -> Value {
     json!({ "type": "string", "pattern": pattern, "maxLength": max })
 }
 
+fn public_key() -> Value {
+    json!({ "type": "string", "format": "ssh-public-key", "description": "As in ~/.ssh/id_ed25519.pub" })
+}
+
 fn value() -> Value {
     json!({
         "type": "string", "pattern": r"^[^\u0000-\u001f\u007f]+$", "minLength": 1, "maxLength": 16384,
         "not": { "pattern": "IRONSH_PROXY_" }, "writeOnly": true,
     })
+}
+
+fn password(min: u32) -> Value {
+    let mut schema = plain(1024, true);
+    schema["minLength"] = min.into();
+    schema["writeOnly"] = true.into();
+    schema
 }
 
 fn visible(max: u32) -> Value {
@@ -118,18 +141,21 @@ fn visible(max: u32) -> Value {
 pub(super) fn schemas() -> Value {
     let mut all = Map::new();
     let mut put = |name: &str, schema: Value| all.insert(name.to_owned(), schema);
+    let codes: Vec<&str> = Code::ALL.iter().map(|code| code.word()).collect();
     put(
         "Error",
         object(
-            json!({ "error": object(json!({ "code": text(), "message": text() }), json!({})) }),
+            json!({ "error": object(json!({ "code": words(&codes), "message": text() }), json!({})) }),
             json!({}),
         ),
     );
 
     let resources = json!({
-        "vcpus": or_null(json!({ "type": "integer", "minimum": 1 })),
-        "memory_mib": or_null(json!({ "type": "integer", "minimum": 128 })),
-        "disk_gib": or_null(json!({ "type": "integer", "minimum": 1 })),
+        "vcpus": or_null(json!({ "type": "integer", "minimum": 1, "maximum": MAX_RESOURCES.vcpus })),
+        "memory_mib":
+            or_null(json!({ "type": "integer", "minimum": 128, "maximum": MAX_RESOURCES.memory_mib })),
+        "disk_gib":
+            or_null(json!({ "type": "integer", "minimum": 1, "maximum": MAX_RESOURCES.disk_bytes >> 30 })),
     });
     put(
         "Vm",
@@ -144,7 +170,7 @@ pub(super) fn schemas() -> Value {
     put("VmList", list("Vm"));
     let mut optional = resources.clone();
     optional["snapshot_id"] = or_null(text());
-    put("NewVm", object(json!({ "name": visible(64), "public_key": text() }), optional));
+    put("NewVm", object(json!({ "name": visible(64), "public_key": public_key() }), optional));
     put(
         "Ssh",
         object(
@@ -183,7 +209,7 @@ pub(super) fn schemas() -> Value {
     let mut rule = object(
         json!({}),
         json!({
-            "name": or_null(visible(64)), "host": or_null(host()), "cidr": or_null(text()),
+            "name": or_null(visible(64)), "host": or_null(host()), "cidr": or_null(json!({ "type": "string", "format": "cidr" })),
             "comment": or_null(plain(1024, true)),
         }),
     );
@@ -211,6 +237,19 @@ pub(super) fn schemas() -> Value {
         ),
     );
     put("AuditEventList", list("AuditEvent"));
+
+    let by_reason = json!({ "type": "object", "additionalProperties": count });
+    put(
+        "Counters",
+        object(
+            json!({
+                "vm_id": id("vm_"), "packets_out": count, "bytes_out": count, "packets_in": count,
+                "bytes_in": count, "passed": by_reason, "dropped": by_reason, "events_lost": count,
+                "events_dropped": count,
+            }),
+            json!({}),
+        ),
+    );
 
     let hosts = json!({ "type": "array", "items": host(), "minItems": 1, "maxItems": 100 });
     let env_var = json!({ "type": "string", "pattern": "^[A-Z][A-Z0-9_]*$", "maxLength": 255 });
@@ -273,7 +312,7 @@ pub(super) fn schemas() -> Value {
         ),
     );
     put("EnvList", list("Env"));
-    let value = json!({ "type": "string", "pattern": r"^[^\u0000]*$", "maxLength": 32768 });
+    let value = json!({ "type": "string", "pattern": r"^[^\u0000]*$", "maxLength": 32000 });
     put("EnvValue", object(json!({ "value": value }), json!({})));
 
     let agent_status = words(&["provisioning", "running", "idle"]);
@@ -294,7 +333,7 @@ pub(super) fn schemas() -> Value {
     optional["branch"] = or_null(word(255));
     optional["harness"] = or_null(word(64));
     optional["agent_args"] = or_null(plain(4096, false));
-    optional["public_key"] = or_null(text());
+    optional["public_key"] = or_null(public_key());
     put(
         "NewAgent",
         object(json!({ "name": visible(64), "repo": word(2048), "prompt": bounded(1, 65536) }), optional),
@@ -315,24 +354,19 @@ pub(super) fn schemas() -> Value {
         object(
             json!({
                 "first_name": visible(100), "last_name": visible(100),
-                "email": { "type": "string", "format": "email", "maxLength": 254 },
-                "password": { "type": "string", "minLength": 8, "maxLength": 1024, "writeOnly": true },
+                "email": { "type": "string", "pattern": EMAIL, "maxLength": 254 },
+                "password": password(8),
             }),
             json!({ "invitation": or_null(text()) }),
         ),
     );
     put(
         "Login",
-        object(
-            json!({ "email": text(), "password": { "type": "string", "maxLength": 1024, "writeOnly": true } }),
-            json!({ "name": or_null(visible(64)) }),
-        ),
+        object(json!({ "email": text(), "password": password(0) }), json!({ "name": or_null(visible(64)) })),
     );
-    let secret =
-        |min: u32| json!({ "type": "string", "minLength": min, "maxLength": 1024, "writeOnly": true });
     put(
         "PasswordChange",
-        object(json!({ "current_password": secret(0), "new_password": secret(8) }), json!({})),
+        object(json!({ "current_password": password(0), "new_password": password(8) }), json!({})),
     );
     let issued = json!({ "id": id("key_"), "name": text(), "token": text(), "created_at": time() });
     put("IssuedKey", object(issued, json!({})));

@@ -45,7 +45,7 @@ impl Stored {
         };
         let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
         Self {
-            id: event.id.unwrap_or_else(EventId::generate).into(),
+            id: event.id.unwrap_or_else(|| EventId::at(event.timestamp_us)).into(),
             ts: event.timestamp_us,
             class: record::class(&event.verdict, event.mode, event.protocol),
             rule: event.verdict.rule().map(|rule| rule.as_str().to_owned()),

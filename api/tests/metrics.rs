@@ -1,0 +1,143 @@
+//! What is counted: `/metrics` for the operator alone, a VM's counters for its owner alone.
+#![allow(missing_docs, clippy::unwrap_used, reason = "tests")]
+
+mod common;
+
+use common::{TestApp, keys, no_limits};
+use serde_json::json;
+use std::sync::{Arc, Mutex};
+use tapgate::Settings;
+use tapgate::http::{Rate, metrics::Token};
+use tapgate::traffic::{Traffic, VmTraffic};
+use tapgate_model::{Reason, VmId};
+
+/// What a kernel would have counted.
+#[derive(Default)]
+struct Counted(Mutex<Vec<VmId>>);
+
+fn traffic() -> VmTraffic {
+    VmTraffic {
+        packets_out: 12,
+        bytes_out: 3400,
+        packets_in: 5,
+        bytes_in: 600,
+        passed: vec![(Reason::Cidr, 7)],
+        dropped: vec![(Reason::NoRule, 3), (Reason::Spoofed, 2)],
+        events_lost: 4,
+    }
+}
+
+impl Traffic for Counted {
+    fn of(&self, vm: &VmId) -> Option<VmTraffic> {
+        self.0.lock().unwrap().contains(vm).then(traffic)
+    }
+
+    fn all(&self) -> Vec<(VmId, VmTraffic)> {
+        self.0.lock().unwrap().iter().map(|vm| (vm.clone(), traffic())).collect()
+    }
+
+    fn stray(&self) -> Option<VmTraffic> {
+        Some(VmTraffic { dropped: vec![(Reason::NoRule, 1)], ..VmTraffic::default() })
+    }
+}
+
+fn app(counted: Arc<Counted>) -> TestApp {
+    let settings =
+        Settings { metrics_token: Some(Token::of("t0ken")), rates: no_limits(), ..Settings::default() };
+    TestApp::counting(settings, Some(counted))
+}
+
+#[tokio::test]
+async fn the_exposition_is_the_operators_and_its_labels_are_bounded() {
+    let counted = Arc::new(Counted::default());
+    let app = app(counted.clone());
+    let alice = app.user("alice@example.com").await;
+    let vm = app.vm(&alice, "vm").await;
+    counted.0.lock().unwrap().push(vm.parse().unwrap());
+    app.make_ready(&vm).await;
+    let gone = app.vm(&alice, "gone").await;
+    app.advance(&gone, tapgate_model::StatusDetail::Failed).await;
+    app.call(&alice, "DELETE", &format!("/v1/vms/{gone}"), None).await.is(204);
+    app.advance(&gone, tapgate_model::StatusDetail::Destroyed).await;
+
+    for token in ["", "wrong", "t0ken2", &alice] {
+        assert_eq!(app.get(token, "/metrics").await.error(401), "unauthorized", "{token}");
+    }
+    app.get(&alice, "/v1/vms/vm_madeup").await.is(404);
+    app.get("", "/nowhere/madeup").await.is(404);
+    app.call("", "BREW", "/v1/vms", None).await.is(405);
+    let answer = app.get("t0ken", "/metrics").await;
+    assert!(answer.headers["content-type"].to_str().unwrap().starts_with("application/openmetrics-text"));
+    let body = answer.is(200);
+    let text = body.as_str().unwrap();
+    assert!(text.ends_with("# EOF\n"));
+    for line in [
+        &format!("tapgate_vm_packets_total{{vm=\"{vm}\",direction=\"out\"}} 12"),
+        &format!("tapgate_vm_bytes_total{{vm=\"{vm}\",direction=\"in\"}} 600"),
+        &format!("tapgate_vm_packets_dropped_total{{vm=\"{vm}\",reason=\"spoofed\"}} 2"),
+        &format!("tapgate_vm_packets_passed_total{{vm=\"{vm}\",reason=\"cidr\"}} 7"),
+        &format!("tapgate_vm_events_lost_total{{vm=\"{vm}\"}} 4"),
+        "tapgate_vm_packets_dropped_total{vm=\"none\",reason=\"no_rule\"} 1",
+        "tapgate_vms{status_detail=\"ready\"} 1",
+        "tapgate_store_waiting_jobs{database=\"audit\",kind=\"read\"} 0",
+        "tapgate_audit_events_dropped_total 0",
+        "tapgate_http_request_duration_seconds_count{method=\"GET\",route=\"/v1/vms/{vm_id}\",status=\"404\"} 1",
+        "tapgate_http_request_duration_seconds_count{method=\"GET\",route=\"none\",status=\"404\"} 1",
+        "tapgate_http_request_duration_seconds_count{method=\"other\",route=\"/v1/vms\",status=\"405\"} 1",
+    ] {
+        assert!(text.lines().any(|given| given == line), "{line}\n{text}");
+    }
+    // What a client wrote, and what is gone, is no label.
+    for word in ["madeup", "nowhere", "BREW", "alice", &gone] {
+        assert!(!text.contains(word), "{word}\n{text}");
+    }
+}
+
+#[tokio::test]
+async fn without_a_token_nobody_reads_it_and_guesses_are_few() {
+    let app = TestApp::new();
+    assert_eq!(app.get("", "/metrics").await.error(401), "unauthorized");
+    assert_eq!(app.get("x", "/metrics").await.error(401), "unauthorized");
+    let mut rates = no_limits();
+    rates.refused = Rate { burst: 2, per_minute: 1 };
+    let app =
+        TestApp::with(Settings { metrics_token: Some(Token::of("t0ken")), rates, ..Settings::default() });
+    for status in [401, 401, 429] {
+        app.get("guess", "/metrics").await.is(status);
+    }
+}
+
+#[tokio::test]
+async fn the_owner_sees_what_was_counted_for_a_vm() {
+    let counted = Arc::new(Counted::default());
+    let app = app(counted.clone());
+    let (alice, bob) = (app.user("alice@example.com").await, app.user("bob@example.com").await);
+    let vm = app.vm(&alice, "vm").await;
+    let path = format!("/v1/vms/{vm}/egress/counters");
+    let none = app.get(&alice, &path).await.is(200);
+    assert_eq!(
+        keys(&none),
+        [
+            "bytes_in",
+            "bytes_out",
+            "dropped",
+            "events_dropped",
+            "events_lost",
+            "packets_in",
+            "packets_out",
+            "passed",
+            "vm_id"
+        ]
+    );
+    assert_eq!((&none["packets_out"], &none["dropped"]), (&json!(0), &json!({})), "no gate, no traffic");
+    counted.0.lock().unwrap().push(vm.parse().unwrap());
+    let some = app.get(&alice, &path).await.is(200);
+    assert_eq!(
+        some,
+        json!({
+            "vm_id": vm, "packets_out": 12, "bytes_out": 3400, "packets_in": 5, "bytes_in": 600,
+            "passed": { "cidr": 7 }, "dropped": { "no_rule": 3, "spoofed": 2 }, "events_lost": 4, "events_dropped": 0,
+        })
+    );
+    assert_eq!(app.get(&bob, &path).await.error(404), "vm_not_found");
+}
