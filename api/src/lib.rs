@@ -19,5 +19,6 @@ pub mod parts;
 pub mod retention;
 pub mod serve;
 pub mod traffic;
+pub mod unit;
 
 pub use http::{AppState, Settings, router};

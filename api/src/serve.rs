@@ -130,8 +130,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     engine.watch_host_addresses().context("cannot hand the host's addresses to the datapath")?;
     let guests = guest_service::router(engine.guests());
     let state = AppState::try_new(store.clone(), handle, Arc::new(make_ca), api_settings(&config)?)
-        .context("cannot set up the API")?
-        .with_traffic(engine.traffic());
+        .context("cannot set up the API")?;
 
     let audit = store.audit().clone();
     let mut parts = RunningParts::new(stop.clone());
@@ -261,6 +260,7 @@ fn api_settings(config: &Config) -> anyhow::Result<Settings> {
             disk_bytes: u64::from(config.disk_gib) << 30,
         },
         base_image: config.image.clone(),
+        quotas: config.quotas,
         ..Settings::default()
     })
 }

@@ -1,6 +1,8 @@
-//! What the kernel counted for each VM, as the API shows it. The engine fills it; whoever asks never touches a map itself.
+//! What the kernel counted for each VM, as the API shows it.
 
-use tapgate_model::{Reason, VmId};
+use crate::engine::VmCounters;
+use tapgate_datapath::Counters;
+use tapgate_model::Reason;
 
 /// A VM's frames and octets since its gate was attached.
 #[derive(Clone, Debug, Default)]
@@ -19,10 +21,18 @@ pub struct VmTraffic {
     pub dropped: Vec<(Reason, u64)>,
     /// Events that the kernel kept back because there were too many.
     pub events_lost: u64,
+    /// Flows that the kernel forwards just now.
+    pub flows: u64,
 }
 
-impl From<tapgate_datapath::Counters> for VmTraffic {
-    fn from(counters: tapgate_datapath::Counters) -> Self {
+impl From<VmCounters> for VmTraffic {
+    fn from(of: VmCounters) -> Self {
+        Self { flows: of.flows, ..of.counters.into() }
+    }
+}
+
+impl From<Counters> for VmTraffic {
+    fn from(counters: Counters) -> Self {
         let mut traffic = Self {
             packets_out: counters.packets_out,
             bytes_out: counters.bytes_out,
@@ -41,16 +51,4 @@ impl From<tapgate_datapath::Counters> for VmTraffic {
         }
         traffic
     }
-}
-
-/// Who knows what was counted. Blocks for some system calls: not to be asked on a thread of the runtime.
-pub trait Traffic: Send + Sync {
-    /// A VM's, while it has a gate.
-    fn of(&self, vm: &VmId) -> Option<VmTraffic>;
-
-    /// Every VM's that has a gate now.
-    fn all(&self) -> Vec<(VmId, VmTraffic)>;
-
-    /// What came from taps that no VM has.
-    fn stray(&self) -> Option<VmTraffic>;
 }

@@ -287,6 +287,14 @@ async fn audit() {
     let other = app.get(&key, &format!("/v1/audit/egress?limit=1&order=asc&cursor={cursor}")).await;
     assert_eq!(other.error(400), "invalid_cursor");
     assert_eq!(app.get(&key, "/v1/audit/egress?cursor=ee_p3xn7vm2").await.error(400), "invalid_cursor");
+    // As on the page, an event's ID is a cursor too; another account's is none.
+    let after = |event: &Value| format!("/v1/audit/egress?limit=1&cursor={}", event["id"].as_str().unwrap());
+    assert_eq!(is_list(app.get(&key, &after(denied)).await, 1)[0], *allowed);
+    is_list(app.get(&key, &after(allowed)).await, 0);
+    let newer = format!("{}&order=asc&protocol=tcp", after(allowed));
+    assert_eq!(is_list(app.get(&key, &newer).await, 1)[0], *denied);
+    let bob = app.user("bob@example.com").await;
+    assert_eq!(app.get(&bob, &after(denied)).await.error(400), "invalid_cursor");
 }
 
 #[tokio::test]
@@ -413,7 +421,15 @@ async fn snapshots() {
     assert_eq!(snapshot["source_virtual_machine_id"], json!(vm));
     app.call(&key, "POST", &of_vm, None).await.is(201);
 
-    is_list(app.get(&key, "/v1/snapshots?limit=10").await, 2);
+    let both = is_list(app.get(&key, "/v1/snapshots?limit=10").await, 2);
+    assert_eq!(both[1], *snapshot, "newest first");
+    // The cursor may be a snapshot's ID.
+    let after = |snapshot: &Value| format!("/v1/snapshots?cursor={}", snapshot["id"].as_str().unwrap());
+    assert_eq!(is_list(app.get(&key, &after(&both[0])).await, 1)[0], *snapshot);
+    is_list(app.get(&key, &after(snapshot)).await, 0);
+    assert_eq!(app.get(&key, "/v1/snapshots?cursor=snap_abc123").await.error(400), "invalid_cursor");
+    let bob = app.user("bob@example.com").await;
+    assert_eq!(app.get(&bob, &after(snapshot)).await.error(400), "invalid_cursor");
     is_list(app.get(&key, &of_vm).await, 2);
     let path = format!("/v1/snapshots/{}", snapshot["id"].as_str().unwrap());
     assert_eq!(app.get(&key, &path).await.is(200), made);

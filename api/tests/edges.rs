@@ -10,54 +10,43 @@ use serde_json::{Value, json};
 use tapgate::Settings;
 use tapgate::http::{Rate, Rates};
 
-/// Every route that needs a key, with a body that is right but for the ids in the path.
-const ROUTES: &[(&str, &str, &str)] = &[
-    ("GET", "/v1/vms/{vm}", ""),
-    ("DELETE", "/v1/vms/{vm}", ""),
-    ("POST", "/v1/vms/{vm}/start", ""),
-    ("POST", "/v1/vms/{vm}/stop", ""),
-    ("GET", "/v1/vms/{vm}/ssh", ""),
-    ("GET", "/v1/vms/{vm}/egress/policy", ""),
-    ("PUT", "/v1/vms/{vm}/egress/policy", r#"{"mode":"warn"}"#),
-    ("DELETE", "/v1/vms/{vm}/egress/policy", ""),
-    ("GET", "/v1/vms/{vm}/egress/rules", ""),
-    ("POST", "/v1/vms/{vm}/egress/rules", r#"{"host":"a.example"}"#),
-    ("DELETE", "/v1/vms/{vm}/egress/rules/{vm_rule}", ""),
-    ("GET", "/v1/vms/{vm}/snapshots", ""),
-    ("POST", "/v1/vms/{vm}/snapshots", r#"{"label":"l"}"#),
-    ("DELETE", "/v1/egress/rules/{rule}", ""),
-    ("GET", "/v1/secrets/{secret}", ""),
-    ("PATCH", "/v1/secrets/{secret}", r#"{"comment":"c"}"#),
-    ("DELETE", "/v1/secrets/{secret}", ""),
-    ("GET", "/v1/snapshots/{snapshot}", ""),
-    ("DELETE", "/v1/snapshots/{snapshot}", ""),
-    ("GET", "/v1/env/KEY", ""),
-    ("DELETE", "/v1/env/KEY", ""),
-    ("GET", "/v1/agents/{agent}", ""),
-    ("DELETE", "/v1/agents/{agent}", ""),
-    ("DELETE", "/v1/keys/{key}", ""),
-];
-const COLLECTIONS: &[(&str, &str)] = &[
-    ("GET", "/v1/vms"),
-    ("POST", "/v1/vms"),
-    ("GET", "/v1/egress/policy"),
-    ("PUT", "/v1/egress/policy"),
-    ("GET", "/v1/egress/rules"),
-    ("POST", "/v1/egress/rules"),
-    ("GET", "/v1/audit/egress"),
-    ("GET", "/v1/secrets"),
-    ("POST", "/v1/secrets"),
-    ("GET", "/v1/snapshots"),
-    ("GET", "/v1/env"),
-    ("PUT", "/v1/env/KEY"),
-    ("GET", "/v1/agents"),
-    ("POST", "/v1/agents"),
-    ("GET", "/v1/keys"),
-    ("POST", "/v1/keys"),
-];
+/// An operation of the document that needs a key.
+struct Operation {
+    method: String,
+    /// With names in braces.
+    path: String,
+    /// Right but for what the path names.
+    body: Option<Value>,
+}
 
-fn body(text: &str) -> Option<Value> {
-    (!text.is_empty()).then(|| serde_json::from_str(text).unwrap())
+/// All of them, from the document itself: one that is added is tested, or the test does not know its body and says so.
+fn operations() -> Vec<Operation> {
+    let document = tapgate::http::openapi::document();
+    let mut all = Vec::new();
+    for (path, methods) in document["paths"].as_object().unwrap() {
+        for (method, described) in methods.as_object().unwrap() {
+            if described["security"].as_array().is_some_and(Vec::is_empty) {
+                continue;
+            }
+            let schema = &described["requestBody"]["content"]["application/json"]["schema"]["$ref"];
+            let body = schema.as_str().map(|schema| match schema.rsplit('/').next().unwrap() {
+                "NewVm" => json!({ "name": "b", "public_key": PUBLIC_KEY }),
+                "VmPolicyChange" | "Policy" => json!({ "mode": "warn" }),
+                "NewRule" => json!({ "host": "a.example" }),
+                "NewSnapshot" => json!({ "label": "l" }),
+                "NewSecret" => json!({ "name": "b", "secret": "v", "env_var": "B" }),
+                "SecretChange" => json!({ "comment": "c" }),
+                "NewAgent" => json!({ "name": "b", "repo": "https://git.example/o/r", "prompt": "p" }),
+                "EnvValue" => json!({ "value": "v" }),
+                "NewKey" => json!({ "name": "b" }),
+                "PasswordChange" => json!({ "current_password": "x", "new_password": "yyyyyyyy" }),
+                other => panic!("give this test a body for {other}"),
+            });
+            all.push(Operation { method: method.to_uppercase(), path: path.clone(), body });
+        }
+    }
+    assert!(all.len() > 35);
+    all
 }
 
 #[tokio::test]
@@ -78,43 +67,42 @@ async fn another_account_sees_what_never_was() {
     let key = app.post(&alice, "/v1/keys", json!({ "name": "k" })).await.is(201);
     app.call(&alice, "PUT", "/v1/env/KEY", Some(json!({ "value": "v" }))).await.is(200);
     let real = [
-        ("{vm}", vm.clone()),
-        ("{vm_rule}", text(&vm_rule.is(201)["id"])),
-        ("{rule}", text(&rule["id"])),
-        ("{secret}", text(&secret["id"])),
-        ("{snapshot}", text(&snapshot["data"]["id"])),
-        ("{agent}", text(&agent["id"])),
-        ("{key}", text(&key["id"])),
+        ("{vm_id}", vm.clone()),
+        ("{vm_rule_id}", text(&vm_rule.is(201)["id"])),
+        ("{rule_id}", text(&rule["id"])),
+        ("{secret_id}", text(&secret["id"])),
+        ("{snapshot_id}", text(&snapshot["data"]["id"])),
+        ("{agent_id}", text(&agent["id"])),
+        ("{key_id}", text(&key["id"])),
     ];
-    for (method, route, sent) in ROUTES {
-        let mut theirs = (*route).to_owned();
-        let mut nobodys = (*route).to_owned();
-        for (name, id) in &real {
-            let prefix = id.split_once('_').unwrap().0;
-            theirs = theirs.replace(name, id);
-            nobodys = nobodys.replace(name, &format!("{prefix}_0000000000000000"));
+    let fake = |id: &str| format!("{}_0000000000000000", id.split_once('_').unwrap().0);
+    for Operation { method, path, body } in operations() {
+        // Setting a variable makes Bob's own; everything else names what is there already.
+        if !path.contains('{') || (method == "PUT" && path == "/v1/env/{key}") {
+            continue;
         }
-        let hidden = app.call(&bob, method, &theirs, body(sent)).await;
-        let absent = app.call(&bob, method, &nobodys, body(sent)).await;
-        assert_eq!(hidden.status, 404, "{method} {route}: {}", hidden.body);
-        let shown = |body: &Value| {
-            let mut text = body.to_string();
-            for (_, id) in &real {
-                let prefix = id.split_once('_').unwrap().0;
-                text = text.replace(id, &format!("{prefix}_0000000000000000"));
-            }
-            text
-        };
+        let path = if path.contains("/vms/") { path.replace("{rule_id}", "{vm_rule_id}") } else { path };
+        let (mut theirs, mut nobodys) = (path.replace("{key}", "KEY"), path.replace("{key}", "NO_KEY"));
+        for (name, id) in &real {
+            theirs = theirs.replace(name, id);
+            nobodys = nobodys.replace(name, &fake(id));
+        }
+        assert!(!theirs.contains('{'), "give this test something for {path}");
+        let hidden = app.call(&bob, &method, &theirs, body.clone()).await;
+        let absent = app.call(&bob, &method, &nobodys, body).await;
+        assert_eq!(hidden.status, 404, "{method} {path}: {}", hidden.body);
+        let shown =
+            |body: &Value| real.iter().fold(body.to_string(), |text, (_, id)| text.replace(id, &fake(id)));
         assert_eq!(
             (hidden.status, shown(&hidden.body)),
             (absent.status, shown(&absent.body)),
-            "{method} {route}"
+            "{method} {path}"
         );
     }
-    for (method, route) in COLLECTIONS.iter().filter(|(method, _)| *method == "GET") {
-        let listed = app.call(&bob, method, route, None).await.is(200);
+    for Operation { path, .. } in operations().iter().filter(|o| o.method == "GET" && !o.path.contains('{')) {
+        let listed = app.call(&bob, "GET", path, None).await.is(200);
         let text = listed.to_string();
-        assert!(real.iter().all(|(_, id)| !text.contains(id.as_str())), "{route}: {text}");
+        assert!(real.iter().all(|(_, id)| !text.contains(id.as_str())), "{path}: {text}");
     }
     // A VM made from another's snapshot, a name that another has.
     let from = json!({ "name": "vm", "public_key": PUBLIC_KEY, "snapshot_id": snapshot["data"]["id"] });
@@ -123,19 +111,16 @@ async fn another_account_sees_what_never_was() {
     let same = json!({ "name": "s", "secret": "v", "env_var": "S" });
     app.post(&bob, "/v1/secrets", same).await.is(201);
     // And Alice still has everything.
-    for (_, id) in real.iter().filter(|(name, _)| *name == "{vm}") {
-        assert_eq!(app.get(&alice, &format!("/v1/vms/{id}")).await.is(200)["status"], "running");
-    }
+    assert_eq!(app.get(&alice, &format!("/v1/vms/{vm}")).await.is(200)["status"], "running");
 }
 
 #[tokio::test]
 async fn without_a_valid_key_there_is_nothing() {
     let app = TestApp::new();
-    let all = ROUTES.iter().map(|(method, route, _)| (*method, *route)).chain(COLLECTIONS.iter().copied());
-    for (method, route) in all {
-        let path = route.replace(['{', '}'], "");
+    for Operation { method, path, .. } in operations() {
+        let path = path.replace(['{', '}'], "");
         for value in ["", "iron_live_wrong", "Basic abc"] {
-            let mut request = Request::builder().method(method).uri(&path);
+            let mut request = Request::builder().method(method.as_str()).uri(&path);
             if !value.is_empty() {
                 let header_value =
                     if value.contains(' ') { value.to_owned() } else { format!("Bearer {value}") };
@@ -233,7 +218,7 @@ async fn every_wrong_request_is_answered_in_the_envelope() {
 #[tokio::test]
 async fn quotas_are_conflicts() {
     let settings = tapgate::Settings::default();
-    let quotas = tapgate::http::Quotas { vms: 1, rules: 1, secrets: 1, snapshots: 1, env: 1 };
+    let quotas = tapgate::http::Quotas { vms: 1, rules: 1, secrets: 1, snapshots: 1, env: 1, keys: 2 };
     let app = TestApp::with(tapgate::Settings { quotas, rates: common::no_limits(), ..settings });
     let key = app.user("alice@example.com").await;
     app.vm(&key, "one").await;
@@ -371,4 +356,20 @@ async fn a_change_may_insist_on_the_version_it_saw() {
             with("DELETE", &path, &now, &Value::Null).await.is(204);
         }
     }
+}
+
+#[tokio::test]
+async fn a_database_that_cannot_be_written_is_said_and_nothing_is_lost() {
+    let app = TestApp::new();
+    let key = app.user("alice@example.com").await;
+    app.call(&key, "PUT", "/v1/env/K", Some(json!({ "value": "before" }))).await.is(200);
+    let other = rusqlite::Connection::open(app.folder.path().join("db/tapgate.db")).unwrap();
+    other.execute_batch("BEGIN IMMEDIATE").unwrap();
+    let refused = app.call(&key, "PUT", "/v1/env/K", Some(json!({ "value": "after" }))).await;
+    assert_eq!(refused.headers[header::RETRY_AFTER], "5");
+    assert_eq!(refused.error(503), "unavailable");
+    assert_eq!(app.get("", "/healthz").await.error(503), "unavailable");
+    assert_eq!(app.get(&key, "/v1/env/K").await.is(200)["value"], "before", "reading goes on");
+    other.execute_batch("ROLLBACK").unwrap();
+    app.call(&key, "PUT", "/v1/env/K", Some(json!({ "value": "after" }))).await.is(200);
 }

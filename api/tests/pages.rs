@@ -210,17 +210,40 @@ async fn mails_go_out_by_smtp() {
     }
     let app = TestApp::with(Settings {
         mail: Via::Smtp(format!("smtp://127.0.0.1:{port}")),
-        mail_from: "tapgate@example.com".into(),
-        ..Settings::default()
+        ..settings(Path::new("/nowhere"))
     });
-    app.user("alice@example.com").await;
-    let out = std::io::BufReader::new(server.stdout.take().unwrap());
-    let heard = tokio::task::spawn_blocking(move || {
-        std::io::BufRead::lines(out)
-            .map_while(Result::ok)
-            .any(|line| line.contains("Subject: Confirm your address"))
+    let lines = std::io::BufRead::lines(std::io::BufReader::new(server.stdout.take().unwrap()));
+    let (arriving, mut arrived) = tokio::sync::mpsc::unbounded_channel();
+    std::thread::spawn(move || {
+        let mut mail = String::new();
+        for line in lines.map_while(Result::ok) {
+            mail.push_str(&line);
+            mail.push_str("\r\n");
+            if line.contains("END MESSAGE") {
+                let _ = arriving.send(std::mem::take(&mut mail));
+            }
+        }
     });
-    assert!(heard.await.unwrap());
+    let key = app.user("alice@example.com").await;
+    let mail = arrived.recv().await.unwrap();
+    assert!(
+        mail.contains("Subject: Confirm your address") && mail.contains("To: alice@example.com"),
+        "{mail}"
+    );
+    let mut browser = Browser::new(&app);
+    browser.open(&link(&mail)).await.is(200);
+    browser.submit("/verify", &[]).await.is(200);
+    let user = app.store.authenticate(&key).await.unwrap().unwrap().user;
+    assert!(app.store.user(&user).await.unwrap().email_verified);
+
+    browser.open("/reset").await.is(200);
+    browser.submit("/reset", &[("email", "alice@example.com")]).await.is(200);
+    let mail = arrived.recv().await.unwrap();
+    assert!(mail.contains("Subject: A new password"), "{mail}");
+    browser.open(&link(&mail)).await.is(200);
+    browser.submit("/reset/choose", &[("password", "an0ther password")]).await.is(200);
+    let login = json!({ "email": "alice@example.com", "password": "an0ther password" });
+    app.post("", "/v1/auth/login", login).await.is(201);
     server.kill().unwrap();
     server.wait().unwrap();
 }

@@ -92,3 +92,29 @@ async fn headers_are_bounded() {
     stop.cancel();
     server.await.unwrap();
 }
+
+/// Waits as long as the server is patient: ten seconds for a head, fifteen for a body.
+#[tokio::test]
+async fn who_is_slow_is_cut_off() {
+    let app = TestApp::new();
+    let key = app.user("alice@example.com").await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let stop = CancellationToken::new();
+    let server = tokio::spawn(serve(listener, app.router.clone(), None, stop.clone()));
+    let slow = async |request: String| ask(TcpStream::connect(address).await.unwrap(), &request).await;
+    let body = format!(
+        "PUT /v1/env/K HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {key}\r\nContent-Type: application/json\r\n\
+         Content-Length: 20\r\n\r\n{{"
+    );
+    let (head, idle, body) = tokio::join!(
+        slow("GET /healthz HTTP/1.1\r\nHost:".to_owned()),
+        slow("GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n".to_owned()),
+        slow(body)
+    );
+    assert!(!head.contains("200"), "{head}");
+    assert!(idle.starts_with("HTTP/1.1 200"), "answered, and then ended for want of another: {idle}");
+    assert!(body.starts_with("HTTP/1.1 408") && body.contains("request_timeout"), "{body}");
+    stop.cancel();
+    server.await.unwrap();
+}

@@ -122,3 +122,59 @@ fn a_daemon_that_is_killed_with_its_guest_leaves_nothing_once_its_world_is_gone(
     drop(world);
     assert_eq!(left(), Vec::<PathBuf>::new());
 }
+
+/// A part that ends by itself (here the engine, which cannot read its records) ends the daemon with a word and a failure, so
+/// that systemd starts it again.
+#[test]
+fn a_part_that_ends_ends_the_daemon() {
+    let world = World::new().unwrap();
+    let mut daemon = Daemon::start(&world, settings()).unwrap();
+    daemon.kill().unwrap();
+    let database = world.folder().join("data/tapgate.db");
+    let script = "import sqlite3, sys; db = sqlite3.connect(sys.argv[1]); \
+                  db.execute('ALTER TABLE vms RENAME COLUMN handle TO gone'); db.commit()";
+    sh::run("python3", ["-c", script, database.to_str().unwrap()]).unwrap();
+    let config = fs::read_to_string(world.folder().join("tapgate.toml")).unwrap();
+    refused(&serve(&world, &config), &["the engine ended", "handle", "started anew"]);
+}
+
+/// What the kernel counted reaches the owner and the operator, and nobody else.
+#[test]
+fn what_is_counted_can_be_read() {
+    let world = World::new().unwrap();
+    let daemon = Daemon::start(&world, settings()).unwrap();
+    let key = world.folder().join("id");
+    sh::run("ssh-keygen", ["-q", "-t", "ed25519", "-N", "", "-f", key.to_str().unwrap()]).unwrap();
+    let alice = daemon.client().sign_up("alice").unwrap();
+    let public = fs::read_to_string(key.with_extension("pub")).unwrap();
+    let vm = alice.create_vm("counted", public.trim()).unwrap();
+    alice.wait_ready(&vm).unwrap();
+    let path = format!("/v1/vms/{vm}/egress/counters");
+    let counters = alice.get(&path).unwrap().expect(200).unwrap();
+    // SSH has answered, so frames went both ways.
+    for field in ["packets_out", "bytes_out", "packets_in", "bytes_in"] {
+        assert!(counters[field].as_u64().unwrap() > 0, "{field}: {counters}");
+    }
+    let bob = daemon.client().sign_up("bob").unwrap();
+    bob.get(&path).unwrap().expect(404).unwrap();
+
+    let token = fs::read_to_string(world.folder().join("data/metrics.token")).unwrap();
+    let mut curl = world.on_host("curl");
+    curl.args([
+        "-s",
+        "-H",
+        &format!("Authorization: Bearer {}", token.trim()),
+        "http://127.0.0.1:7070/metrics",
+    ]);
+    let text = capture(&mut curl, b"").unwrap().out;
+    for line in [
+        format!("tapgate_vm_packets_total{{vm=\"{vm}\",direction=\"out\"}}"),
+        "tapgate_vms{status_detail=\"ready\"} 1".to_owned(),
+        "tapgate_http_request_duration_seconds_count{method=\"POST\",route=\"/v1/vms\",status=\"201\"} 1"
+            .to_owned(),
+        "# EOF".to_owned(),
+    ] {
+        assert!(text.contains(&line), "{line}\n{text}");
+    }
+    alice.get("/metrics").unwrap().expect(401).unwrap();
+}

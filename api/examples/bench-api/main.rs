@@ -24,8 +24,8 @@ fn main() {
         return load::run(&args[1..]);
     }
     let extent = match args.iter().any(|arg| arg == "--long") {
-        true => Extent { load: Duration::from_secs(30), events: 10_000_000, vms: 100 },
-        false => Extent { load: Duration::from_secs(8), events: 300_000, vms: 10 },
+        true => Extent { load: Duration::from_secs(15), events: 10_000_000, vms: 50 },
+        false => Extent { load: Duration::from_secs(5), events: 300_000, vms: 10 },
     };
     place::measure(extent.load, extent.vms);
     audit::measure(extent.events);

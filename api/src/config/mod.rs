@@ -3,7 +3,11 @@
 //! Owns reading, merging (flag, then variable, then file, then default) and checking. Unknown keys are errors; every
 //! message names the key and says what to write instead. Nothing is started here.
 
-use crate::{http::SignUp, mail::Via, retention::Retention};
+use crate::{
+    http::{Quotas, SignUp},
+    mail::Via,
+    retention::Retention,
+};
 mod settings;
 
 pub use settings::{AccelChoice, DriverKind, OverHttp, Settings};
@@ -35,6 +39,8 @@ pub struct Config {
     pub mail_from: String,
     /// How much of the audit log is kept.
     pub retention: Retention,
+    /// How many of each an account may have.
+    pub quotas: Quotas,
     /// What runs the guests.
     pub driver: DriverKind,
     /// What executes guest code.
@@ -211,7 +217,17 @@ impl Settings {
                 Err(value(key, format!("{number} is not in {}..={}", range.start(), range.end())))
             }
         };
+        let most = Quotas::default();
+        let quotas = Quotas {
+            vms: self.quota_vms.unwrap_or(most.vms),
+            rules: self.quota_rules.unwrap_or(most.rules),
+            secrets: self.quota_secrets.unwrap_or(most.secrets),
+            snapshots: self.quota_snapshots.unwrap_or(most.snapshots),
+            env: self.quota_env.unwrap_or(most.env),
+            keys: self.quota_keys.unwrap_or(most.keys),
+        };
         Ok(Config {
+            quotas,
             listen,
             tls,
             public_url,
@@ -308,6 +324,7 @@ mod tests {
         assert_eq!(config.instance, "main");
         assert_eq!(config.driver, DriverKind::Qemu);
         assert_eq!(config.slots(), 1000);
+        assert_eq!(parse("quota_vms = 3").unwrap().quotas.vms, 3);
     }
 
     #[test]

@@ -123,6 +123,24 @@ pub struct Settings {
     /// When secrets go out in clear-text HTTP [default: explicit]
     #[arg(long, env = "TAPGATE_SECRETS_OVER_HTTP")]
     pub secrets_over_http: Option<OverHttp>,
+    /// VMs of an account that are not destroyed, at most [default: 100]
+    #[arg(long, env = "TAPGATE_QUOTA_VMS")]
+    pub quota_vms: Option<u32>,
+    /// Egress rules of an account and its VMs together, at most [default: 10000]
+    #[arg(long, env = "TAPGATE_QUOTA_RULES")]
+    pub quota_rules: Option<u32>,
+    /// Secrets of an account, at most [default: 500]
+    #[arg(long, env = "TAPGATE_QUOTA_SECRETS")]
+    pub quota_secrets: Option<u32>,
+    /// Snapshots of an account, at most [default: 500]
+    #[arg(long, env = "TAPGATE_QUOTA_SNAPSHOTS")]
+    pub quota_snapshots: Option<u32>,
+    /// Environment variables of an account, at most [default: 500]
+    #[arg(long, env = "TAPGATE_QUOTA_ENV")]
+    pub quota_env: Option<u32>,
+    /// API keys of an account, at most [default: 1000]
+    #[arg(long, env = "TAPGATE_QUOTA_KEYS")]
+    pub quota_keys: Option<u32>,
     /// What to log, as in RUST_LOG [default: info]
     #[arg(long, env = "TAPGATE_LOG", value_name = "FILTER")]
     pub log: Option<String>,
@@ -143,6 +161,12 @@ impl Settings {
     pub fn or(self, other: Self) -> Self {
         macro_rules! merge { ($($key:ident),+) => { Self { $($key: self.$key.or(other.$key)),+ } } }
         merge!(
+            quota_vms,
+            quota_rules,
+            quota_secrets,
+            quota_snapshots,
+            quota_env,
+            quota_keys,
             data_dir,
             listen,
             listen_without_tls,

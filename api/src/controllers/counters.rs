@@ -21,6 +21,8 @@ pub(crate) struct CountersView {
     /// Attempts that are in no audit event: the kernel reported too many, or the log's queue was full.
     events_lost: u64,
     events_dropped: u64,
+    /// Flows that the kernel forwards just now.
+    flows: u64,
 }
 
 fn by_reason(counted: Vec<(Reason, u64)>) -> BTreeMap<&'static str, u64> {
@@ -36,11 +38,14 @@ pub(crate) async fn show(
     params.finish()?;
     let vm = find(&state, &account, &vm).await?.id;
     let events_dropped = state.store().audit().dropped(&vm).await?;
-    let (counted, of) = (state.traffic().cloned(), vm.clone());
-    let traffic = tokio::task::spawn_blocking(move || counted.and_then(|counted| counted.of(&of)));
+    let counted = state.engine().counters(&vm).await.map_err(|error| {
+        tracing::error!(%vm, %error, "counters.unreadable");
+        ApiError::internal()
+    })?;
     // One without a gate has had no traffic since.
-    let traffic = traffic.await.map_err(|_| ApiError::internal())?.unwrap_or_default();
-    let VmTraffic { packets_out, bytes_out, packets_in, bytes_in, passed, dropped, events_lost } = traffic;
+    let traffic = counted.map(VmTraffic::from).unwrap_or_default();
+    let VmTraffic { packets_out, bytes_out, packets_in, bytes_in, passed, dropped, events_lost, flows } =
+        traffic;
     Ok(Json(CountersView {
         vm_id: vm.into(),
         packets_out,
@@ -51,5 +56,6 @@ pub(crate) async fn show(
         dropped: by_reason(dropped),
         events_lost,
         events_dropped,
+        flows,
     }))
 }

@@ -62,7 +62,7 @@ pub(crate) async fn create(
     let name = fields.text("name")?;
     fields.finish()?;
     bounded("name", &name, 64, false)?;
-    let key = state.store().key_create(&account.user, &name).await?;
+    let key = state.store().key_create(&account.user, &name, state.settings().quotas.keys).await?;
     Ok((StatusCode::CREATED, Json(key.into())))
 }
 

@@ -35,11 +35,12 @@ pub(crate) async fn get(
 
 async fn gather(state: &AppState) -> Result<Now, ApiError> {
     let store = state.store();
-    let traffic = state.traffic().cloned();
-    let counted = tokio::task::spawn_blocking(move || {
-        traffic.map_or_else(Default::default, |traffic| (traffic.all(), traffic.stray()))
-    });
-    let (traffic, stray) = counted.await.map_err(|_| ApiError::internal())?;
+    let unreadable = |error| {
+        tracing::error!(%error, "metrics.counters_unreadable");
+        ApiError::internal()
+    };
+    let traffic = state.engine().all_counters().await.map_err(unreadable)?;
+    let stray = state.engine().stray_counters().await.map_err(unreadable)?;
     // Those that are gone would only ever become more.
     let living: HashMap<_, _> = store.vms_living_states().await?.into_iter().collect();
     let mut dropped = store.audit().dropped_all().await?;
@@ -53,7 +54,7 @@ async fn gather(state: &AppState) -> Result<Now, ApiError> {
         queues: store.load(),
         audit: store.audit().load(),
         dropped,
-        traffic,
-        stray,
+        traffic: traffic.into_iter().map(|of| (of.vm.clone(), of.into())).collect(),
+        stray: stray.map(Into::into),
     })
 }

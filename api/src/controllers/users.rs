@@ -151,7 +151,7 @@ pub(crate) async fn login(
     let right = verify_password(password, hash).await?;
     match user {
         Some(user) if right && !user.disabled => {
-            let key = state.store().key_create(&user.id, &name).await?;
+            let key = state.store().key_create(&user.id, &name, state.settings().quotas.keys).await?;
             Ok((StatusCode::CREATED, Json(SignedUp { api_key: key.into(), user: user.into() })))
         }
         _ => Err(ApiError::unauthorized("The email or the password is wrong")),

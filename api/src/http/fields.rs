@@ -120,7 +120,7 @@ impl Fields {
     pub fn optional_number(&mut self, name: &str, low: u64, high: u64) -> Result<Option<u64>, ApiError> {
         match self.take(name) {
             None | Some(Value::Null) => Ok(None),
-            Some(value) => match value.as_u64() {
+            Some(value) => match whole(&value) {
                 Some(number) if (low..=high).contains(&number) => Ok(Some(number)),
                 _ => {
                     Err(ApiError::validation(format!("`{name}` must be a whole number from {low} to {high}")))
@@ -154,6 +154,15 @@ impl Fields {
             }
         }
     }
+}
+
+/// A whole number, also one written like `2.0`: JSON does not tell them apart.
+fn whole(value: &Value) -> Option<u64> {
+    const EXACT: f64 = 9_007_199_254_740_992.0;
+    value.as_u64().or_else(|| {
+        let number = value.as_f64().filter(|n| n.fract() == 0.0 && (0.0..=EXACT).contains(n))?;
+        format!("{number:.0}").parse().ok()
+    })
 }
 
 /// Checks that a text is not empty, not too long, and holds no control characters besides those allowed.

@@ -2,15 +2,17 @@
 //!
 //! Must never let a slow or endless client hold more than its one connection.
 
+use super::Peer;
 use axum::Router;
 use axum::extract::ConnectInfo;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::server::graceful::GracefulShutdown;
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
@@ -21,6 +23,8 @@ use tower::ServiceExt as _;
 
 /// Connections at a time.
 const CONNECTIONS: usize = 4096;
+/// Of those, of one address.
+const OF_ONE: usize = CONNECTIONS / 4;
 /// For a request's headers, and for the TLS handshake.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// For running requests when the daemon ends.
@@ -109,6 +113,7 @@ fn read(cert: &PathBuf, key: &PathBuf) -> Result<Loaded, TlsError> {
 /// Serves until it is told to stop, then lets running requests end.
 pub async fn serve(listener: TcpListener, router: Router, tls: Option<Arc<Tls>>, stop: CancellationToken) {
     let turns = Arc::new(Semaphore::new(CONNECTIONS));
+    let guests = Guests::default();
     let graceful = GracefulShutdown::new();
     let mut http = Builder::new(TokioExecutor::new());
     http.http1()
@@ -140,11 +145,15 @@ pub async fn serve(listener: TcpListener, router: Router, tls: Option<Arc<Tls>>,
                 }
             },
         };
+        let Some(guest) = guests.enter(Peer::of(peer.ip())) else {
+            tracing::debug!(%peer, "api.too_many_connections");
+            continue;
+        };
         let _ = stream.set_nodelay(true);
         let (http, router, tls) = (http.clone(), router.clone(), tls.clone());
         let watcher = graceful.watcher();
         tokio::spawn(async move {
-            let _turn = turn;
+            let (_turn, _guest) = (turn, guest);
             match tls {
                 None => connection(&http, stream, peer, router, watcher).await,
                 Some(tls) => {
@@ -159,6 +168,37 @@ pub async fn serve(listener: TcpListener, router: Router, tls: Option<Arc<Tls>>,
     }
     drop(listener);
     let _ = tokio::time::timeout(GRACE, graceful.shutdown()).await;
+}
+
+/// How many connections each address has.
+#[derive(Clone, Default)]
+struct Guests(Arc<Mutex<HashMap<Peer, usize>>>);
+
+/// One connection that counts, until it is dropped.
+struct Guest(Guests, Peer);
+
+impl Guests {
+    fn enter(&self, peer: Peer) -> Option<Guest> {
+        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = counts.entry(peer).or_default();
+        if *count >= OF_ONE {
+            return None;
+        }
+        *count += 1;
+        Some(Guest(self.clone(), peer))
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let mut counts = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = counts.get_mut(&self.1) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&self.1);
+            }
+        }
+    }
 }
 
 async fn handshake(
@@ -184,5 +224,22 @@ async fn connection<I>(
     let connection = http.serve_connection_with_upgrades(TokioIo::new(stream), service);
     if let Err(error) = watcher.watch(connection.into_owned()).await {
         tracing::debug!(%error, "api.connection_ended");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_address_has_no_more_than_its_part() {
+        let guests = Guests::default();
+        let (one, other) = (Peer::of([192, 0, 2, 1].into()), Peer::of([192, 0, 2, 2].into()));
+        let all: Vec<_> = (0..OF_ONE).map(|_| guests.enter(one).unwrap()).collect();
+        assert!(guests.enter(one).is_none());
+        assert!(guests.enter(other).is_some());
+        drop(all);
+        assert!(guests.0.lock().unwrap().is_empty(), "who has left is forgotten");
+        assert!(guests.enter(one).is_some());
     }
 }

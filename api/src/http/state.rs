@@ -4,9 +4,8 @@ use super::limits::{Limits, Rates};
 use super::metrics::{Metrics, Token};
 use crate::engine::Handle;
 use crate::mail::{Mailer, Via};
-use crate::traffic::Traffic;
 use std::ops::RangeInclusive;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 use tapgate_model::VmId;
 use tapgate_store::{CaPem, Resources, Store};
@@ -43,11 +42,13 @@ pub struct Quotas {
     pub snapshots: u32,
     /// Environment variables.
     pub env: u32,
+    /// API keys that are not revoked.
+    pub keys: u32,
 }
 
 impl Default for Quotas {
     fn default() -> Self {
-        Self { vms: 100, rules: 10_000, secrets: 500, snapshots: 500, env: 500 }
+        Self { vms: 100, rules: 10_000, secrets: 500, snapshots: 500, env: 500, keys: 1000 }
     }
 }
 
@@ -116,7 +117,6 @@ struct Inner {
     limits: Limits,
     mailer: Mailer,
     metrics: Metrics,
-    traffic: OnceLock<Arc<dyn Traffic>>,
 }
 
 /// Shared by every request.
@@ -136,20 +136,8 @@ impl AppState {
     ) -> Result<Self, crate::mail::MailError> {
         let limits = Limits::new(settings.rates);
         let mailer = Mailer::new(&settings.mail_from, settings.mail.clone())?;
-        let (metrics, traffic) = (Metrics::new(), OnceLock::new());
-        Ok(Self(Arc::new(Inner { store, engine, ca, settings, limits, mailer, metrics, traffic })))
-    }
-
-    /// Names who knows what the kernel counted. Only the first counts.
-    #[must_use]
-    pub fn with_traffic(self, traffic: Arc<dyn Traffic>) -> Self {
-        let _ = self.0.traffic.set(traffic);
-        self
-    }
-
-    /// Who knows what the kernel counted, if somebody does.
-    pub(crate) fn traffic(&self) -> Option<&Arc<dyn Traffic>> {
-        self.0.traffic.get()
+        let metrics = Metrics::new();
+        Ok(Self(Arc::new(Inner { store, engine, ca, settings, limits, mailer, metrics })))
     }
 
     /// What was counted while requests were served.

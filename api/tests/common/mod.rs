@@ -11,7 +11,6 @@ use serde_json::{Value, json};
 use std::sync::Arc;
 use tapgate::engine::{Command, Handle};
 use tapgate::http::{Rate, Rates};
-use tapgate::traffic::Traffic;
 use tapgate::{AppState, Settings, router};
 use tapgate_model::{StatusDetail, VmId};
 use tapgate_store::{CaPem, SealKey, Store};
@@ -49,7 +48,7 @@ pub struct TestApp {
     pub store: Store,
     pub engine: Handle,
     pub commands: UnboundedReceiver<Command>,
-    _folder: tempfile::TempDir,
+    pub folder: tempfile::TempDir,
 }
 
 /// An answer, taken apart.
@@ -96,22 +95,14 @@ impl TestApp {
     }
 
     pub fn with(settings: Settings) -> Self {
-        Self::counting(settings, None)
-    }
-
-    /// With somebody who knows what the kernel counted.
-    pub fn counting(settings: Settings, traffic: Option<Arc<dyn Traffic>>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let key = SealKey::load_or_create(&folder.path().join("seal.key")).unwrap();
         let store = Store::open(&folder.path().join("db"), key).unwrap();
         let (engine, commands) = Handle::new();
         let ca =
             Arc::new(|vm: &VmId| Ok(CaPem { cert: format!("CA of {vm}"), key: String::from("key").into() }));
-        let mut state = AppState::try_new(store.clone(), engine.clone(), ca, settings).unwrap();
-        if let Some(traffic) = traffic {
-            state = state.with_traffic(traffic);
-        }
-        Self { router: router(state), store, engine, commands, _folder: folder }
+        let state = AppState::try_new(store.clone(), engine.clone(), ca, settings).unwrap();
+        Self { router: router(state), store, engine, commands, folder }
     }
 
     pub async fn send(&self, request: Request<Body>) -> Answer {

@@ -2,7 +2,7 @@
 
 use crate::error::{Kind, Result, StoreError};
 use crate::seal::random;
-use crate::store::Store;
+use crate::store::{Store, quota};
 use crate::time::now_us;
 use crate::users::id;
 use base64::Engine as _;
@@ -123,9 +123,15 @@ impl Store {
     }
 
     /// Makes another key for an account.
-    pub async fn key_create(&self, user: &UserId, name: &str) -> Result<IssuedKey> {
+    pub async fn key_create(&self, user: &UserId, name: &str, limit: u32) -> Result<IssuedKey> {
         let (user, name) = (user.clone(), name.to_owned());
-        self.db.write(move |tx| issue(tx, &user, &name)).await
+        self.db
+            .write(move |tx| {
+                let count = "SELECT count(*) FROM api_keys WHERE user = ?1 AND revoked_at IS NULL";
+                quota(tx, "API keys", count, user.as_str(), limit)?;
+                issue(tx, &user, &name)
+            })
+            .await
     }
 
     /// The account's keys that are not revoked, oldest first.

@@ -112,6 +112,21 @@ pub(crate) struct Listing<'a> {
 }
 
 impl Listing<'_> {
+    fn bound(&self, order: Order) -> String {
+        format!("{}\0{}\0{order:?}", self.scope, self.sort)
+    }
+
+    /// The cursor that a page ending with this row would have.
+    pub(crate) fn cursor_after(
+        &self,
+        cursors: &Cursors,
+        order: Order,
+        key: &Value,
+        seq: i64,
+    ) -> Result<String> {
+        cursors.encode(&self.bound(order), key, seq)
+    }
+
     /// Runs it. The select must begin with `seq`; the sort key is appended.
     pub(crate) fn run<T>(
         self,
@@ -120,8 +135,8 @@ impl Listing<'_> {
         page: &PageRequest,
         read: impl Fn(&Row<'_>) -> rusqlite::Result<T>,
     ) -> Result<Page<T>> {
-        let Self { select, filters, sort, scope } = self;
-        let scope = format!("{scope}\0{sort}\0{:?}", page.order);
+        let scope = self.bound(page.order);
+        let Self { select, filters, sort, scope: _ } = self;
         let (direction, beyond) = match page.order {
             Order::Asc => ("ASC", ">"),
             Order::Desc => ("DESC", "<"),

@@ -2,6 +2,7 @@
 
 use crate::error::{Result, StoreError};
 use crate::pool::{Durability, connect};
+use rusqlite::Connection;
 use rusqlite_migration::{M, Migrations};
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt as _;
@@ -46,16 +47,28 @@ fn prepare(path: &Path, steps: &[&'static str], durability: Durability, check: b
         )));
     }
     if version > 0 && version < steps.len() {
-        let copy = path.with_extension(format!("db.before-{}", steps.len()));
-        if !copy.exists() {
-            connection.execute("VACUUM INTO ?1", [copy.to_string_lossy()])?;
-        }
+        back_up(&connection, &path.with_extension(format!("db.before-{}", steps.len())))?;
     }
     let migrations = Migrations::new(steps.iter().map(|sql| M::up(sql)).collect());
     migrations.to_latest(&mut connection).map_err(|error| match error {
         rusqlite_migration::Error::RusqliteError { err, .. } => err.into(),
         other => StoreError::Internal(other.to_string()),
     })
+}
+
+/// A copy of the file, private as the file itself is, and in its place only once it is whole.
+fn back_up(connection: &Connection, to: &Path) -> Result<()> {
+    if to.exists() {
+        return Ok(());
+    }
+    let io = |source| StoreError::Io { path: to.into(), source };
+    let beside = to.with_extension("unfinished");
+    // What a start that was cut off left, if it did.
+    let _ = std::fs::remove_file(&beside);
+    // SQLite fills an empty file as it is, and would make another readable to all.
+    OpenOptions::new().create_new(true).write(true).mode(0o600).open(&beside).map_err(io)?;
+    connection.execute("VACUUM INTO ?1", [beside.to_string_lossy()])?;
+    std::fs::rename(&beside, to).map_err(io)
 }
 
 #[cfg(test)]
@@ -81,6 +94,31 @@ mod tests {
         )
         .unwrap();
         assert!(matches!(prepare_main(&other), Err(StoreError::Corrupt(_))));
+    }
+
+    #[test]
+    fn each_migration_leaves_a_whole_private_copy_of_what_was() {
+        for (name, steps) in [("tapgate.db", TAPGATE), ("audit.db", AUDIT)] {
+            for from in 1..steps.len() {
+                let folder = tempfile::tempdir().unwrap();
+                let path = folder.path().join(name);
+                prepare(&path, &steps[..from], Durability::Full, true).unwrap();
+                let old = connect(&path, Durability::Full, true).unwrap();
+                old.execute("INSERT INTO meta (key, value) VALUES ('mine', 7)", []).unwrap();
+                drop(old);
+                let copy = path.with_extension(format!("db.before-{}", steps.len()));
+                // What a start that was cut off left.
+                std::fs::write(copy.with_extension("unfinished"), "half").unwrap();
+                prepare(&path, steps, Durability::Full, true).unwrap();
+                assert_eq!(std::fs::metadata(&copy).unwrap().mode() & 0o777, 0o600);
+                for (file, version) in [(&path, steps.len()), (&copy, from)] {
+                    let db = connect(file, Durability::Full, true).unwrap();
+                    let of = |sql: &str| db.query_row(sql, [], |row| row.get::<_, i64>(0)).unwrap();
+                    assert_eq!(of("SELECT value FROM meta WHERE key = 'mine'"), 7);
+                    assert_eq!(usize::try_from(of("PRAGMA user_version")).unwrap(), version);
+                }
+            }
+        }
     }
 
     #[test]

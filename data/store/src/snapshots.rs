@@ -149,17 +149,27 @@ impl Store {
                     vms::owned(db, &user, vm)?;
                 }
                 let scope = format!("snapshots\0{user}\0{vm:?}");
+                let owner = user.clone();
                 let mut filters =
                     vec![("user = ?", Value::Text(user.into())), ("deleted_at IS NULL", Value::Null)];
                 if let Some(vm) = vm {
                     filters.push(("vm = ?", Value::Text(vm.into())));
                 }
-                Listing { select: SELECT, filters, sort: "created_at", scope }.run(
-                    db,
-                    &cursors,
-                    &PageRequest { limit, cursor, order: Order::Desc },
-                    read,
-                )
+                let listing = Listing { select: SELECT, filters, sort: "created_at", scope };
+                // The contract lets the ID of a snapshot stand for a cursor; one that was deleted since will do.
+                let cursor = match cursor.as_deref().map(str::parse::<SnapshotId>) {
+                    Some(Ok(after)) => {
+                        let sql = "SELECT created_at, seq FROM snapshots WHERE id = ?1 AND user = ?2";
+                        let place = db
+                            .prepare_cached(sql)?
+                            .query_row([after.as_str(), owner.as_str()], |row| Ok((row.get(0)?, row.get(1)?)))
+                            .optional()?;
+                        let (created_at, seq): (i64, i64) = place.ok_or(StoreError::Cursor)?;
+                        Some(listing.cursor_after(&cursors, Order::Desc, &created_at.into(), seq)?)
+                    }
+                    _ => cursor,
+                };
+                listing.run(db, &cursors, &PageRequest { limit, cursor, order: Order::Desc }, read)
             })
             .await
     }

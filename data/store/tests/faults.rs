@@ -186,3 +186,111 @@ async fn a_clock_that_goes_back_breaks_no_page() {
         assert_eq!(seen.len(), 10);
     }
 }
+
+/// A small file system of its own, in a mount namespace that goes with the child: nothing is left behind however it ends.
+#[tokio::test]
+async fn a_real_full_disk_loses_no_record_and_no_event() {
+    let folder = tempfile::tempdir().unwrap();
+    let script = format!(
+        "mount -t tmpfs -o size=4m tmpfs {0} && exec {1} --exact small_disk_child --nocapture --ignored",
+        folder.path().display(),
+        std::env::current_exe().unwrap().display()
+    );
+    let child = Command::new("unshare")
+        .args(["--mount", "--propagation", "private", "bash", "-c", &script])
+        .env(CHILD, folder.path())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&child.stdout);
+    assert!(text.contains("nothing is lost"), "{text}\n{}", String::from_utf8_lossy(&child.stderr));
+}
+
+#[tokio::test]
+#[ignore = "run by the test above, on a small disk"]
+async fn small_disk_child() {
+    let Some(folder) = std::env::var_os(CHILD).map(std::path::PathBuf::from) else { return };
+    // Room that can be given back.
+    let ballast = folder.join("ballast");
+    std::fs::write(&ballast, vec![1; 3 << 19]).unwrap();
+    let store = open(&folder);
+    let user = user(&store, "a@example.com").await;
+    let mut written = Vec::new();
+    let big = "x".repeat(16 * 1024);
+    let failed = loop {
+        let key = format!("K{}", written.len());
+        match store.env_set(&user, &key, &big, 100_000, Expected::any()).await {
+            Ok(_) => written.push(key),
+            Err(error) => break error,
+        }
+        assert!(written.len() < 10_000, "the disk never fills");
+    };
+    assert!(matches!(failed, StoreError::Unavailable(_)), "{failed:?}");
+    assert!(matches!(store.healthy().await, Ok(()) | Err(StoreError::Unavailable(_))));
+    let policy = VmPolicy {
+        vm: VmId::generate(),
+        user: user.clone(),
+        generation: 1,
+        mode: Mode::Enforce,
+        rules: Default::default(),
+        secrets: [].into(),
+        secrets_over_http: Default::default(),
+    };
+    for n in 0..300 {
+        let mut event = AuditEvent::new(&policy, Protocol::Tcp, Verdict::Deny { reason: Reason::NoRule }, n);
+        event.path = Some("p".repeat(500));
+        store.audit().record(event);
+    }
+    let all = store.env_all(&user).await.expect("reading goes on");
+    assert_eq!(all.len(), written.len());
+    std::fs::remove_file(&ballast).unwrap();
+    store.env_set(&user, "AFTER", "x", 100_000, Expected::any()).await.unwrap();
+    store.audit().flush().await;
+    assert_eq!(store.audit().verify().await.unwrap(), Ok(300));
+    drop(store);
+    let again = open(&folder);
+    assert_eq!(again.env_all(&user).await.unwrap().len(), written.len() + 1);
+    println!("nothing is lost");
+}
+
+#[tokio::test]
+async fn a_damaged_audit_file_is_said_and_the_records_go_on() {
+    let (folder, store) = fresh();
+    let user = user(&store, "a@example.com").await;
+    store.env_set(&user, "K", "v", 10, Expected::any()).await.unwrap();
+    let policy = VmPolicy {
+        vm: VmId::generate(),
+        user: user.clone(),
+        generation: 1,
+        mode: Mode::Enforce,
+        rules: Default::default(),
+        secrets: [].into(),
+        secrets_over_http: Default::default(),
+    };
+    for n in 0..2000 {
+        store.audit().record(AuditEvent::new(
+            &policy,
+            Protocol::Tcp,
+            Verdict::Deny { reason: Reason::NoRule },
+            n,
+        ));
+    }
+    store.audit().flush().await;
+    drop(store);
+    let path = folder.path().join("db/audit.db");
+    rusqlite::Connection::open(&path).unwrap().execute_batch("PRAGMA wal_checkpoint(TRUNCATE)").unwrap();
+    let mut bytes = std::fs::read(&path).unwrap();
+    // Everything but the head and the schema.
+    let from = bytes.len() / 2 / 4096 * 4096;
+    bytes[from..].fill(0xff);
+    std::fs::write(&path, &bytes).unwrap();
+    let store = open(folder.path());
+    let damage = store.audit().verify().await;
+    assert!(matches!(damage, Err(StoreError::Corrupt(_)) | Ok(Err(_))), "{damage:?}");
+    assert_eq!(store.env(&user, "K").await.unwrap().value, "v");
+    drop(store);
+    // A file that is none of ours is refused by name.
+    std::fs::write(&path, "nonsense, and more of it than a header has".repeat(100)).unwrap();
+    let key = SealKey::load(&folder.path().join("seal.key")).unwrap();
+    let refused = Store::open(&folder.path().join("db"), key).unwrap_err().to_string();
+    assert!(refused.contains("damaged") && refused.contains("restore the last backup"), "{refused}");
+}

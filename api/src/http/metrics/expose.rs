@@ -129,6 +129,7 @@ fn vms(registry: &mut Registry, now: Now) {
     let passed = Family::<OfReason, Counter>::default();
     let dropped = Family::<OfReason, Counter>::default();
     let lost = Family::<OfVm, Counter>::default();
+    let flows = Family::<OfVm, Gauge>::default();
     let unkept = Family::<OfVm, Counter>::default();
     let stray = now.stray.map(|traffic| ("none".to_owned(), traffic));
     let all = now.traffic.into_iter().map(|(vm, traffic)| (String::from(vm), traffic)).chain(stray);
@@ -145,7 +146,8 @@ fn vms(registry: &mut Registry, now: Now) {
                 family.get_or_create(&OfReason { vm: vm.clone(), reason: reason.word() }).inc_by(*count);
             }
         }
-        lost.get_or_create(&OfVm { vm }).inc_by(traffic.events_lost);
+        lost.get_or_create(&OfVm { vm: vm.clone() }).inc_by(traffic.events_lost);
+        flows.get_or_create(&OfVm { vm }).set(i64::try_from(traffic.flows).unwrap_or(i64::MAX));
     }
     for (vm, count) in now.dropped {
         unkept.get_or_create(&OfVm { vm: vm.into() }).inc_by(count);
@@ -155,5 +157,49 @@ fn vms(registry: &mut Registry, now: Now) {
     registry.register("vm_packets_passed", "Frames let through, by reason", passed);
     registry.register("vm_packets_dropped", "Frames dropped or refused, by reason", dropped);
     registry.register("vm_events_lost", "Kernel events kept back because there were too many", lost);
+    registry.register("vm_flows", "Flows that the kernel forwards just now", flows);
     registry.register("vm_audit_events_dropped", "Audit events of a VM that were not kept", unkept);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tapgate_model::Reason;
+
+    #[test]
+    fn a_vm_is_shown_by_direction_and_reason() {
+        let vm = VmId::generate();
+        let traffic = VmTraffic {
+            packets_out: 12,
+            bytes_in: 600,
+            passed: vec![(Reason::Cidr, 7)],
+            dropped: vec![(Reason::Spoofed, 2)],
+            events_lost: 4,
+            flows: 3,
+            ..VmTraffic::default()
+        };
+        let stray = VmTraffic { dropped: vec![(Reason::NoRule, 1)], ..VmTraffic::default() };
+        let now = Now {
+            vms: vec![(StatusDetail::Ready, 1)],
+            dropped: [(vm.clone(), 9)].into(),
+            traffic: vec![(vm.clone(), traffic)],
+            stray: Some(stray),
+            ..Now::default()
+        };
+        let text = expose(&Metrics::new(), now).unwrap();
+        for line in [
+            &format!("tapgate_vm_packets_total{{vm=\"{vm}\",direction=\"out\"}} 12"),
+            &format!("tapgate_vm_bytes_total{{vm=\"{vm}\",direction=\"in\"}} 600"),
+            &format!("tapgate_vm_packets_dropped_total{{vm=\"{vm}\",reason=\"spoofed\"}} 2"),
+            &format!("tapgate_vm_packets_passed_total{{vm=\"{vm}\",reason=\"cidr\"}} 7"),
+            &format!("tapgate_vm_events_lost_total{{vm=\"{vm}\"}} 4"),
+            &format!("tapgate_vm_audit_events_dropped_total{{vm=\"{vm}\"}} 9"),
+            &format!("tapgate_vm_flows{{vm=\"{vm}\"}} 3"),
+            "tapgate_vm_packets_dropped_total{vm=\"none\",reason=\"no_rule\"} 1",
+            "tapgate_vms{status_detail=\"ready\"} 1",
+        ] {
+            assert!(text.lines().any(|given| given == line), "{line}\n{text}");
+        }
+        assert!(text.ends_with("# EOF\n"));
+    }
 }

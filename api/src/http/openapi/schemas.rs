@@ -245,7 +245,7 @@ pub(super) fn schemas() -> Value {
             json!({
                 "vm_id": id("vm_"), "packets_out": count, "bytes_out": count, "packets_in": count,
                 "bytes_in": count, "passed": by_reason, "dropped": by_reason, "events_lost": count,
-                "events_dropped": count,
+                "events_dropped": count, "flows": count,
             }),
             json!({}),
         ),
