@@ -4,6 +4,7 @@
 //! It acts on what the store says and on nothing else: whoever wants something writes it there first and wakes the
 //! engine. Must never boot a VM without its gate, nor hold a policy of its own.
 
+pub(crate) mod agents;
 mod events;
 mod files;
 mod guests;
@@ -13,21 +14,23 @@ mod life;
 mod policy;
 mod snapshots;
 mod ssh;
+mod watching;
 
 pub(crate) use guests::Guests;
 pub use handle::{Command, Handle, Notifier, Scope};
 
-use crate::config::Config;
+use crate::{config::Config, storage::Storage};
 use std::{
     collections::{HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Instant,
 };
 use tapgate_datapath::Datapath;
 use tapgate_model::{GuestNet, UserId, VmId, VmPolicy};
 use tapgate_proxy::PolicyTable;
 use tapgate_store::{Store, StoreError, VmRecord};
 use tapgate_vmm::{Vmm, image::Image};
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{Notify, Semaphore, mpsc, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 /// A VM that has a gate now.
@@ -54,6 +57,14 @@ pub(crate) struct Shared {
     taking: Mutex<HashSet<VmId>>,
     /// Rises with every change of an environment.
     news: watch::Sender<u64>,
+    /// Where snapshots are stored.
+    pub storage: Storage,
+    /// How many VMs may be started at once.
+    boots: Semaphore,
+    /// Something is to be stored or collected.
+    uploads: Notify,
+    /// When guests sent their agents' logs last.
+    logs: Mutex<HashMap<VmId, Instant>>,
 }
 
 impl Shared {
@@ -91,6 +102,8 @@ pub struct Parts {
     pub driver: Arc<dyn Vmm>,
     /// The base image; the namespace driver has none.
     pub image: Option<Image>,
+    /// Where snapshots are stored.
+    pub storage: Storage,
     /// How waiting requests hear of changes.
     pub notifier: Notifier,
     /// Ends the engine; VMs run on.
@@ -107,7 +120,7 @@ pub struct Engine {
 impl Engine {
     /// Takes the opened parts.
     pub fn new(parts: Parts) -> Self {
-        let Parts { config, store, datapath, table, driver, image, notifier, stop } = parts;
+        let Parts { config, store, datapath, table, driver, image, storage, notifier, stop } = parts;
         let shared = Shared {
             config,
             store,
@@ -120,6 +133,10 @@ impl Engine {
             gates: Mutex::default(),
             taking: Mutex::default(),
             news: watch::Sender::new(0),
+            storage,
+            boots: Semaphore::new(std::thread::available_parallelism().map_or(2, usize::from).max(2)),
+            uploads: Notify::new(),
+            logs: Mutex::default(),
         };
         Self { shared: Arc::new(shared), tasks: TaskTracker::new(), wakers: HashMap::new() }
     }
@@ -137,7 +154,7 @@ impl Engine {
             Err(error) => tracing::error!(%error, "engine.leftovers_not_removed"),
         }
         self.tasks.spawn(events::pump(self.shared.clone()));
-        self.tasks.spawn(snapshots::keep_tidy(self.shared.clone()));
+        self.tasks.spawn(snapshots::keep_store(self.shared.clone()));
         for record in living {
             self.wake(record.id);
         }
@@ -155,6 +172,7 @@ impl Engine {
                     // Secrets bring placeholders with them.
                     self.shared.news.send_modify(|news| *news = news.wrapping_add(1));
                 }
+                Command::Snapshots => self.shared.uploads.notify_one(),
                 // Guests that wait for it ask again, each for its own.
                 Command::Env(_) => self.shared.news.send_modify(|news| *news = news.wrapping_add(1)),
             }
