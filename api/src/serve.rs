@@ -4,11 +4,13 @@
 //! them. Must never start serving with a part missing.
 
 use crate::{
+    capacity::Room,
     config::{self, AccelChoice, Config, DriverKind},
     engine::{self, Engine, Parts},
     guest_service,
     http::{AppState, Settings, router, server},
     images,
+    storage::Storage,
 };
 use anyhow::{Context as _, bail};
 use std::{path::PathBuf, sync::Arc};
@@ -87,6 +89,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         .context("cannot open the store")?;
     let (image, driver) = open_driver(&config).await?;
 
+    let storage = Storage::open(&config.snapshot_store).context("cannot open the snapshot store")?;
     let datapath = Datapath::open(DatapathConfig {
         instance: config.instance.clone(),
         pin_root: "/sys/fs/bpf/tapgate".into(),
@@ -123,6 +126,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         table,
         driver,
         image,
+        storage,
         notifier,
         stop: stop.clone(),
     });
@@ -238,6 +242,14 @@ fn api_settings(config: &Config) -> Settings {
             disk_bytes: u64::from(config.disk_gib) << 30,
         },
         base_image: config.image.clone(),
+        git_host: config.git_host.to_string(),
+        room: Room::of_host(
+            config.share.clone(),
+            config.data_dir.clone(),
+            config.driver != DriverKind::Netns,
+        ),
+        harnesses: config.harnesses.clone(),
+        vms: config.data_dir.join("vms"),
         ..Settings::default()
     }
 }

@@ -3,7 +3,9 @@
 //! Owns reading, merging (flag, then variable, then file, then default) and checking. Unknown keys are errors; every
 //! message names the key and says what to write instead. Nothing is started here.
 
-use crate::{http::SignUp, mail::Via, retention::Retention};
+use crate::{
+    agent::Harnesses, capacity::Share, http::SignUp, mail::Via, retention::Retention, storage::Place,
+};
 mod settings;
 
 pub use settings::{AccelChoice, DriverKind, OverHttp, Settings};
@@ -14,7 +16,7 @@ use std::{
     ops::RangeInclusive,
     path::{Path, PathBuf},
 };
-use tapgate_model::{Cidr, policy::SecretsOverHttp};
+use tapgate_model::{Cidr, HostName, policy::SecretsOverHttp};
 
 /// The checked configuration.
 #[derive(Clone, Debug)]
@@ -65,6 +67,14 @@ pub struct Config {
     pub disk_gib: u32,
     /// Secrets in clear text.
     pub secrets_over_http: SecretsOverHttp,
+    /// Where agents' repositories are that are given as owner/repo.
+    pub git_host: HostName,
+    /// What runs agents' prompts.
+    pub harnesses: Harnesses,
+    /// How much of the host VMs may have.
+    pub share: Share,
+    /// Where snapshots are stored.
+    pub snapshot_store: Place,
     /// Log filter.
     pub log: String,
 }
@@ -211,7 +221,18 @@ impl Settings {
                 Err(value(key, format!("{number} is not in {}..={}", range.start(), range.end())))
             }
         };
+        let factor = |key, number: Option<f64>, default: f64| match number.unwrap_or(default) {
+            number if number.is_finite() && (0.1..=1000.0).contains(&number) => Ok(number),
+            number => Err(value(key, format!("{number} is not in 0.1..=1000"))),
+        };
+        let share = Share {
+            memory_reserve_mib: self.memory_reserve_mib.unwrap_or(512),
+            memory_overcommit: factor("memory_overcommit", self.memory_overcommit, 1.0)?,
+            disk_reserve: self.disk_reserve_gib.unwrap_or(2).saturating_mul(1 << 30),
+            disk_overcommit: factor("disk_overcommit", self.disk_overcommit, 10.0)?,
+        };
         Ok(Config {
+            share,
             listen,
             tls,
             public_url,
@@ -238,6 +259,18 @@ impl Settings {
                 Some(OverHttp::Explicit) | None => SecretsOverHttp::Explicit,
                 Some(OverHttp::Never) => SecretsOverHttp::Never,
             },
+            snapshot_store: Place::parse(
+                self.snapshot_store.as_deref(),
+                data_dir.clone(),
+                self.s3_endpoint,
+                self.s3_region,
+                self.s3_credentials.as_deref(),
+            )
+            .map_err(|error| value(error.key, error.message))?,
+            git_host: HostName::parse(self.git_host.as_deref().unwrap_or("github.com"))
+                .map_err(|error| value("git_host", error.to_string()))?,
+            harnesses: Harnesses::with(self.harness.unwrap_or_default())
+                .map_err(|error| value("harness", error.to_string()))?,
             log: self.log.unwrap_or_else(|| "info".into()),
             data_dir,
         })
@@ -331,6 +364,10 @@ mod tests {
             ("public_host = 'a b'", "public_host"),
             ("memory_mib = 1", "memory_mib"),
             ("resolvers = ['dns']", "resolvers"),
+            ("memory_overcommit = 0.0", "memory_overcommit"),
+            ("snapshot_store = 'relative'", "snapshot_store"),
+            ("git_host = 'https://github.com'", "git_host"),
+            ("harness.x.argv = ['run']", "harness"),
         ] {
             let error = parse(text).unwrap_err();
             assert!(error.contains(&format!("`{key}`")), "{text}: {error}");

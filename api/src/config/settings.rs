@@ -1,8 +1,10 @@
 //! The keys as written: one list for the file, the flags and the variables. Owns reading and merging; judges nothing.
 
 use super::ConfigError;
+use crate::agent::Harness;
 use crate::http::SignUp;
 use serde::Deserialize;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// Which program runs the guests.
@@ -123,6 +125,36 @@ pub struct Settings {
     /// When secrets go out in clear-text HTTP [default: explicit]
     #[arg(long, env = "TAPGATE_SECRETS_OVER_HTTP")]
     pub secrets_over_http: Option<OverHttp>,
+    /// Memory that VMs may not have, in MiB [default: 512]
+    #[arg(long, env = "TAPGATE_MEMORY_RESERVE_MIB")]
+    pub memory_reserve_mib: Option<u64>,
+    /// How often the rest is given to VMs [default: 1.0]
+    #[arg(long, env = "TAPGATE_MEMORY_OVERCOMMIT", value_name = "FACTOR")]
+    pub memory_overcommit: Option<f64>,
+    /// Free disk below which no VM is made, in GiB [default: 2]
+    #[arg(long, env = "TAPGATE_DISK_RESERVE_GIB")]
+    pub disk_reserve_gib: Option<u64>,
+    /// How often the disk is given to VMs, whose disks are sparse [default: 10.0]
+    #[arg(long, env = "TAPGATE_DISK_OVERCOMMIT", value_name = "FACTOR")]
+    pub disk_overcommit: Option<f64>,
+    /// Where snapshots are stored: a folder, or s3://BUCKET/PREFIX [default: DATA_DIR]
+    #[arg(long, env = "TAPGATE_SNAPSHOT_STORE", value_name = "PLACE")]
+    pub snapshot_store: Option<String>,
+    /// URL of an S3-compatible service, if it is not AWS
+    #[arg(long, env = "TAPGATE_S3_ENDPOINT", value_name = "URL")]
+    pub s3_endpoint: Option<String>,
+    /// Region of the bucket [default: auto]
+    #[arg(long, env = "TAPGATE_S3_REGION", value_name = "REGION")]
+    pub s3_region: Option<String>,
+    /// TOML file, private to root, with access_key_id and secret_access_key [default: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY]
+    #[arg(long, env = "TAPGATE_S3_CREDENTIALS", value_name = "FILE")]
+    pub s3_credentials: Option<PathBuf>,
+    /// Host of agents' repositories that are given as owner/repo [default: github.com]
+    #[arg(long, env = "TAPGATE_GIT_HOST", value_name = "HOST")]
+    pub git_host: Option<String>,
+    /// How agents' harnesses are started, by name. A table, so in the file alone.
+    #[arg(skip)]
+    pub harness: Option<BTreeMap<String, Harness>>,
     /// What to log, as in RUST_LOG [default: info]
     #[arg(long, env = "TAPGATE_LOG", value_name = "FILTER")]
     pub log: Option<String>,
@@ -169,6 +201,16 @@ impl Settings {
             memory_mib,
             disk_gib,
             secrets_over_http,
+            memory_reserve_mib,
+            memory_overcommit,
+            disk_reserve_gib,
+            disk_overcommit,
+            snapshot_store,
+            s3_endpoint,
+            s3_region,
+            s3_credentials,
+            git_host,
+            harness,
             log
         )
     }
