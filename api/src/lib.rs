@@ -20,6 +20,7 @@ pub mod mail;
 pub mod retention;
 pub mod serve;
 mod storage;
+pub mod unit;
 
 pub use agent::{Harness, HarnessError, Harnesses};
 pub use http::{AppState, Settings, router};

@@ -3,7 +3,7 @@
 //! Each state is in the records before it is acted on, so after a crash the task goes on where the records say. What a
 //! user asks comes in by the records too; the waker only says that they changed.
 
-use super::{Gated, Shared, files, policy, snapshots, ssh, watching};
+use super::{Shared, files, gates::Gated, policy, snapshots, ssh, watching};
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
@@ -19,6 +19,8 @@ use tokio::sync::Notify;
 const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
 /// For a snapshot to come from its store.
 const FETCH_TIMEOUT: Duration = Duration::from_secs(3600);
+/// For an adopted VMM to answer.
+const ADOPT_CHECK: Duration = Duration::from_secs(15);
 /// How often a start is tried: what kept the first from it (a port, a process that was just ending) may be gone.
 const BOOTS: u32 = 2;
 /// For the guest to shut itself down when asked to.
@@ -192,10 +194,8 @@ async fn start(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> 
 async fn boot(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> {
     let began = Instant::now();
     let spec = files::spec(shared, record).await?;
-    let policy = shared
-        .policy_of(&record.id)
-        .await
-        .map_err(|error| format!("cannot read the egress policy: {error}"))?;
+    let policy =
+        shared.policy_of(record).await.map_err(|error| format!("cannot read the egress policy: {error}"))?;
     let read = began.elapsed();
     let net = shared.net(record);
     let gate = match &spec.guest_ns {
@@ -235,7 +235,7 @@ async fn adopt(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> 
     let handle = record.handle.as_deref().ok_or("the records have no VMM for it")?;
     let handle: Handle = serde_json::from_str(handle).map_err(|error| error.to_string())?;
     let spec = files::spec(shared, record).await?;
-    let policy = shared.policy_of(&record.id).await.map_err(|error| error.to_string())?;
+    let policy = shared.policy_of(record).await.map_err(|error| error.to_string())?;
     let gate = shared
         .datapath
         .adopt(&record.id, shared.net(record), &policy)
@@ -243,18 +243,24 @@ async fn adopt(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> 
         .map_err(|error| error.to_string())?;
     serve(shared, record, &gate).await?;
     let machine = shared.driver.adopt(&spec, &handle, gate).await.map_err(|error| error.to_string())?;
+    // One that hangs is as good as one that died.
+    match tokio::time::timeout(ADOPT_CHECK, machine.check()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => return Err(error.to_string()),
+        Err(_) => return Err("the VMM does not answer".into()),
+    }
     Ok(Live { machine: machine.into(), _forward: forward(shared, record).await? })
 }
 
 /// Makes the VM known to the proxy, with the policy of this moment.
 async fn serve(shared: &Shared, record: &VmRecord, gate: &Gate) -> Result<(), String> {
     let ca = files::ca(shared, record).await?;
-    let policy = shared.policy_of(&record.id).await.map_err(|error| error.to_string())?;
+    let policy = shared.policy_of(record).await.map_err(|error| error.to_string())?;
     shared.table.insert(gate.net(), ca, Arc::new(policy));
-    let gated = Gated { user: record.user.clone(), net: gate.net() };
-    shared.gates().insert(record.id.clone(), gated.clone());
+    let gated = Gated { user: record.user.clone(), net: gate.net(), policy: None };
+    shared.gates().insert(record.id.clone(), gated);
     // A change that came between reading and inserting would be lost without this.
-    policy::install(shared, &record.id, &gated).await;
+    policy::install(shared, &record.user, Some(&record.id)).await;
     Ok(())
 }
 

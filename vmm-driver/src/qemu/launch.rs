@@ -33,6 +33,8 @@ pub struct Launch<'a> {
     pub log: &'a Path,
     /// Its user and group id; `None` where the daemon is not root and has nothing to give up.
     pub uid: Option<u32>,
+    /// Groups that it is in besides.
+    pub groups: Vec<nix::unistd::Gid>,
     /// Descriptors and the numbers they get.
     pub descriptors: Vec<(OwnedFd, RawFd)>,
     /// The entrance of its control group.
@@ -53,7 +55,7 @@ impl Launch<'_> {
         command.args(&self.args).env_clear().current_dir("/").stdin(Stdio::null()).stdout(log).stderr(error);
         let descriptors = high(self.descriptors).map_err(VmmError::io("descriptors"))?;
         let cgroup = self.cgroup;
-        let uid = self.uid;
+        let (uid, groups) = (self.uid, self.groups);
         let prepare = move || -> io::Result<()> {
             // A session of its own: no terminal's signal and no daemon's end reaches it.
             nix::unistd::setsid()?;
@@ -65,7 +67,7 @@ impl Launch<'_> {
             }
             limit_core()?;
             if let Some(uid) = uid {
-                nix::unistd::setgroups(&[])?;
+                nix::unistd::setgroups(&groups)?;
                 let (user, group) = (nix::unistd::Uid::from_raw(uid), nix::unistd::Gid::from_raw(uid));
                 nix::unistd::setresgid(group, group, group)?;
                 // From root to another id: the kernel takes every capability away.
