@@ -115,6 +115,9 @@ impl Log {
     pub fn seen(&self) -> Vec<Seen> {
         self.0.lock().unwrap().0.clone()
     }
+    pub fn forget(&self) {
+        self.0.lock().unwrap().0.clear();
+    }
     pub fn attacker_got(&self, needle: &str) -> bool {
         let log = self.0.lock().unwrap();
         log.1.windows(needle.len()).any(|window| window == needle.as_bytes())
@@ -483,7 +486,7 @@ async fn answer(
     log: Log,
     at: Ipv4Addr,
 ) -> Result<Response<http_body_util::combinators::UnsyncBoxBody<Bytes, std::io::Error>>, Infallible> {
-    if request.headers().contains_key("upgrade") {
+    if request.headers().contains_key("upgrade") && request.uri().path() != "/no-websocket" {
         return Ok(websocket(request, log, at));
     }
     let path = request.uri().path().to_owned();
@@ -543,6 +546,11 @@ fn websocket(
         body: Bytes::new(),
     };
     log.0.lock().unwrap().0.push(seen);
+    let key = request.headers().get("sec-websocket-key").map_or(&b""[..], |key| key.as_bytes());
+    let key = if request.uri().path() == "/wrong-accept" { b"another" } else { key };
+    let accept = [key, b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"].concat();
+    let accept = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA1_FOR_LEGACY_USE_ONLY, &accept);
+    let accept = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, accept);
     tokio::spawn(async move {
         let mut stream = TokioIo::new(upgrade.await.unwrap());
         let mut buffer = [0; 64];
@@ -554,6 +562,7 @@ fn websocket(
         .status(101)
         .header("connection", "upgrade")
         .header("upgrade", "websocket")
+        .header("sec-websocket-accept", accept)
         .body(Full::new(Bytes::new()).map_err(|never| match never {}).boxed_unsync())
         .unwrap()
 }
