@@ -15,6 +15,7 @@ use std::{
     path::{Path, PathBuf},
 };
 use tapgate_model::{Cidr, policy::SecretsOverHttp};
+use tapgate_proxy::{BadResolver, Resolver};
 
 /// The checked configuration.
 #[derive(Clone, Debug)]
@@ -48,7 +49,7 @@ pub struct Config {
     /// IPv6 addresses for guests; `None` turns IPv6 off.
     pub guest_v6: Option<Cidr>,
     /// Name servers; empty means the system's.
-    pub resolvers: Vec<SocketAddr>,
+    pub resolvers: Vec<Resolver>,
     /// Host ports for SSH.
     pub ssh_ports: RangeInclusive<u16>,
     /// Names the namespace, the pins and the tables.
@@ -172,14 +173,8 @@ impl Settings {
         let resolvers = self.resolvers.unwrap_or_default();
         let resolvers = resolvers
             .iter()
-            .map(|text| {
-                text.parse::<SocketAddr>()
-                    .or_else(|_| text.parse().map(|ip| SocketAddr::new(ip, 53)))
-                    .map_err(|_| {
-                        value("resolvers", format!("`{text}` is not an address such as 192.0.2.53:53"))
-                    })
-            })
-            .collect::<Result<Vec<_>, _>>()?;
+            .map(|text| text.parse().map_err(|error: BadResolver| value("resolvers", error.to_string())))
+            .collect::<Result<Vec<Resolver>, _>>()?;
         let ssh_ports = port_range(self.ssh_ports.as_deref().unwrap_or("22000-22999"))?;
         let instance = match self.instance {
             Some(name) => name,
@@ -331,6 +326,7 @@ mod tests {
             ("public_host = 'a b'", "public_host"),
             ("memory_mib = 1", "memory_mib"),
             ("resolvers = ['dns']", "resolvers"),
+            ("resolvers = ['tls://192.0.2.53']", "resolvers"),
         ] {
             let error = parse(text).unwrap_err();
             assert!(error.contains(&format!("`{key}`")), "{text}: {error}");

@@ -56,8 +56,11 @@ fn main() -> Result<()> {
         false => Plan { each: Duration::from_secs(2), rounds: 1, idle: 2_000 },
     };
     let only: Vec<&String> = args.iter().filter(|arg| !arg.starts_with("--")).collect();
-    let (soft, hard) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)?;
-    nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, hard.max(soft), hard)?;
+    let most = nix::sys::resource::Resource::RLIMIT_NOFILE;
+    let (_, descriptors) = nix::sys::resource::getrlimit(most)?;
+    nix::sys::resource::setrlimit(most, descriptors, descriptors)?;
+    // A spliced connection takes two of the proxy's.
+    let plan = Plan { idle: plan.idle.min(usize::try_from(descriptors)?.saturating_sub(2200) / 2), ..plan };
     let stage = Stage::new()?;
     let (running, subjects) = subjects(&stage, &only, plan)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()

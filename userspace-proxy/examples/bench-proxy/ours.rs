@@ -41,7 +41,7 @@ pub fn serve(dir: &Path) -> Result<()> {
         table.insert(net, vm_ca, Arc::new(policy(guest == SECRET)?));
     }
     let config = ProxyConfig {
-        resolvers: vec![SocketAddr::from((RESOLVER, 5300))],
+        resolvers: vec![SocketAddr::from((RESOLVER, 5300)).into()],
         extra_roots: vec![CertificateDer::from_pem_slice(ca.as_bytes())?],
         ..ProxyConfig::default()
     };

@@ -23,7 +23,7 @@ fn written(stage: &Stage, name: &str, text: &str) -> Result<PathBuf> {
 /// TCP with `splice-auto`, two threads.
 pub fn haproxy(stage: &Stage) -> Result<Running> {
     let text = format!(
-        "global\n maxconn 25000\n nbthread 2\n\
+        "global\n maxconn 9000\n maxpipes 500\n nbthread 2\n\
          defaults\n mode tcp\n timeout connect 10s\n timeout client 600s\n timeout server 600s\n option splice-auto\n\
          frontend f\n bind {PEERS}:{}\n tcp-request inspect-delay 5s\n tcp-request content accept if {{ req_ssl_hello_type 1 }}\n \
          use_backend b if {{ req_ssl_sni -i {NAME} }}\n\
@@ -42,8 +42,8 @@ pub fn nginx_splice(stage: &Stage) -> Result<Running> {
     let dir = stage.dir().display();
     let text = format!(
         "load_module /usr/lib/nginx/modules/ngx_stream_module.so;
-         daemon off; user root; worker_processes 2; worker_rlimit_nofile 65536; error_log {dir}/nginx-splice.log; pid {dir}/nginx-splice.pid;
-         events {{ worker_connections 30000; }}
+         daemon off; user root; worker_processes 2;  error_log {dir}/nginx-splice.log; pid {dir}/nginx-splice.pid;
+         events {{ worker_connections 19000; }}
          stream {{
            map $ssl_preread_server_name $to {{ {NAME} {ORIGIN}:443; }}
            server {{ listen {PEERS}:{} backlog=4096; ssl_preread on; proxy_pass $to; tcp_nodelay on; proxy_buffer_size 64k; }} }}",
@@ -56,8 +56,8 @@ pub fn nginx_splice(stage: &Stage) -> Result<Running> {
 pub fn nginx_open(stage: &Stage) -> Result<Running> {
     let dir = stage.dir().display();
     let text = format!(
-        "daemon off; user root; worker_processes 2; worker_rlimit_nofile 65536; error_log {dir}/nginx-open.log; pid {dir}/nginx-open.pid;
-         events {{ worker_connections 30000; }}
+        "daemon off; user root; worker_processes 2;  error_log {dir}/nginx-open.log; pid {dir}/nginx-open.pid;
+         events {{ worker_connections 19000; }}
          http {{
            access_log off; tcp_nodelay on; keepalive_timeout 600; keepalive_requests 100000000;
            client_body_temp_path {dir}/n1; proxy_temp_path {dir}/n2; fastcgi_temp_path {dir}/n3;
@@ -102,7 +102,7 @@ pub fn squid(stage: &Stage, open: bool) -> Result<Running> {
          sslcrtd_program /usr/lib/squid/security_file_certgen -s {home_text}/certs -M 16MB\nsslcrtd_children 2 startup=2\n\
          acl step1 at_step SslBump1\nssl_bump peek step1\nssl_bump {what} all\ntls_outgoing_options cafile={dir}/ca.pem\n\
          http_access allow all\ncache deny all\naccess_log none\ncache_log {home_text}/cache.log\ncache_store_log none\n\
-         pid_filename {home_text}/pid\ncoredump_dir {home_text}\nmax_filedescriptors 60000\nvisible_hostname bench\npinger_enable off\n\
+         pid_filename {home_text}/pid\ncoredump_dir {home_text}\nmax_filedescriptors 20000\nvisible_hostname bench\npinger_enable off\n\
          hosts_file {dir}/hosts\nshutdown_lifetime 0 seconds\nclient_lifetime 1 hour\npconn_timeout 10 minutes\nclient_persistent_connections on\n"
     );
     let file = written(stage, &format!("{name}.conf"), &text)?;

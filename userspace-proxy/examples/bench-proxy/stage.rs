@@ -146,8 +146,8 @@ impl Stage {
         fs::write(www.join("small"), vec![b's'; 1024])?;
         fs::write(www.join("bulk"), vec![b'b'; BULK])?;
         let config = format!(
-            "daemon off; user root; worker_processes 2; worker_rlimit_nofile 65536; error_log {dir}/origin.log; pid {dir}/origin.pid;
-             events {{ worker_connections 30000; }}
+            "daemon off; user root; worker_processes 2;  error_log {dir}/origin.log; pid {dir}/origin.pid;
+             events {{ worker_connections 19000; }}
              http {{
                access_log off; sendfile on; tcp_nodelay on; keepalive_timeout 600; keepalive_requests 100000000;
                client_body_temp_path {dir}/o1; proxy_temp_path {dir}/o2; fastcgi_temp_path {dir}/o3;
@@ -184,21 +184,24 @@ fn network(guest: u32) -> Result<()> {
     sh(&format!(
         "for a in {ORIGIN} {PEERS} {RESOLVER}; do ip addr add $a/32 dev lo; done; ip link set lo up
          ip link add eth1 type veth peer name eth0 netns {guest}
-         in() {{ nsenter --net=/proc/{guest}/ns/net \"$@\"; }}
-         in ip link set lo up; in ip link set eth0 up; ip link set eth1 up; ip addr add 10.214.0.254/32 dev eth1
-         for a in {PLAIN} {SECRET}; do in ip addr add $a/32 dev eth0; ip route add $a/32 dev eth1; done
-         in ip route add default via 10.214.0.254 dev eth0 onlink
+         inside() {{ nsenter --net=/proc/{guest}/ns/net \"$@\"; }}
+         inside ip link set lo up; inside ip link set eth0 up; ip link set eth1 up; ip addr add 10.214.0.254/32 dev eth1
+         for a in {PLAIN} {SECRET}; do inside ip addr add $a/32 dev eth0; ip route add $a/32 dev eth1; done
+         inside ip route add default via 10.214.0.254 dev eth0 onlink
          for n in all eth1; do echo 0 > /proc/sys/net/ipv4/conf/$n/rp_filter; done
          echo 1 > /proc/sys/net/ipv4/ip_forward
          for s in 'ip_local_port_range=1024 65535' tcp_tw_reuse=1 tcp_max_syn_backlog=8192; do
            echo \"${{s#*=}}\" > /proc/sys/net/ipv4/${{s%%=*}}
-           in sh -c \"echo '${{s#*=}}' > /proc/sys/net/ipv4/${{s%%=*}}\"
+           inside sh -c \"echo '${{s#*=}}' > /proc/sys/net/ipv4/${{s%%=*}}\"
          done
          ip rule add fwmark 1 lookup 100; ip route add local default dev lo table 100
          nft -f - <<'NFT'
-         table ip handover {{ chain in {{ type filter hook prerouting priority mangle
-           iifname eth1 ip daddr {OURS} meta l4proto tcp tproxy to 127.0.0.1:{} meta mark set 1 accept
-         }} }}
+         table ip handover {{
+           chain in {{
+             type filter hook prerouting priority mangle
+             iifname eth1 ip daddr {OURS} meta l4proto tcp tproxy to 127.0.0.1:{} meta mark set 1 accept
+           }}
+         }}
 NFT",
         tapgate_ebpf_common::net::port::TCP
     ))

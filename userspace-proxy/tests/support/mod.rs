@@ -2,7 +2,9 @@
 //! name server, TLS and HTTP servers of a test CA, the proxy, and a guest whose destinations are chosen freely.
 #![allow(dead_code, missing_docs, clippy::unwrap_used, reason = "shared by tests that each use a part")]
 
+pub mod clients;
 pub mod guest;
+pub mod servers;
 
 use bytes::Bytes;
 use hickory_proto::{
@@ -85,6 +87,12 @@ pub struct Sink {
     came: Notify,
 }
 
+impl Sink {
+    pub fn forget(&self) {
+        self.events.lock().unwrap().clear();
+    }
+}
+
 impl AuditSink for Sink {
     fn record(&self, event: AuditEvent) {
         self.events.lock().unwrap().push(event);
@@ -135,6 +143,8 @@ impl TestCa {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        // Another name than the leaves have, which would look self-signed.
+        params.distinguished_name.push(rcgen::DnType::CommonName, "test CA");
         let cert = params.self_signed(&key).unwrap();
         Self { issuer: Issuer::new(params, key), der: cert.der().clone(), pem: cert.pem() }
     }
@@ -187,7 +197,7 @@ impl Zone {
         self.asked.lock().unwrap().iter().any(|name| name.contains(part))
     }
 
-    fn answer(&self, request: &[u8]) -> Vec<u8> {
+    pub fn answer(&self, request: &[u8]) -> Vec<u8> {
         let request = Message::from_vec(request).unwrap();
         let query = request.queries[0].clone();
         let name = query.name().to_ascii().to_lowercase();
@@ -272,6 +282,15 @@ impl World {
         table.set_guest_range(&["10.214.0.0/16".parse().unwrap()]);
         let front = TcpListener::bind("127.0.0.1:0").await.unwrap();
         Self { ca, zone, log: Log::default(), sink, table, net, vm_ca, policy, stop, accepted, front }
+    }
+
+    /// Another proxy, with these settings, takes the connections from here on.
+    pub fn restart(&mut self, config: ProxyConfig) {
+        let (accepted, queue) = mpsc::channel(64);
+        tokio::spawn(
+            Proxy::new(config, self.table.clone(), self.sink.clone()).handle_all(queue, self.stop.clone()),
+        );
+        self.accepted = accepted;
     }
 
     /// Puts rules in force; secrets are name, value, hosts.
@@ -412,7 +431,7 @@ impl World {
 /// The proxy's settings in this world.
 pub fn config(ca: &TestCa) -> ProxyConfig {
     ProxyConfig {
-        resolvers: vec![SocketAddr::from((RESOLVER, 5300))],
+        resolvers: vec![SocketAddr::from((RESOLVER, 5300)).into()],
         extra_roots: vec![ca.der.clone()],
         timeouts: Timeouts { server_first: std::time::Duration::from_millis(50), ..Timeouts::default() },
     }
