@@ -40,6 +40,8 @@ pub struct Plan<'a> {
     pub id: &'a VmId,
     /// How the CPU is provided.
     pub accel: Accel,
+    /// Whether this QEMU takes `/dev/kvm` as a descriptor (since 8.2); an older one opens it by its name.
+    pub kvm_descriptor: bool,
     /// Virtual CPUs.
     pub vcpus: u32,
     /// Memory in MiB.
@@ -64,6 +66,7 @@ pub fn build(plan: &Plan<'_>) -> Vec<OsString> {
     add(&["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]);
     add(&["-M", "microvm,acpi=on,pcie=off,rtc=on,usb=off,graphics=off"]);
     match plan.accel {
+        Accel::Kvm if !plan.kvm_descriptor => add(&["-accel", "kvm", "-cpu", "host"]),
         Accel::Kvm => {
             add(&[
                 "-add-fd",
@@ -136,6 +139,7 @@ mod tests {
         let plan = Plan {
             id: &id,
             accel,
+            kvm_descriptor: true,
             vcpus: 2,
             memory_mib: 512,
             disk,

@@ -2,6 +2,7 @@
 //!
 //! Owns what happens between fork and exec. Must never leave the child a right or a descriptor that is not listed.
 
+use crate::process::ProcessRef;
 use crate::spec::VmmError;
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
@@ -32,6 +33,8 @@ pub struct Launch<'a> {
     pub log: &'a Path,
     /// Its user and group id; `None` where the daemon is not root and has nothing to give up.
     pub uid: Option<u32>,
+    /// Groups that it is in besides.
+    pub groups: Vec<nix::unistd::Gid>,
     /// Descriptors and the numbers they get.
     pub descriptors: Vec<(OwnedFd, RawFd)>,
     /// The entrance of its control group.
@@ -52,7 +55,7 @@ impl Launch<'_> {
         command.args(&self.args).env_clear().current_dir("/").stdin(Stdio::null()).stdout(log).stderr(error);
         let descriptors = high(self.descriptors).map_err(VmmError::io("descriptors"))?;
         let cgroup = self.cgroup;
-        let uid = self.uid;
+        let (uid, groups) = (self.uid, self.groups);
         let prepare = move || -> io::Result<()> {
             // A session of its own: no terminal's signal and no daemon's end reaches it.
             nix::unistd::setsid()?;
@@ -64,7 +67,7 @@ impl Launch<'_> {
             }
             limit_core()?;
             if let Some(uid) = uid {
-                nix::unistd::setgroups(&[])?;
+                nix::unistd::setgroups(&groups)?;
                 let (user, group) = (nix::unistd::Uid::from_raw(uid), nix::unistd::Gid::from_raw(uid));
                 nix::unistd::setresgid(group, group, group)?;
                 // From root to another id: the kernel takes every capability away.
@@ -87,6 +90,20 @@ impl Launch<'_> {
 fn before_exec(command: &mut Command, prepare: impl FnMut() -> io::Result<()> + Send + Sync + 'static) {
     // SAFETY: the closure only makes system calls, allocates nothing and takes no lock.
     unsafe { command.pre_exec(prepare) };
+}
+
+/// Processes that run as the VM's own user with its id among their words: its VMMs.
+pub fn orphans(vm: &str, uid: u32) -> Vec<ProcessRef> {
+    use std::os::unix::fs::MetadataExt as _;
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    pids.filter(|pid| std::fs::metadata(format!("/proc/{pid}")).is_ok_and(|meta| meta.uid() == uid))
+        .filter(|pid| {
+            let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            words.split(|byte| *byte == 0).any(|word| String::from_utf8_lossy(word).contains(vm))
+        })
+        .filter_map(|pid| ProcessRef::of(pid).ok())
+        .collect()
 }
 
 /// Moves descriptors out of the way of the numbers that they will get, so that none overwrites another.

@@ -101,12 +101,19 @@ impl QemuDriver {
             (launch::open(&image.kernel(), false)?, fd::KERNEL),
             (launch::open(&image.initrd(), false)?, fd::INITRD),
         ];
-        if self.accel == Accel::Kvm {
+        let kvm_descriptor = self.accel == Accel::Kvm && takes_kvm_descriptor(&self.program);
+        let mut groups = Vec::new();
+        if kvm_descriptor {
             descriptors.push((open_kvm().map_err(VmmError::io("/dev/kvm"))?, fd::KVM));
+        } else if self.accel == Accel::Kvm {
+            use std::os::unix::fs::MetadataExt as _;
+            let owner = fs::metadata("/dev/kvm").map_err(VmmError::io("/dev/kvm"))?.gid();
+            groups.push(nix::unistd::Gid::from_raw(owner));
         }
         let plan = Plan {
             id: &spec.id,
             accel: self.accel,
+            kvm_descriptor,
             vcpus: spec.vcpus,
             memory_mib: spec.memory_mib,
             disk: disk.format,
@@ -121,6 +128,7 @@ impl QemuDriver {
             args: args::build(&plan),
             log: &spec.dir.join(file::VMM),
             uid: nix::unistd::geteuid().is_root().then(|| uid_of(spec.net.slot)),
+            groups,
             descriptors,
             cgroup: cgroup.and_then(|group| group.entrance().ok()),
         }
@@ -189,6 +197,15 @@ fn noted(
     remember(&spec.dir, &handle)?;
     let process = Process::open(&handle.process).map_err(VmmError::io("pidfd"))?.ok_or(VmmError::Gone)?;
     Ok((handle, process))
+}
+
+/// Whether this QEMU has the accelerator's property `device`, asked of it with a device that cannot be one. Debian 12's own
+/// (7.2) has not.
+fn takes_kvm_descriptor(program: &Path) -> bool {
+    let asked = std::process::Command::new(program)
+        .args(["-M", "none", "-nodefaults", "-display", "none", "-accel", "kvm,device=/dev/null"])
+        .output();
+    asked.is_ok_and(|answer| !String::from_utf8_lossy(&answer.stderr).contains("kvm-accel.device"))
 }
 
 /// Where Debian puts QEMU.
@@ -341,6 +358,21 @@ impl Vmm for QemuDriver {
             Ok(())
         })
     }
+
+    fn sweep<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, ()> {
+        Box::pin(async move {
+            let (wanted, uid) = (spec.id.to_string(), uid_of(spec.net.slot));
+            let found = tokio::task::spawn_blocking(move || launch::orphans(&wanted, uid)).await;
+            for process in found.unwrap_or_default() {
+                tracing::warn!(vm = %spec.id, pid = process.pid, "a VMM that nobody noted is ended");
+                if let Ok(Some(process)) = Process::open(&process) {
+                    let _ = process.signal(libc::SIGKILL);
+                    let _ = timeout(END, process.wait()).await;
+                }
+            }
+            self.clean(spec);
+        })
+    }
 }
 
 impl Running for QemuRunning {
@@ -362,6 +394,15 @@ impl Running for QemuRunning {
 
     fn snapshot<'a>(&'a self, to: &'a Path) -> BoxFuture<'a, Result<SnapshotInfo, VmmError>> {
         Box::pin(snapshot::take(self, to))
+    }
+
+    fn check(&self) -> BoxFuture<'_, Result<(), VmmError>> {
+        Box::pin(async {
+            if self.handle.process.is_stopped() {
+                return Err(VmmError::Control("its process was stopped by a signal".into()));
+            }
+            self.command("query-status", Value::Null).await.map(drop)
+        })
     }
 
     fn kill(&self) -> BoxFuture<'_, Result<Exit, VmmError>> {
