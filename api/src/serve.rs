@@ -16,7 +16,7 @@ use anyhow::{Context as _, bail};
 use std::{path::PathBuf, sync::Arc};
 use tapgate_datapath::{Datapath, DatapathConfig};
 use tapgate_model::VmId;
-use tapgate_proxy::{Limits, Listeners, PolicyTable, Proxy, ProxyConfig, VmCa};
+use tapgate_proxy::{Listeners, PolicyTable, Proxy, ProxyConfig, VmCa};
 use tapgate_store::{CaPem, Resources, SealKey, Store};
 use tapgate_vmm::{
     NetnsDriver, QemuDriver, Vmm,
@@ -104,7 +104,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     hand_over(&datapath, &listeners).context("cannot hand the listeners to the datapath")?;
     let service = listeners.take_service().context("the guest service has no listener")?;
 
-    let table = Arc::new(PolicyTable::new(Limits::default()));
+    let table = Arc::new(PolicyTable::new(config.vm_limits));
     table
         .set_guest_range(&[Some(config.guest_v4), config.guest_v6].into_iter().flatten().collect::<Vec<_>>());
 

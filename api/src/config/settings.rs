@@ -98,9 +98,19 @@ pub struct Settings {
     /// Addresses for guests, or `off` [default: fd74:6761:7465::/64]
     #[arg(long, env = "TAPGATE_GUEST_V6", value_name = "CIDR")]
     pub guest_v6: Option<String>,
-    /// Name servers that guests' questions go to; the system's if not set
-    #[arg(long, env = "TAPGATE_RESOLVERS", value_name = "IP:PORT", value_delimiter = ',')]
+    /// Name servers that guests' questions go to: 192.0.2.53, tls://192.0.2.53#NAME or https://192.0.2.53/PATH#NAME; the system's
+    /// if not set
+    #[arg(long, env = "TAPGATE_RESOLVERS", value_name = "SERVER", value_delimiter = ',')]
     pub resolvers: Option<Vec<String>>,
+    /// Connections that one VM may have open through the proxy at one time [default: 2048]
+    #[arg(long, env = "TAPGATE_VM_CONNECTIONS")]
+    pub vm_connections: Option<u32>,
+    /// New connections of one VM a second, sustained [default: 1000]
+    #[arg(long, env = "TAPGATE_VM_NEW_CONNECTIONS")]
+    pub vm_new_connections: Option<u32>,
+    /// Bytes that one VM may move through the proxy a second, both ways together; no bound if not set
+    #[arg(long, env = "TAPGATE_VM_BYTES_PER_SECOND")]
+    pub vm_bytes_per_second: Option<u64>,
     /// Host ports forwarded to guests' SSH [default: 22000-22999]
     #[arg(long, env = "TAPGATE_SSH_PORTS", value_name = "FIRST-LAST")]
     pub ssh_ports: Option<String>,
@@ -193,6 +203,9 @@ impl Settings {
             guest_v4,
             guest_v6,
             resolvers,
+            vm_connections,
+            vm_new_connections,
+            vm_bytes_per_second,
             ssh_ports,
             instance,
             image,
