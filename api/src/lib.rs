@@ -5,6 +5,8 @@
 #![forbid(unsafe_code)]
 
 pub mod admin;
+mod agent;
+pub mod capacity;
 pub mod cli;
 pub mod config;
 mod controllers;
@@ -18,7 +20,10 @@ pub mod mail;
 pub mod parts;
 pub mod retention;
 pub mod serve;
+mod storage;
 pub mod traffic;
 pub mod unit;
 
+pub use agent::{Harness, HarnessError, Harnesses};
 pub use http::{AppState, Settings, router};
+pub use storage::{Place, Storage};

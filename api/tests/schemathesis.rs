@@ -26,7 +26,7 @@ async fn obey(
                 notifier.policy_in_force();
                 continue;
             }
-            Command::Env(_) => continue,
+            Command::Env(_) | Command::Snapshots => continue,
         };
         let Ok(record) = store.vm_any(&vm).await else { continue };
         let steps: &[S] = match record.detail {

@@ -46,7 +46,9 @@ codes! {
     EmailTaken = CONFLICT "email_taken", "An account with this address exists", "log in, or reset the password";
     EnvNotFound = NOT_FOUND "env_not_found", "No such environment variable", "list variables";
     EnvVarTaken = CONFLICT "env_var_taken", "Another secret sets this environment variable", "choose another `env_var`, or change that secret";
+    HostDiskFull = SERVICE_UNAVAILABLE "host_disk_full", "The host's disk has no room for this VM", "try again after `Retry-After`, ask for a smaller disk, or have the operator make room";
     HostFull = CONFLICT "host_full", "The host has no free address or SSH port", "destroy a VM, or have the operator widen `guest_v4` or `ssh_ports`";
+    HostMemoryFull = SERVICE_UNAVAILABLE "host_memory_full", "The host's memory has no room for this VM", "try again after `Retry-After`, ask for less memory, or have the operator make room";
     IdempotencyKeyReused = UNPROCESSABLE_ENTITY "idempotency_key_reused", "The Idempotency-Key was sent with another request before", "use a new key for each request, the same one only for retries";
     InternalError = INTERNAL_SERVER_ERROR "internal_error", "A fault of the daemon", "the daemon's log says what; report it";
     InvalidBody = BAD_REQUEST "invalid_body", "The body broke off or could not be decoded", "send it again";

@@ -116,10 +116,19 @@ impl From<Conflict> for ApiError {
             Conflict::SnapshotNotReady => Code::SnapshotNotReady,
             Conflict::State(refusal) => refused(*refusal),
             Conflict::VmName => Code::VmNameTaken,
+            Conflict::HostDisk { .. } => Code::HostDiskFull,
             Conflict::HostFull => Code::HostFull,
+            Conflict::HostMemory { .. } => Code::HostMemoryFull,
             Conflict::Quota { .. } => Code::QuotaExceeded,
         };
-        Self::new(code, sentence(&conflict))
+        let error = Self::new(code, sentence(&conflict));
+        match conflict {
+            // Not the caller's doing, and it may pass.
+            Conflict::HostDisk { .. } | Conflict::HostMemory { .. } => {
+                Self { retry_after: Some(30), ..error }
+            }
+            _ => error,
+        }
     }
 }
 

@@ -2,9 +2,12 @@
 
 use super::limits::{Limits, Rates};
 use super::metrics::{Metrics, Token};
+use crate::agent::Harnesses;
+use crate::capacity::Room;
 use crate::engine::Handle;
 use crate::mail::{Mailer, Via};
 use std::ops::RangeInclusive;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tapgate_model::VmId;
@@ -85,6 +88,14 @@ pub struct Settings {
     pub metrics_token: Option<Token>,
     /// How long one answer follows the audit log; then the client comes back and goes on where it was.
     pub follow_for: Duration,
+    /// Where agents' repositories are that are given as owner/repo.
+    pub git_host: String,
+    /// How much of the host VMs may have.
+    pub room: Room,
+    /// What runs agents' prompts.
+    pub harnesses: Harnesses,
+    /// The folder of VMs' folders, for their agents' logs.
+    pub vms: PathBuf,
 }
 
 impl Default for Settings {
@@ -105,6 +116,10 @@ impl Default for Settings {
             start_wait: Duration::from_secs(30),
             metrics_token: None,
             follow_for: Duration::from_secs(3600),
+            git_host: "github.com".into(),
+            room: Room::default(),
+            harnesses: Harnesses::default(),
+            vms: "/var/lib/tapgate/vms".into(),
         }
     }
 }

@@ -32,11 +32,8 @@ pub fn tool(variable: &str, name: &str) -> std::path::PathBuf {
         return program.into();
     }
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let home = std::env::var_os("CARGO_HOME").map(std::path::PathBuf::from);
-    let home = home.or_else(|| Some(std::path::PathBuf::from(std::env::var_os("HOME")?).join(".cargo")));
-    let folders = std::env::split_paths(&path)
-        .chain(home.map(|home| home.join("bin")))
-        .chain([std::path::PathBuf::from("/usr/local/tapgate-tools/bin")]);
+    let folders =
+        std::env::split_paths(&path).chain([std::path::PathBuf::from("/usr/local/tapgate-tools/api/bin")]);
     folders
         .map(|folder| folder.join(name))
         .find(|program| program.is_file())

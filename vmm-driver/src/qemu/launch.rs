@@ -2,6 +2,7 @@
 //!
 //! Owns what happens between fork and exec. Must never leave the child a right or a descriptor that is not listed.
 
+use crate::process::ProcessRef;
 use crate::spec::VmmError;
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
@@ -89,6 +90,20 @@ impl Launch<'_> {
 fn before_exec(command: &mut Command, prepare: impl FnMut() -> io::Result<()> + Send + Sync + 'static) {
     // SAFETY: the closure only makes system calls, allocates nothing and takes no lock.
     unsafe { command.pre_exec(prepare) };
+}
+
+/// Processes that run as the VM's own user with its id among their words: its VMMs.
+pub fn orphans(vm: &str, uid: u32) -> Vec<ProcessRef> {
+    use std::os::unix::fs::MetadataExt as _;
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    pids.filter(|pid| std::fs::metadata(format!("/proc/{pid}")).is_ok_and(|meta| meta.uid() == uid))
+        .filter(|pid| {
+            let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            words.split(|byte| *byte == 0).any(|word| String::from_utf8_lossy(word).contains(vm))
+        })
+        .filter_map(|pid| ProcessRef::of(pid).ok())
+        .collect()
 }
 
 /// Moves descriptors out of the way of the numbers that they will get, so that none overwrites another.

@@ -358,6 +358,21 @@ impl Vmm for QemuDriver {
             Ok(())
         })
     }
+
+    fn sweep<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, ()> {
+        Box::pin(async move {
+            let (wanted, uid) = (spec.id.to_string(), uid_of(spec.net.slot));
+            let found = tokio::task::spawn_blocking(move || launch::orphans(&wanted, uid)).await;
+            for process in found.unwrap_or_default() {
+                tracing::warn!(vm = %spec.id, pid = process.pid, "a VMM that nobody noted is ended");
+                if let Ok(Some(process)) = Process::open(&process) {
+                    let _ = process.signal(libc::SIGKILL);
+                    let _ = timeout(END, process.wait()).await;
+                }
+            }
+            self.clean(spec);
+        })
+    }
 }
 
 impl Running for QemuRunning {
@@ -379,6 +394,15 @@ impl Running for QemuRunning {
 
     fn snapshot<'a>(&'a self, to: &'a Path) -> BoxFuture<'a, Result<SnapshotInfo, VmmError>> {
         Box::pin(snapshot::take(self, to))
+    }
+
+    fn check(&self) -> BoxFuture<'_, Result<(), VmmError>> {
+        Box::pin(async {
+            if self.handle.process.is_stopped() {
+                return Err(VmmError::Control("its process was stopped by a signal".into()));
+            }
+            self.command("query-status", Value::Null).await.map(drop)
+        })
     }
 
     fn kill(&self) -> BoxFuture<'_, Result<Exit, VmmError>> {

@@ -7,8 +7,6 @@ pub enum Sign {
     BpfCompiler,
     /// This file or folder exists.
     File(&'static str),
-    /// Python finds this module.
-    PythonModule(&'static str),
     /// A program of this name can be run.
     Program(&'static str),
 }
@@ -91,6 +89,7 @@ pub const NEEDS: &[Need] = &[
             Sign::Program("nghttp"),
             Sign::Program("h2load"),
             Sign::Program("python3"),
+            Sign::File("/usr/share/doc/python3-venv"),
             Sign::Program("node"),
             Sign::Program("javac"),
             Sign::Program("keytool"),
@@ -101,16 +100,11 @@ pub const NEEDS: &[Need] = &[
             "wget",
             "nghttp2-client",
             "python3",
+            "python3-venv",
             "nodejs",
             "default-jdk-headless",
             "procps",
         ],
-    },
-    Need {
-        what: "Python's virtual environments",
-        why: "tests with programs from PyPI",
-        signs: &[Sign::Program("python3"), Sign::PythonModule("ensurepip")],
-        packages: &["python3", "python3-venv"],
     },
     Need {
         what: "curl, openssl and dig",
@@ -124,6 +118,20 @@ pub const NEEDS: &[Need] = &[
         packages: &["curl", "openssl", "bind9-dnsutils", "ca-certificates"],
     },
 ];
+
+/// What only `bench proxy` needs: the proxies that ours is measured beside.
+pub const PEERS: &[Need] = &[Need {
+    what: "other proxies",
+    why: "bench",
+    signs: &[
+        Sign::Program("haproxy"),
+        Sign::Program("nginx"),
+        Sign::Program("squid"),
+        Sign::File("/usr/lib/squid/security_file_certgen"),
+        Sign::File("/usr/lib/nginx/modules/ngx_stream_module.so"),
+    ],
+    packages: &["haproxy", "squid-openssl", "nginx-light", "libnginx-mod-stream"],
+}];
 
 /// The packages of these needs, each once.
 pub fn packages(needs: &[&Need]) -> Vec<&'static str> {
@@ -139,7 +147,7 @@ mod tests {
 
     #[test]
     fn every_need_can_be_seen_and_satisfied() {
-        for need in NEEDS {
+        for need in NEEDS.iter().chain(PEERS) {
             assert!(!need.signs.is_empty() && !need.packages.is_empty(), "{}", need.what);
         }
     }
