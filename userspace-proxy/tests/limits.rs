@@ -63,7 +63,7 @@ fn octets_beyond_the_rate_wait_and_only_that_vms() {
         };
         let (mut slow, mut quick) = (Box::pin(slow), Box::pin(quick));
         tokio::select! {
-            _ = &mut slow => panic!("the VM at its rate was done before one without a bound"),
+            said = &mut slow => panic!("the VM at its rate was done before one without a bound: {said}"),
             () = &mut quick => {}
         }
         // The bound can be lifted while it runs, and nothing is lost by waiting.

@@ -189,6 +189,16 @@ fn measure(runtime: &tokio::runtime::Runtime, subject: &Subject, plan: Plan, mem
     }
     figures.cpu = if bulk.count > 0 { cpu / (bulk.count as f64 / 1e9) } else { 0.0 };
     (figures.bulk, figures.opening, figures.kept) = (bulk, opening, kept);
+    eprintln!(
+        "  {:.0} MB/s, {:.2} CPU s/GB, {:.0} new/s, {:.0} requests/s, p50 {:?}, p99 {:?}, {:.1} KiB/idle",
+        figures.bulk.rate / 1e6,
+        figures.cpu,
+        figures.opening.rate,
+        figures.kept.rate,
+        figures.kept.p50,
+        figures.kept.p99,
+        figures.memory.0
+    );
     for failed in &figures.failed {
         eprintln!("{}: {failed}", subject.name);
     }
