@@ -3,6 +3,8 @@
 //! A guest is known by its address, which the gate has checked. Answers hold placeholders, never secrets. Must not serve
 //! anything of another VM, nor anything of the API; what a guest reports changes its own agent alone.
 
+mod server;
+
 use axum::{
     Json, Router,
     body::Bytes,
@@ -52,15 +54,9 @@ pub(crate) async fn serve(listeners: ServiceListeners, router: Router, stop: Can
         async move {
             let listener =
                 listener.set_nonblocking(true).and_then(|()| tokio::net::TcpListener::from_std(listener));
-            let served = match listener {
-                Ok(listener) => {
-                    let service = router.into_make_service_with_connect_info::<SocketAddr>();
-                    axum::serve(listener, service).with_graceful_shutdown(stop.cancelled_owned()).await
-                }
-                Err(error) => Err(error),
-            };
-            if let Err(error) = served {
-                tracing::error!(%error, "guest_service.ended");
+            match listener {
+                Ok(listener) => server::serve(listener, router, stop).await,
+                Err(error) => tracing::error!(%error, "guest_service.ended"),
             }
         }
     };

@@ -112,8 +112,19 @@ fn a_vmm_that_dies_or_hangs_fails_with_a_reason_and_starts_again() {
     for deadly in ["-KILL", "-STOP"] {
         stage.guest().unwrap().hang_up();
         stage.daemon_mut().kill().unwrap();
+        let before = stage.daemon().vmm(&vm).unwrap();
         signal(&stage, &vm, deadly);
         stage.daemon_mut().start_again().unwrap();
+        // Until the daemon has looked, the records say what was.
+        let mut now = Some(before);
+        for _ in 0..600 {
+            now = stage.daemon().vmm(&vm).filter(|pid| *pid != before);
+            if now.is_some() {
+                break;
+            }
+            thread::sleep(Duration::from_millis(100));
+        }
+        assert!(now.is_some(), "no other VMM was started: {}", becomes(&stage, &vm, "ready"));
         becomes(&stage, &vm, "ready");
     }
     stage.enter(vm).unwrap();

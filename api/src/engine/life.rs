@@ -19,6 +19,8 @@ use tokio::sync::Notify;
 const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
 /// For a snapshot to come from its store.
 const FETCH_TIMEOUT: Duration = Duration::from_secs(3600);
+/// For an adopted VMM to answer.
+const ADOPT_CHECK: Duration = Duration::from_secs(15);
 /// How often a start is tried: what kept the first from it (a port, a process that was just ending) may be gone.
 const BOOTS: u32 = 2;
 /// For the guest to shut itself down when asked to.
@@ -241,6 +243,12 @@ async fn adopt(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> 
         .map_err(|error| error.to_string())?;
     serve(shared, record, &gate).await?;
     let machine = shared.driver.adopt(&spec, &handle, gate).await.map_err(|error| error.to_string())?;
+    // One that hangs is as good as one that died.
+    match tokio::time::timeout(ADOPT_CHECK, machine.check()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => return Err(error.to_string()),
+        Err(_) => return Err("the VMM does not answer".into()),
+    }
     Ok(Live { machine: machine.into(), _forward: forward(shared, record).await? })
 }
 
