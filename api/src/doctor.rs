@@ -53,6 +53,12 @@ pub fn checks(config: &Config) -> Vec<Check> {
         checks.push(image(config));
         checks.push(kvm());
     }
+    if let DriverKind::Firecracker | DriverKind::CloudHypervisor = config.driver {
+        checks.push(vmm(config));
+        checks.push(program("qemu-img", "qemu-utils"));
+        checks.push(image(config));
+        checks.push(Check { outcome: needed(kvm().outcome), ..kvm() });
+    }
     checks.push(data_dir(&config.data_dir));
     checks.push(listen(config));
     checks
@@ -170,6 +176,29 @@ fn kvm() -> Check {
             "guests run under emulation (TCG), several times slower; turn on virtualisation in the firmware and `modprobe kvm_amd` or `kvm_intel`",
         ),
     }
+}
+
+/// The program of a driver that no package brings.
+fn vmm(config: &Config) -> Check {
+    let usual = match config.driver {
+        DriverKind::Firecracker => "/usr/local/bin/firecracker",
+        _ => "/usr/local/bin/cloud-hypervisor",
+    };
+    let path = config.vmm_program.clone().unwrap_or_else(|| usual.into());
+    match path.is_file() {
+        true => Check::ok("vmm", path.display().to_string()),
+        false => Check::bad(
+            Outcome::Fail,
+            "vmm",
+            format!("there is no {}", path.display()),
+            "take the program from its project's releases and set `vmm_program`",
+        ),
+    }
+}
+
+/// What is only slow without another driver is impossible here.
+fn needed(outcome: Outcome) -> Outcome {
+    if outcome == Outcome::Warn { Outcome::Fail } else { outcome }
 }
 
 fn data_dir(dir: &Path) -> Check {
