@@ -1,10 +1,11 @@
 //! `tapgate doctor`: tests what this host can do, and says how to mend what is missing.
 //!
-//! Looks and tries; changes nothing that outlives it. A check that cannot be made counts as failed.
+//! Looks and tries; changes nothing that outlives it, but that the data directory may remember what KVM can do. A check that cannot be made counts as failed.
 
 use crate::config::{Config, DriverKind};
 use serde::Serialize;
 use std::{path::Path, process::Command};
+use tapgate_vmm::accel::{self, Accel};
 
 /// How a check ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -51,13 +52,13 @@ pub fn checks(config: &Config) -> Vec<Check> {
     if config.driver == DriverKind::Qemu {
         checks.push(program("qemu-system-x86_64", "qemu-system-x86"));
         checks.push(image(config));
-        checks.push(kvm());
+        checks.push(kvm(config));
     }
     if let DriverKind::Firecracker | DriverKind::CloudHypervisor = config.driver {
         checks.push(vmm(config));
         checks.push(program("qemu-img", "qemu-utils"));
         checks.push(image(config));
-        checks.push(Check { outcome: needed(kvm().outcome), ..kvm() });
+        checks.push(kvm_opens());
     }
     checks.push(data_dir(&config.data_dir));
     checks.push(listen(config));
@@ -166,15 +167,20 @@ fn image(config: &Config) -> Check {
     }
 }
 
-fn kvm() -> Check {
-    match std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm") {
-        Ok(_) => Check::ok("kvm", "/dev/kvm opens; whether it runs guests is tried when the daemon starts"),
-        Err(error) => Check::bad(
-            Outcome::Warn,
-            "kvm",
-            format!("/dev/kvm: {error}"),
-            "guests run under emulation (TCG), several times slower; turn on virtualisation in the firmware and `modprobe kvm_amd` or `kvm_intel`",
-        ),
+/// Opening `/dev/kvm` proves little: a guest's kernel is run for a moment, once there is an image to take it from.
+fn kvm(config: &Config) -> Check {
+    let remedy = "guests run under emulation (TCG), several times slower; turn on virtualisation in the firmware and \
+                  `modprobe kvm_amd` or `kvm_intel`";
+    if let Err(error) = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm") {
+        return Check::bad(Outcome::Warn, "kvm", format!("/dev/kvm: {error}"), remedy);
+    }
+    let Ok(image) = crate::images::find(&config.image_dir, &config.image) else {
+        return Check::ok("kvm", "/dev/kvm opens; whether it runs guests is tried once there is an image");
+    };
+    let probe = accel::probe(&image, &tapgate_vmm::default_program(), &config.data_dir);
+    match probe.accel {
+        Accel::Kvm => Check::ok("kvm", probe.reason),
+        Accel::Tcg => Check::bad(Outcome::Warn, "kvm", probe.reason, remedy),
     }
 }
 
@@ -196,9 +202,17 @@ fn vmm(config: &Config) -> Check {
     }
 }
 
-/// What is only slow without another driver is impossible here.
-fn needed(outcome: Outcome) -> Outcome {
-    if outcome == Outcome::Warn { Outcome::Fail } else { outcome }
+/// For a driver that has no emulation, and may be on a host without QEMU to try more with.
+fn kvm_opens() -> Check {
+    match accel::open_kvm() {
+        Ok(_) => Check::ok("kvm", "/dev/kvm opens"),
+        Err(error) => Check::bad(
+            Outcome::Fail,
+            "kvm",
+            format!("/dev/kvm: {error}"),
+            "turn on virtualisation in the firmware and `modprobe kvm_amd` or `kvm_intel`, or set driver = \"qemu\"",
+        ),
+    }
 }
 
 fn data_dir(dir: &Path) -> Check {

@@ -17,5 +17,6 @@ mod log;
 pub mod mail;
 pub mod retention;
 pub mod serve;
+pub mod unit;
 
 pub use http::{AppState, Settings, router};

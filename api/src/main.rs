@@ -3,7 +3,7 @@
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
-use tapgate::{admin, cli, doctor, images, serve};
+use tapgate::{admin, cli, doctor, images, serve, unit};
 
 /// Runs untrusted code in microVMs and decides what may leave them.
 #[derive(Parser)]
@@ -24,6 +24,8 @@ enum Command {
     /// Build the images that VMs boot from
     #[command(subcommand)]
     Image(images::Args),
+    /// Print the systemd unit: `tapgate unit | sudo tee /etc/systemd/system/tapgate.service`
+    Unit,
     #[command(flatten)]
     Client(cli::Command),
 }
@@ -34,6 +36,10 @@ fn main() -> ExitCode {
         Command::Doctor(args) => doctor::run(args),
         Command::Admin(args) => admin::run(args),
         Command::Image(args) => images::run(args),
+        Command::Unit => {
+            unit::run();
+            Ok(())
+        }
         Command::Client(command) => return cli::run(command),
     };
     match done {

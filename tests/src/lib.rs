@@ -8,6 +8,7 @@ pub mod counters;
 pub mod daemon;
 pub mod demo;
 pub mod journal;
+pub mod kvm_box;
 pub mod net;
 pub mod reaper;
 pub mod server;

@@ -118,6 +118,7 @@ impl VmEntry {
 #[derive(Clone, Default)]
 struct State {
     by_address: HashMap<IpAddr, Arc<VmEntry>>,
+    by_vm: HashMap<VmId, Arc<VmEntry>>,
     host_addresses: HashSet<IpAddr>,
     guest_ranges: Vec<HostPrefix>,
 }
@@ -170,8 +171,9 @@ impl PolicyTable {
             let gone = take(state, |old| old.policy.load().vm == vm || overlaps(&old.net, &net));
             state.by_address.insert(net.v4.into(), entry.clone());
             if let Some(v6) = net.v6 {
-                state.by_address.insert(v6.into(), entry);
+                state.by_address.insert(v6.into(), entry.clone());
             }
+            state.by_vm.insert(vm.clone(), entry);
             gone
         });
         gone.iter().for_each(|old| old.live.cut_all());
@@ -183,9 +185,7 @@ impl PolicyTable {
         // Under the writers' lock, so that of two updates the newer generation stays.
         let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         let state = self.state.load();
-        let Some(entry) = state.by_address.values().find(|entry| entry.policy.load().vm == policy.vm) else {
-            return false;
-        };
+        let Some(entry) = state.by_vm.get(&policy.vm) else { return false };
         if entry.policy.load().generation <= policy.generation {
             entry.policy.store(policy.clone());
             entry.live.rejudge(&policy);
@@ -231,13 +231,13 @@ impl PolicyTable {
     /// The policy that is in force for the VM, if it is served.
     pub fn policy(&self, vm: &VmId) -> Option<Arc<VmPolicy>> {
         let state = self.state.load();
-        state.by_address.values().map(|entry| entry.policy.load_full()).find(|policy| policy.vm == *vm)
+        state.by_vm.get(vm).map(|entry| entry.policy.load_full())
     }
 
     /// How many connections of the VM are open.
     pub fn open_connections(&self, vm: &VmId) -> usize {
         let state = self.state.load();
-        state.by_address.values().find(|e| e.policy.load().vm == *vm).map_or(0, |e| e.live.len())
+        state.by_vm.get(vm).map_or(0, |entry| entry.live.len())
     }
 }
 
@@ -247,12 +247,13 @@ fn overlaps(a: &GuestNet, b: &GuestNet) -> bool {
 
 fn take(state: &mut State, fits: impl Fn(&VmEntry) -> bool) -> Vec<Arc<VmEntry>> {
     let mut gone = Vec::new();
-    state.by_address.retain(|_, entry| {
+    state.by_vm.retain(|_, entry| {
         let stays = !fits(entry);
         if !stays {
             gone.push(entry.clone());
         }
         stays
     });
+    state.by_address.retain(|_, entry| !fits(entry));
     gone
 }

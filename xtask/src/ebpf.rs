@@ -18,6 +18,6 @@ pub fn build() -> Result<()> {
 /// Runs the datapath's own tests.
 pub fn test() -> Result<()> {
     let mut tally = Tally::default();
-    tally.add(test::rust(&["--package", PACKAGE, "--package", "tapgate-ebpf-common"], false)?);
+    tally.add(test::rust(&["--package", PACKAGE, "--package", "tapgate-ebpf-common"], false, false)?);
     tally.conclude()
 }

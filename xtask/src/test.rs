@@ -17,12 +17,18 @@ use std::{
 /// Tests that boot a real VM have this in their name.
 const REAL_VM: &str = "real_vm";
 
+/// Tests with a long form run it where this is set.
+const LONG: &str = "TAPGATE_LONG";
+
 /// What is run.
 #[derive(Args)]
 pub struct Options {
     /// Leave out whatever boots a real VM; the demo's steps then run with the namespace driver.
     #[arg(long)]
     fast: bool,
+    /// The long forms of campaigns too: whole hosts, kill rounds, faults. Takes hours.
+    #[arg(long, conflicts_with = "fast")]
+    long: bool,
 }
 
 /// Runs everything.
@@ -36,7 +42,7 @@ pub fn command(options: &Options) -> Result<()> {
     let driver = if options.fast { demo::Driver::Netns } else { demo::Driver::Qemu };
     let mut steps = demo::prepare(&demo::Options { driver, release: false, stay: false })?;
     run(cargo().args(["build", "--workspace", "--all-targets"]))?;
-    tally.add(rust(&["--workspace"], options.fast)?);
+    tally.add(rust(&["--workspace"], options.fast, options.long)?);
     tally.add(counted(cargo().args(["test", "--workspace", "--doc"]))?);
     tally.add(counted(&mut steps)?);
     tally.conclude()
@@ -44,7 +50,7 @@ pub fn command(options: &Options) -> Result<()> {
 
 /// Runs the tests of the packages that the arguments choose: by nextest where it is, which gives each test a process
 /// of its own, else by cargo.
-pub fn rust(packages: &[&str], fast: bool) -> Result<Tally> {
+pub fn rust(packages: &[&str], fast: bool, long: bool) -> Result<Tally> {
     let mut command = cargo();
     if setup::tool("cargo-nextest").is_some() {
         command.args(["nextest", "run", "--no-fail-fast", "--no-tests=warn"]).args(packages);
@@ -61,6 +67,9 @@ pub fn rust(packages: &[&str], fast: bool) -> Result<Tally> {
     let binary = build::folder(false).join("tapgate");
     if binary.exists() {
         command.env("TAPGATE_BIN", binary);
+    }
+    if long {
+        command.env(LONG, "1");
     }
     counted(&mut command)
 }

@@ -32,7 +32,7 @@ pub(super) async fn pump(shared: Arc<Shared>) {
 }
 
 async fn record(shared: &Shared, event: Event) {
-    let Some(vm) = shared.vm_of_slot(event.slot) else {
+    let Some(vm) = shared.gates().of_slot(event.slot).cloned() else {
         tracing::debug!(slot = event.slot, "events.slot_without_vm");
         return;
     };

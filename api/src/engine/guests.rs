@@ -16,7 +16,7 @@ impl Guests {
     /// The VM with this address.
     pub(crate) fn by_address(&self, address: IpAddr) -> Option<VmId> {
         let address = address.to_canonical();
-        self.0.gates().iter().find(|(_, gated)| gated.net.has(address)).map(|(vm, _)| vm.clone())
+        self.0.gates().of_address(address).cloned()
     }
 
     /// The VM's user-data as of now: keys, certificate, variables and placeholders.

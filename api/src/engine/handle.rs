@@ -2,9 +2,11 @@
 //!
 //! Commands carry no data: what is wanted is in the store. So a command that is lost or doubled does no harm.
 
+use super::meters::{Meters, VmCounters};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+use tapgate_datapath::{Counters, DatapathError};
 use tapgate_model::{UserId, VmId};
 use tokio::sync::{broadcast, mpsc, watch};
 use tokio::time::{Instant, timeout_at};
@@ -50,6 +52,7 @@ pub struct Handle {
     commands: mpsc::UnboundedSender<Command>,
     changes: broadcast::Sender<VmId>,
     policies: Arc<Policies>,
+    meters: Meters,
 }
 
 /// The engine's side: tells that a VM's recorded state changed.
@@ -57,6 +60,8 @@ pub struct Handle {
 pub struct Notifier {
     changes: broadcast::Sender<VmId>,
     policies: Arc<Policies>,
+    /// Where the API reads the engine's numbers.
+    pub(super) meters: Meters,
 }
 
 impl Notifier {
@@ -98,13 +103,45 @@ impl Handle {
     /// A handle, and where its commands arrive.
     pub fn new() -> (Self, mpsc::UnboundedReceiver<Command>) {
         let (commands, arriving) = mpsc::unbounded_channel();
-        (Self { commands, changes: broadcast::Sender::new(BEHIND), policies: Arc::default() }, arriving)
+        let changes = broadcast::Sender::new(BEHIND);
+        (Self { commands, changes, policies: Arc::default(), meters: Meters::default() }, arriving)
     }
 
     /// What the engine reports changes through.
     pub fn notifier(&self) -> Notifier {
         self.policies.engine.store(true, Ordering::Relaxed);
-        Notifier { changes: self.changes.clone(), policies: self.policies.clone() }
+        Notifier {
+            changes: self.changes.clone(),
+            policies: self.policies.clone(),
+            meters: self.meters.clone(),
+        }
+    }
+
+    /// What the datapath counted for a VM; `None` while it has no gate (it does not run, or there is no engine).
+    ///
+    /// # Errors
+    /// The kernel's maps cannot be read.
+    pub async fn counters(&self, vm: &VmId) -> Result<Option<VmCounters>, DatapathError> {
+        let (meters, vm) = (self.meters.clone(), vm.clone());
+        off_the_runtime(move || meters.one(&vm)).await
+    }
+
+    /// The same for every VM that has a gate, in no order.
+    ///
+    /// # Errors
+    /// The kernel's maps cannot be read.
+    pub async fn all_counters(&self) -> Result<Vec<VmCounters>, DatapathError> {
+        let meters = self.meters.clone();
+        off_the_runtime(move || meters.all()).await
+    }
+
+    /// Frames from taps that no VM has: always dropped. `None` without an engine.
+    ///
+    /// # Errors
+    /// The kernel's maps cannot be read.
+    pub async fn stray_counters(&self) -> Result<Option<Counters>, DatapathError> {
+        let meters = self.meters.clone();
+        off_the_runtime(move || meters.stray()).await
     }
 
     /// A VM's record changed.
@@ -152,6 +189,18 @@ impl Handle {
     /// Waits until the engine reports a change of the VM, or the time is over.
     pub async fn settled(&self, vm: &VmId, timeout: Duration) -> bool {
         self.watch(vm).changed(Instant::now() + timeout).await
+    }
+}
+
+/// A thousand VMs' maps take milliseconds to read.
+async fn off_the_runtime<T: Send + 'static>(read: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(read).await {
+        Ok(read) => read,
+        // It is never cancelled while it runs; at shutdown nobody waits any more.
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            Err(_) => std::future::pending().await,
+        },
     }
 }
 

@@ -3,7 +3,7 @@
 //! Each state is in the records before it is acted on, so after a crash the task goes on where the records say. What a
 //! user asks comes in by the records too; the waker only says that they changed.
 
-use super::{Gated, Shared, files, policy, snapshots, ssh};
+use super::{Shared, files, gates::Gated, policy, snapshots, ssh};
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
@@ -158,10 +158,8 @@ async fn step(
 /// Gate first, then the machine.
 async fn boot(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> {
     let spec = files::spec(shared, record).await?;
-    let policy = shared
-        .policy_of(&record.id)
-        .await
-        .map_err(|error| format!("cannot read the egress policy: {error}"))?;
+    let policy =
+        shared.policy_of(record).await.map_err(|error| format!("cannot read the egress policy: {error}"))?;
     let net = shared.net(record);
     let gate = match &spec.guest_ns {
         None => shared.datapath.attach_tap(&record.id, net, &policy).await,
@@ -184,7 +182,7 @@ async fn adopt(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> 
     let handle = record.handle.as_deref().ok_or("the records have no VMM for it")?;
     let handle: Handle = serde_json::from_str(handle).map_err(|error| error.to_string())?;
     let spec = files::spec(shared, record).await?;
-    let policy = shared.policy_of(&record.id).await.map_err(|error| error.to_string())?;
+    let policy = shared.policy_of(record).await.map_err(|error| error.to_string())?;
     let gate = shared
         .datapath
         .adopt(&record.id, shared.net(record), &policy)
@@ -198,12 +196,12 @@ async fn adopt(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> 
 /// Makes the VM known to the proxy, with the policy of this moment.
 async fn serve(shared: &Shared, record: &VmRecord, gate: &Gate) -> Result<(), String> {
     let ca = files::ca(shared, record).await?;
-    let policy = shared.policy_of(&record.id).await.map_err(|error| error.to_string())?;
+    let policy = shared.policy_of(record).await.map_err(|error| error.to_string())?;
     shared.table.insert(gate.net(), ca, Arc::new(policy));
-    let gated = Gated { user: record.user.clone(), net: gate.net() };
-    shared.gates().insert(record.id.clone(), gated.clone());
+    let gated = Gated { user: record.user.clone(), net: gate.net(), policy: None };
+    shared.gates().insert(record.id.clone(), gated);
     // A change that came between reading and inserting would be lost without this.
-    policy::install(shared, &record.id, &gated).await;
+    policy::install(shared, &record.user, Some(&record.id)).await;
     Ok(())
 }
 

@@ -6,36 +6,33 @@
 
 mod events;
 mod files;
+mod gates;
 mod guests;
 pub mod handle;
 mod host;
 mod life;
+mod meters;
 mod policy;
 mod snapshots;
 mod ssh;
 
 pub(crate) use guests::Guests;
 pub use handle::{Command, Handle, Notifier, Scope};
+pub use meters::VmCounters;
 
 use crate::config::Config;
+use gates::Gates;
 use std::{
     collections::{HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 use tapgate_datapath::Datapath;
-use tapgate_model::{GuestNet, UserId, VmId, VmPolicy};
+use tapgate_model::{GuestNet, VmId, VmPolicy};
 use tapgate_proxy::PolicyTable;
 use tapgate_store::{Store, StoreError, VmRecord};
 use tapgate_vmm::{Vmm, image::Image};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-
-/// A VM that has a gate now.
-#[derive(Clone, Debug)]
-struct Gated {
-    user: UserId,
-    net: GuestNet,
-}
 
 /// Everything that a VM's task needs.
 pub(crate) struct Shared {
@@ -49,7 +46,9 @@ pub(crate) struct Shared {
     pub notifier: Notifier,
     pub stop: CancellationToken,
     /// The VMs that have a gate now.
-    gates: Mutex<HashMap<VmId, Gated>>,
+    gates: Mutex<Gates>,
+    /// Held while policies are read and installed: of two changes the newer one stays.
+    installing: tokio::sync::Mutex<()>,
     /// The VMs whose snapshots are being taken.
     taking: Mutex<HashSet<VmId>>,
     /// Rises with every change of an environment.
@@ -63,17 +62,12 @@ impl Shared {
     }
 
     /// The policy that the records put in force for the VM.
-    pub async fn policy_of(&self, vm: &VmId) -> Result<VmPolicy, StoreError> {
-        self.store.effective_policy(vm, self.config.secrets_over_http).await
+    pub async fn policy_of(&self, record: &VmRecord) -> Result<VmPolicy, StoreError> {
+        policy::read(self, &record.user, &record.id).await
     }
 
-    fn gates(&self) -> MutexGuard<'_, HashMap<VmId, Gated>> {
+    fn gates(&self) -> MutexGuard<'_, Gates> {
         self.gates.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The VM whose gate has this slot.
-    fn vm_of_slot(&self, slot: u32) -> Option<VmId> {
-        self.gates().iter().find(|(_, gated)| gated.net.slot == slot).map(|(vm, _)| vm.clone())
     }
 }
 
@@ -118,10 +112,13 @@ impl Engine {
             notifier,
             stop,
             gates: Mutex::default(),
+            installing: tokio::sync::Mutex::default(),
             taking: Mutex::default(),
             news: watch::Sender::new(0),
         };
-        Self { shared: Arc::new(shared), tasks: TaskTracker::new(), wakers: HashMap::new() }
+        let shared = Arc::new(shared);
+        shared.notifier.meters.connect(&shared);
+        Self { shared, tasks: TaskTracker::new(), wakers: HashMap::new() }
     }
 
     /// Adopts what a former daemon left, then serves commands until told to stop. VMs keep running afterwards.

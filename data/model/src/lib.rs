@@ -18,7 +18,7 @@ pub use cidr::Cidr;
 pub use guest::GuestNet;
 pub use host::{HostName, HostPattern};
 pub use id::{AgentId, ApiKeyId, EnvId, EventId, RuleId, SecretId, SnapshotId, UserId, VmId};
-pub use policy::{Mode, Rule, RuleSet, RuleTarget, Verdict, VmPolicy};
+pub use policy::{Mode, Rule, RuleLayer, RuleSet, RuleTarget, Verdict, VmPolicy};
 pub use secret::{SecretBinding, SecretValue};
 pub use tapgate_ebpf_common::Reason;
 pub use vm::{Status, StatusDetail};

@@ -101,56 +101,116 @@ impl Verdict {
     }
 }
 
-/// Rules compiled for lookup: exact names and suffixes by hash, ranges by longest prefix.
-#[derive(Clone, Debug, Default)]
-pub struct RuleSet {
+/// One owner's rules compiled for lookup: exact names and suffixes by hash, ranges by longest prefix.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RuleLayer {
     exact: HashMap<HostName, RuleId>,
     subdomain: HashMap<HostName, RuleId>,
     any: Option<RuleId>,
     /// Longest prefix first.
     cidrs: Vec<(Cidr, RuleId)>,
+    /// The ranges alone: sorted, each once.
+    ranges: Vec<Cidr>,
 }
 
-impl RuleSet {
+impl RuleLayer {
     /// Compiles rules; of several for one target the first stands.
     pub fn new(rules: impl IntoIterator<Item = Rule>) -> Self {
-        let mut set = Self::default();
+        let mut layer = Self::default();
         for Rule { id, target } in rules {
             match target {
                 RuleTarget::Host(HostPattern::Any) => {
-                    set.any.get_or_insert(id);
+                    layer.any.get_or_insert(id);
                 }
                 RuleTarget::Host(HostPattern::Exact(name)) => {
-                    set.exact.entry(name).or_insert(id);
+                    layer.exact.entry(name).or_insert(id);
                 }
                 RuleTarget::Host(HostPattern::Subdomain(name)) => {
-                    set.subdomain.entry(name).or_insert(id);
+                    layer.subdomain.entry(name).or_insert(id);
                 }
-                RuleTarget::Cidr(cidr) => set.cidrs.push((cidr, id)),
+                RuleTarget::Cidr(cidr) => layer.cidrs.push((cidr, id)),
             }
         }
-        set.cidrs.sort_by_key(|(cidr, _)| std::cmp::Reverse(cidr.prefix_len()));
-        set
+        layer.cidrs.sort_by_key(|(cidr, _)| std::cmp::Reverse(cidr.prefix_len()));
+        layer.ranges = layer.cidrs.iter().map(|(cidr, _)| *cidr).collect();
+        layer.ranges.sort_unstable();
+        layer.ranges.dedup();
+        layer
+    }
+
+    /// The ranges, sorted, each once: what the kernel's tries are filled with.
+    pub fn ranges(&self) -> &[Cidr] {
+        &self.ranges
+    }
+
+    /// The rule with the longest prefix around the address.
+    fn cidr(&self, address: IpAddr) -> Option<&(Cidr, RuleId)> {
+        self.cidrs.iter().find(|(cidr, _)| cidr.contains(address))
+    }
+
+    fn has_hosts(&self) -> bool {
+        self.any.is_some() || !self.exact.is_empty() || !self.subdomain.is_empty()
+    }
+}
+
+/// The rules in force for one VM: its own and, where it inherits them, its account's. The layers are shared, so that a
+/// change of a thousand VMs' account compiles the account's rules once.
+#[derive(Clone, Debug, Default)]
+pub struct RuleSet {
+    own: Arc<RuleLayer>,
+    account: Arc<RuleLayer>,
+}
+
+impl RuleSet {
+    /// Rules of the VM's own alone; of several for one target the first stands.
+    pub fn new(rules: impl IntoIterator<Item = Rule>) -> Self {
+        Self::layered(Arc::new(RuleLayer::new(rules)), Arc::default())
+    }
+
+    /// The VM's own rules over its account's: where both are as specific, the VM's own is named.
+    pub fn layered(own: Arc<RuleLayer>, account: Arc<RuleLayer>) -> Self {
+        Self { own, account }
+    }
+
+    /// The VM's own rules.
+    pub fn own(&self) -> &Arc<RuleLayer> {
+        &self.own
+    }
+
+    /// The account's rules; none where the VM does not inherit them.
+    pub fn account(&self) -> &Arc<RuleLayer> {
+        &self.account
     }
 
     /// The rule that covers the name, the most specific first.
     pub fn host(&self, name: &HostName) -> Option<&RuleId> {
-        self.exact.get(name).or_else(|| self.subdomain.get(name.parent()?)).or(self.any.as_ref())
+        let layers = [&*self.own, &*self.account];
+        let exact = layers.iter().find_map(|layer| layer.exact.get(name));
+        exact
+            .or_else(|| {
+                let parent = name.parent()?;
+                layers.iter().find_map(|layer| layer.subdomain.get(parent))
+            })
+            .or_else(|| layers.iter().find_map(|layer| layer.any.as_ref()))
     }
 
     /// The rule with the longest prefix around the address.
     pub fn cidr(&self, address: IpAddr) -> Option<&RuleId> {
-        self.cidrs.iter().find(|(cidr, _)| cidr.contains(address)).map(|(_, id)| id)
+        let found = match (self.own.cidr(address), self.account.cidr(address)) {
+            (Some(own), Some(account)) if account.0.prefix_len() > own.0.prefix_len() => Some(account),
+            (own, account) => own.or(account),
+        };
+        found.map(|(_, id)| id)
     }
 
-    /// The ranges, longest prefix first: what the kernel's tries are filled with.
-    pub fn cidrs(&self) -> &[(Cidr, RuleId)] {
-        &self.cidrs
+    /// The ranges with their rules, the VM's own first.
+    pub fn cidrs(&self) -> impl Iterator<Item = &(Cidr, RuleId)> {
+        self.own.cidrs.iter().chain(&self.account.cidrs)
     }
 
     /// Whether any rule is about names.
     pub fn has_hosts(&self) -> bool {
-        self.any.is_some() || !self.exact.is_empty() || !self.subdomain.is_empty()
+        self.own.has_hosts() || self.account.has_hosts()
     }
 }
 
@@ -303,6 +363,32 @@ mod tests {
         assert_ne!(of("a.example.com"), of("b.example.com"));
         assert_ne!(of("b.example.com"), of("b.c.example.com"));
         assert_ne!(address(&policy, "192.0.2.7").rule(), address(&policy, "192.0.2.8").rule());
+    }
+
+    #[test]
+    fn of_two_layers_the_more_specific_rule_is_named_and_the_vms_own_first() {
+        let layer = |texts: &[&str]| policy(Mode::Enforce, texts).rules.own;
+        let (own, account) = (
+            layer(&["*.example.com", "192.0.2.0/24", "198.51.100.0/24"]),
+            layer(&["*", "a.example.com", "*.example.com", "192.0.2.7/32", "198.51.100.0/24"]),
+        );
+        let of = |set: &RuleSet, name: &str| set.host(&name.parse().unwrap()).cloned();
+        let at = |set: &RuleSet, text: &str| set.cidr(text.parse().unwrap()).cloned();
+        let both = RuleSet::layered(own.clone(), account.clone());
+        let (mine, its) = (
+            RuleSet::layered(own.clone(), Arc::default()),
+            RuleSet::layered(Arc::default(), account.clone()),
+        );
+        assert_eq!(of(&both, "a.example.com"), of(&its, "a.example.com"));
+        assert_eq!(of(&both, "b.example.com"), of(&mine, "b.example.com"));
+        assert_eq!(of(&both, "example.net"), of(&its, "example.net"));
+        assert_eq!(at(&both, "192.0.2.7"), at(&its, "192.0.2.7"));
+        assert_eq!(at(&both, "192.0.2.8"), at(&mine, "192.0.2.8"));
+        assert_eq!(at(&both, "198.51.100.1"), at(&mine, "198.51.100.1"));
+        assert_eq!(at(&both, "203.0.113.1"), None);
+        assert_eq!(both.cidrs().count(), 4);
+        let ranges: Vec<String> = account.ranges().iter().map(Cidr::to_string).collect();
+        assert_eq!(ranges, ["192.0.2.7/32", "198.51.100.0/24"]);
     }
 
     #[test]

@@ -6,10 +6,11 @@ use crate::store::{Store, next_generation};
 use crate::users::id;
 use crate::version::Expected;
 use crate::{secrets, vms};
-use rusqlite::{Connection, OptionalExtension as _, Transaction, params};
+use rusqlite::{Connection, OptionalExtension as _, Row, Transaction, params};
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use tapgate_model::policy::SecretsOverHttp;
-use tapgate_model::{Mode, RuleSet, UserId, VmId, VmPolicy};
+use tapgate_model::{Mode, Rule, RuleLayer, RuleSet, SecretBinding, UserId, VmId, VmPolicy};
 
 /// The account's policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,55 +138,120 @@ impl Store {
     /// The policy in force for a VM, secrets opened. One snapshot of the database: never half of a change.
     pub async fn effective_policy(&self, vm: &VmId, over_http: SecretsOverHttp) -> Result<VmPolicy> {
         let (vm, store) = (vm.clone(), self.clone());
-        self.db.read(move |db| store.effective(db, &vm, over_http)).await
-    }
-
-    /// The policies in force for all of a user's VMs that are not destroyed.
-    pub async fn effective_policies(
-        &self,
-        user: &UserId,
-        over_http: SecretsOverHttp,
-    ) -> Result<Vec<VmPolicy>> {
-        let (user, store) = (user.clone(), self.clone());
         self.db
             .read(move |db| {
-                let mut statement = db.prepare_cached(
-                    "SELECT id FROM vms WHERE user = ?1 AND detail <> 'destroyed' ORDER BY seq",
-                )?;
-                let ids: Vec<VmId> = statement
-                    .query_map([user.as_str()], |row| id(row, "id"))?
-                    .collect::<rusqlite::Result<_>>()?;
-                ids.iter().map(|vm| store.effective(db, vm, over_http)).collect()
+                let user: UserId = db
+                    .prepare_cached("SELECT user FROM vms WHERE id = ?1")?
+                    .query_row([vm.as_str()], |row| id(row, "user"))
+                    .optional()?
+                    .ok_or(StoreError::NotFound(Kind::Vm))?;
+                let found = store.effective(db, &user, Some(&vm), over_http, &HashMap::new())?;
+                found.into_iter().next().ok_or(StoreError::NotFound(Kind::Vm))
             })
             .await
     }
 
-    fn effective(&self, db: &Connection, vm: &VmId, secrets_over_http: SecretsOverHttp) -> Result<VmPolicy> {
-        let (user, generation): (UserId, i64) = db
-            .prepare_cached(
-                "SELECT v.user AS user, max(v.generation, u.generation) AS generation
-                 FROM vms v JOIN users u ON u.id = v.user WHERE v.id = ?1",
-            )?
-            .query_row([vm.as_str()], |row| Ok((id(row, "user")?, row.get("generation")?)))
-            .optional()?
-            .ok_or(StoreError::NotFound(Kind::Vm))?;
-        let VmEgress { mode, inherit_rules, .. } = vm_egress(db, &user, vm)?;
-        // The VM's own first: where both name one target, audit events name the nearer rule.
-        let mut statement = db.prepare_cached(
-            "SELECT id, host, cidr FROM rules WHERE user = ?1 AND (vm = ?2 OR (vm IS NULL AND ?3))
-             ORDER BY vm IS NULL, seq",
-        )?;
-        let rules = statement
-            .query_map(params![user.as_str(), vm.as_str(), inherit_rules], read_rule)?
-            .collect::<rusqlite::Result<Vec<_>>>()?;
-        Ok(VmPolicy {
-            vm: vm.clone(),
-            generation: u64::try_from(generation).unwrap_or(0),
-            mode,
-            rules: RuleSet::new(rules),
-            secrets: Arc::from(secrets::bindings(self, db, &user)?),
-            secrets_over_http,
-            user,
-        })
+    /// The policies in force for all of a user's VMs that are not destroyed, or for one of them, by one look at the
+    /// database. What did not change since the policies that are known already is taken from them: rules that are
+    /// the same are the same in memory.
+    ///
+    /// # Errors
+    /// The database cannot be read. A VM that is not there has no policy in the answer.
+    pub async fn effective_policies(
+        &self,
+        user: &UserId,
+        vm: Option<&VmId>,
+        over_http: SecretsOverHttp,
+        known: HashMap<VmId, Arc<VmPolicy>>,
+    ) -> Result<Vec<VmPolicy>> {
+        let (user, vm, store) = (user.clone(), vm.cloned(), self.clone());
+        self.db.read(move |db| store.effective(db, &user, vm.as_ref(), over_http, &known)).await
     }
+
+    fn effective(
+        &self,
+        db: &Connection,
+        user: &UserId,
+        vm: Option<&VmId>,
+        secrets_over_http: SecretsOverHttp,
+        known: &HashMap<VmId, Arc<VmPolicy>>,
+    ) -> Result<Vec<VmPolicy>> {
+        let account = Account::read(self, db, user, known)?;
+        let mut statement = db.prepare_cached(
+            "SELECT id, generation, mode, inherit_rules FROM vms
+             WHERE user = ?1 AND detail <> 'destroyed' AND (?2 IS NULL OR id = ?2) ORDER BY seq",
+        )?;
+        let mut rows = statement.query(params![user.as_str(), vm.map(VmId::as_str)])?;
+        let mut policies = Vec::new();
+        while let Some(row) = rows.next()? {
+            let vm: VmId = id(row, "id")?;
+            let since = generation(row)?;
+            let own_mode = row.get::<_, Option<String>>("mode")?.as_deref().map(mode).transpose()?;
+            let inherits: bool = row.get("inherit_rules")?;
+            // Generations rise over all accounts, so one that is not above the policy's was in it.
+            let own = match known.get(&vm).filter(|policy| since <= policy.generation) {
+                Some(policy) => Arc::clone(policy.rules.own()),
+                None => Arc::new(RuleLayer::new(rules(db, user, Some(&vm))?)),
+            };
+            let inherited = if inherits { Arc::clone(&account.rules) } else { Arc::default() };
+            policies.push(VmPolicy {
+                vm,
+                user: user.clone(),
+                generation: since.max(account.generation),
+                mode: own_mode.unwrap_or(account.mode),
+                // The VM's own first: where both name one target, audit events name the nearer rule.
+                rules: RuleSet::layered(own, inherited),
+                secrets: Arc::clone(&account.secrets),
+                secrets_over_http,
+            });
+        }
+        Ok(policies)
+    }
+}
+
+/// What an account's VMs have in common.
+struct Account {
+    generation: u64,
+    mode: Mode,
+    rules: Arc<RuleLayer>,
+    secrets: Arc<[SecretBinding]>,
+}
+
+impl Account {
+    fn read(
+        store: &Store,
+        db: &Connection,
+        user: &UserId,
+        known: &HashMap<VmId, Arc<VmPolicy>>,
+    ) -> Result<Self> {
+        let (word, generation) = db
+            .prepare_cached("SELECT mode, generation FROM users WHERE id = ?1")?
+            .query_row([user.as_str()], |row| Ok((row.get::<_, String>("mode")?, generation(row)?)))
+            .optional()?
+            .ok_or(StoreError::NotFound(Kind::User))?;
+        let newest = known.values().filter(|policy| policy.user == *user).max_by_key(|p| p.generation);
+        let secrets = match newest.filter(|policy| generation <= policy.generation) {
+            Some(policy) => Arc::clone(&policy.secrets),
+            None => Arc::from(secrets::bindings(store, db, user)?),
+        };
+        let fresh = RuleLayer::new(rules(db, user, None)?);
+        // Each layer is compared once, however many VMs share it.
+        let mut seen = HashSet::new();
+        let mut layers = known.values().map(|policy| policy.rules.account());
+        let same = layers.find(|layer| seen.insert(Arc::as_ptr(layer)) && ***layer == fresh);
+        let rules = same.map_or_else(|| Arc::new(fresh), Arc::clone);
+        Ok(Self { generation, mode: mode(&word)?, rules, secrets })
+    }
+}
+
+/// The account's rules, or those of one VM alone, oldest first.
+fn rules(db: &Connection, user: &UserId, vm: Option<&VmId>) -> Result<Vec<Rule>> {
+    let mut statement =
+        db.prepare_cached("SELECT id, host, cidr FROM rules WHERE user = ?1 AND vm IS ?2 ORDER BY seq")?;
+    let rows = statement.query_map(params![user.as_str(), vm.map(VmId::as_str)], read_rule)?;
+    Ok(rows.collect::<rusqlite::Result<_>>()?)
+}
+
+fn generation(row: &Row<'_>) -> rusqlite::Result<u64> {
+    Ok(u64::try_from(row.get::<_, i64>("generation")?).unwrap_or(0))
 }

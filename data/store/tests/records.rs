@@ -4,9 +4,10 @@
 mod common;
 
 use common::*;
+use std::sync::Arc;
 use tapgate_model::lifecycle::{Call, Refusal};
 use tapgate_model::policy::SecretsOverHttp;
-use tapgate_model::{Mode, RuleTarget, StatusDetail as S};
+use tapgate_model::{Mode, RuleTarget, StatusDetail as S, VmId, VmPolicy};
 use tapgate_store::*;
 
 fn rule(target: &str, name: Option<&str>) -> NewRule {
@@ -104,7 +105,7 @@ async fn the_effective_policy_is_whole_and_its_generation_rises() {
     let get = async || store.effective_policy(&vm, SecretsOverHttp::Explicit).await.unwrap();
     let first = get().await;
     assert_eq!(first.mode, Mode::Enforce);
-    assert!(!first.rules.has_hosts() && first.rules.cidrs().is_empty());
+    assert!(!first.rules.has_hosts() && first.rules.cidrs().count() == 0);
 
     let mut last = first.generation;
     let mut risen = async |what: &str| {
@@ -116,7 +117,7 @@ async fn the_effective_policy_is_whole_and_its_generation_rises() {
     let account = store.rule_create(&user, None, rule("a.example", Some("a")), 10).await.unwrap();
     assert!(risen("account rule").await.rules.has_hosts());
     store.rule_create(&user, Some(&vm), rule("192.0.2.0/24", None), 10).await.unwrap();
-    assert_eq!(risen("VM rule").await.rules.cidrs().len(), 1);
+    assert_eq!(risen("VM rule").await.rules.cidrs().count(), 1);
     store.vm_egress_set(&user, &vm, Some(Mode::Warn), false, Expected::any()).await.unwrap();
     let own = risen("VM policy").await;
     assert_eq!(own.mode, Mode::Warn);
@@ -143,7 +144,68 @@ async fn the_effective_policy_is_whole_and_its_generation_rises() {
     risen("rule deleted").await;
     store.policy_set(&user, Mode::Warn, Expected::any()).await.unwrap();
     risen("account mode").await;
-    assert_eq!(store.effective_policies(&user, SecretsOverHttp::Never).await.unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn policies_share_what_did_not_change_and_nothing_that_did() {
+    let (_folder, store) = fresh();
+    let user = user(&store, "a@example.com").await;
+    let mut vms = Vec::new();
+    for name in ["a", "b", "apart"] {
+        vms.push(store.vm_create(new_vm(&user, name)).await.unwrap().id);
+    }
+    store.vm_egress_set(&user, &vms[2], None, false, Expected::any()).await.unwrap();
+    let account = store.rule_create(&user, None, rule("198.51.100.0/24", None), 10).await.unwrap();
+    store.rule_create(&user, Some(&vms[0]), rule("192.0.2.0/24", None), 10).await.unwrap();
+    store.secret_create(&user, new_secret("s", "S", "value"), 10).await.unwrap();
+    let read = async |vm: Option<&VmId>, known: &[Arc<VmPolicy>]| -> Vec<Arc<VmPolicy>> {
+        let known = known.iter().map(|policy| (policy.vm.clone(), policy.clone())).collect();
+        let read = store.effective_policies(&user, vm, SecretsOverHttp::Never, known).await.unwrap();
+        read.into_iter().map(Arc::new).collect()
+    };
+    let first = read(None, &[]).await;
+    assert_eq!(first.iter().map(|policy| &policy.vm).collect::<Vec<_>>(), vms.iter().collect::<Vec<_>>());
+    assert!(Arc::ptr_eq(first[0].rules.account(), first[1].rules.account()));
+    assert_eq!(first[2].rules.cidrs().count(), 0);
+
+    // One VM's own rule: its own part is new, everything else is what it was.
+    store.rule_create(&user, Some(&vms[0]), rule("203.0.113.0/24", None), 10).await.unwrap();
+    let second = read(None, &first).await;
+    assert_eq!(second[0].rules.cidrs().count(), 3);
+    assert!(second[0].generation > first[0].generation);
+    assert!(Arc::ptr_eq(first[1].rules.own(), second[1].rules.own()));
+    for (old, new) in first.iter().zip(&second) {
+        assert!(Arc::ptr_eq(old.rules.account(), new.rules.account()));
+        assert!(Arc::ptr_eq(&old.secrets, &new.secrets));
+    }
+    // One VM alone shares with the others.
+    let alone = read(Some(&vms[1]), &second[..1]).await;
+    assert_eq!(alone.len(), 1);
+    assert!(Arc::ptr_eq(alone[0].rules.account(), second[0].rules.account()));
+
+    // The account's mode: no rule is new.
+    store.policy_set(&user, Mode::Warn, Expected::any()).await.unwrap();
+    let third = read(None, &second).await;
+    for (old, new) in second.iter().zip(&third) {
+        assert_eq!(new.mode, Mode::Warn);
+        assert!(new.generation > old.generation);
+        assert!(Arc::ptr_eq(old.rules.own(), new.rules.own()));
+        assert!(Arc::ptr_eq(old.rules.account(), new.rules.account()));
+    }
+    // The account's rule goes, and comes back as another: whoever inherits has that.
+    store.rule_delete(&user, None, &account.id).await.unwrap();
+    let fourth = read(None, &third).await;
+    assert_eq!(fourth[0].rules.cidrs().count(), 2);
+    assert_eq!(fourth[1].rules.cidrs().count(), 0);
+    let again = store.rule_create(&user, None, rule("198.51.100.0/24", None), 10).await.unwrap();
+    let fifth = read(None, &fourth).await;
+    let named = |policy: &VmPolicy| policy.rules.cidr("198.51.100.1".parse().unwrap()).cloned();
+    assert_eq!(
+        (named(&fifth[0]), named(&fifth[1]), named(&fifth[2])),
+        (Some(again.id.clone()), Some(again.id), None)
+    );
+    store.vm_egress_set(&user, &vms[2], None, true, Expected::any()).await.unwrap();
+    assert!(named(&read(None, &fifth).await[2]).is_some());
 }
 
 #[tokio::test]

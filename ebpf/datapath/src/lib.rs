@@ -157,12 +157,17 @@ impl Datapath {
 
     /// Puts a VM's policy in force with one write; live flows are judged anew and cut if they lost their rule.
     pub fn set_policy(&self, net: GuestNet, policy: &VmPolicy) -> Result<(), DatapathError> {
+        self.set_policies(&[(net, policy)]).pop().unwrap_or(Err(DatapathError::NotAttached(net.slot)))
+    }
+
+    /// The same for many VMs, each for itself: an answer for each, in their order.
+    pub fn set_policies(&self, policies: &[(GuestNet, &VmPolicy)]) -> Vec<Result<(), DatapathError>> {
         let mut state = self.shared.state();
         let State { tables, slots, .. } = &mut *state;
-        slots.set_policy(tables, &net, policy)?;
+        let done = policies.iter().map(|(net, policy)| slots.set_policy(tables, net, policy)).collect();
         drop(state);
         self.shared.changed.notify_one();
-        Ok(())
+        done
     }
 
     /// What a VM sent and was sent, by reason.

@@ -13,7 +13,7 @@ pub(crate) struct Rules(Vec<(Cidr, RuleId)>);
 
 impl Rules {
     pub(crate) fn new(policy: &VmPolicy) -> Self {
-        Self(policy.rules.cidrs().to_vec())
+        Self(policy.rules.cidrs().cloned().collect())
     }
 
     /// The ranges alone.
