@@ -48,7 +48,8 @@ impl Check {
 
 /// Makes every check that the configuration calls for.
 pub fn checks(config: &Config) -> Vec<Check> {
-    let mut checks = vec![root(), kernel(), btf(), bpffs(), tun(), cgroup(), program("nft", "nftables")];
+    let mut checks =
+        vec![root(), kernel(), bpf(), btf(), bpffs(), tun(), cgroup(), program("nft", "nftables")];
     if config.driver == DriverKind::Qemu {
         checks.push(program("qemu-system-x86_64", "qemu-system-x86"));
         checks.push(image(config));
@@ -91,6 +92,21 @@ fn kernel() -> Check {
             "tapgate needs Linux 6.1 or later; on Debian 12 install linux-image-amd64",
         )
     }
+}
+
+fn bpf() -> Check {
+    let all = tapgate_datapath::requirements();
+    let missing: Vec<String> =
+        all.iter().filter(|one| !one.present).map(|one| format!("{} ({})", one.name, one.since)).collect();
+    if missing.is_empty() {
+        return Check::ok("bpf", format!("all {} features that the programs need", all.len()));
+    }
+    Check::bad(
+        Outcome::Fail,
+        "bpf",
+        format!("missing: {}", missing.join(", ")),
+        "use a kernel of the version in brackets or later, built with CONFIG_BPF_SYSCALL=y and CONFIG_NET_CLS_BPF",
+    )
 }
 
 fn btf() -> Check {

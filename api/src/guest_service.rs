@@ -1,21 +1,33 @@
 //! The guest service, 169.254.169.254 port 80: what a guest may learn of itself, and how changes reach it.
 //!
 //! A guest is known by its address, which the gate has checked. Answers hold placeholders, never secrets. Must not serve
-//! anything of another VM, nor anything of the API.
+//! anything of another VM, nor anything of the API; what a guest reports changes its own agent alone.
+
+mod server;
 
 use axum::{
     Json, Router,
-    extract::{ConnectInfo, State},
+    body::Bytes,
+    extract::{ConnectInfo, DefaultBodyLimit, Query, State},
     http::{HeaderMap, StatusCode, header},
     response::{IntoResponse, Response},
-    routing::get,
+    routing::{get, put},
 };
+use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 use std::{net::SocketAddr, sync::Arc, time::Duration};
+use tapgate_model::HostName;
 use tapgate_proxy::ServiceListeners;
+use tapgate_store::AgentStatus;
 use tokio_util::sync::CancellationToken;
 
-use crate::engine::Guests;
+use crate::engine::{
+    Guests,
+    agents::{AgentError, MAX_LOG},
+};
+
+/// The largest report.
+const MAX_REPORT: usize = 16 << 10;
 
 /// How long a question that waits for news is held.
 const HOLD: Duration = Duration::from_secs(30);
@@ -25,7 +37,13 @@ pub(crate) fn router(guests: Guests) -> Router {
     Router::new()
         .route("/v1/user-data", get(user_data))
         .route("/v1/vm", get(vm))
-        .fallback(|| async { (StatusCode::NOT_FOUND, "the guest service has /v1/vm and /v1/user-data\n") })
+        .route("/v1/agent", get(agent))
+        .route("/v1/agent/status", put(agent_status).layer(DefaultBodyLimit::max(MAX_REPORT)))
+        .route("/v1/agent/log", put(agent_log).layer(DefaultBodyLimit::max(MAX_LOG)))
+        .route("/v1/git-credential", get(git_credential))
+        .fallback(|| async {
+            (StatusCode::NOT_FOUND, "the guest service has /v1/vm, /v1/user-data and /v1/agent\n")
+        })
         .with_state(Arc::new(guests))
 }
 
@@ -36,15 +54,9 @@ pub(crate) async fn serve(listeners: ServiceListeners, router: Router, stop: Can
         async move {
             let listener =
                 listener.set_nonblocking(true).and_then(|()| tokio::net::TcpListener::from_std(listener));
-            let served = match listener {
-                Ok(listener) => {
-                    let service = router.into_make_service_with_connect_info::<SocketAddr>();
-                    axum::serve(listener, service).with_graceful_shutdown(stop.cancelled_owned()).await
-                }
-                Err(error) => Err(error),
-            };
-            if let Err(error) = served {
-                tracing::error!(%error, "guest_service.ended");
+            match listener {
+                Ok(listener) => server::serve(listener, router, stop).await,
+                Err(error) => tracing::error!(%error, "guest_service.ended"),
             }
         }
     };
@@ -95,5 +107,93 @@ async fn user_data(
         if !changed {
             return (StatusCode::NOT_MODIFIED, headers).into_response();
         }
+    }
+}
+
+impl IntoResponse for AgentError {
+    fn into_response(self) -> Response {
+        let status = match &self {
+            Self::None => StatusCode::NOT_FOUND,
+            Self::Order(_) => StatusCode::CONFLICT,
+            Self::Often => StatusCode::TOO_MANY_REQUESTS,
+            Self::Internal(error) => {
+                tracing::error!(%error, "guest_service.agent_failed");
+                // The records' faults are none of the guest's business.
+                return StatusCode::SERVICE_UNAVAILABLE.into_response();
+            }
+        };
+        (status, format!("{self}\n")).into_response()
+    }
+}
+
+/// The task of the agent that lives in this VM; 404 where none does.
+async fn agent(State(guests): State<Arc<Guests>>, ConnectInfo(peer): ConnectInfo<SocketAddr>) -> Response {
+    let Some(vm) = guests.by_address(peer.ip()) else { return StatusCode::FORBIDDEN.into_response() };
+    match guests.task(&vm).await {
+        Ok(task) => Json(task).into_response(),
+        Err(error) => error.into_response(),
+    }
+}
+
+/// How far the agent is.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Report {
+    status: String,
+    failure_reason: Option<String>,
+}
+
+async fn agent_status(
+    State(guests): State<Arc<Guests>>,
+    ConnectInfo(peer): ConnectInfo<SocketAddr>,
+    body: Bytes,
+) -> Response {
+    let Some(vm) = guests.by_address(peer.ip()) else { return StatusCode::FORBIDDEN.into_response() };
+    let report: Result<Report, _> = serde_json::from_slice(&body);
+    let read =
+        report.ok().and_then(|report| Some((AgentStatus::from_word(&report.status)?, report.failure_reason)));
+    let Some((status, failure)) = read else {
+        return (StatusCode::UNPROCESSABLE_ENTITY, "send {\"status\": \"running\" or \"idle\"}\n")
+            .into_response();
+    };
+    match guests.report(&vm, status, failure).await {
+        Ok(()) => StatusCode::NO_CONTENT.into_response(),
+        Err(error) => error.into_response(),
+    }
+}
+
+/// The end of what the agent shows, whole; it replaces the one before.
+async fn agent_log(
+    State(guests): State<Arc<Guests>>,
+    ConnectInfo(peer): ConnectInfo<SocketAddr>,
+    body: Bytes,
+) -> Response {
+    let Some(vm) = guests.by_address(peer.ip()) else { return StatusCode::FORBIDDEN.into_response() };
+    match guests.keep_log(&vm, String::from_utf8_lossy(&body).into_owned()).await {
+        Ok(()) => StatusCode::NO_CONTENT.into_response(),
+        Err(error) => error.into_response(),
+    }
+}
+
+#[derive(Deserialize)]
+struct CredentialOf {
+    host: String,
+}
+
+/// User and password of git at a host: the password is a placeholder. 404 where no secret names the host.
+async fn git_credential(
+    State(guests): State<Arc<Guests>>,
+    ConnectInfo(peer): ConnectInfo<SocketAddr>,
+    Query(CredentialOf { host }): Query<CredentialOf>,
+) -> Response {
+    let Some(vm) = guests.by_address(peer.ip()) else { return StatusCode::FORBIDDEN.into_response() };
+    let name = host.split(':').next().unwrap_or_default();
+    let Ok(name) = HostName::parse(name) else { return StatusCode::NOT_FOUND.into_response() };
+    match guests.credential(&vm, &name).await {
+        Ok(Some(password)) => {
+            Json(serde_json::json!({ "username": "x-access-token", "password": password })).into_response()
+        }
+        Ok(None) => StatusCode::NOT_FOUND.into_response(),
+        Err(error) => error.into_response(),
     }
 }

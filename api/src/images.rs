@@ -162,7 +162,7 @@ fn list(folders: &Folders, as_json: bool) -> anyhow::Result<()> {
         return Ok(());
     }
     let mut table = comfy_table::Table::new();
-    table.load_preset(comfy_table::presets::NOTHING).set_header(["NAME", "FOLDER", "KERNEL", "DISK", "VMS"]);
+    table.load_style(comfy_table::presets::NOTHING).set_header(["NAME", "FOLDER", "KERNEL", "DISK", "VMS"]);
     for shelved in &images {
         let folder = shelved.dir.file_name().unwrap_or_default().to_string_lossy();
         let disk = format!("{} MiB", shelved.manifest.disk.size >> 20);

@@ -5,6 +5,8 @@
 #![forbid(unsafe_code)]
 
 pub mod admin;
+mod agent;
+pub mod capacity;
 pub mod cli;
 pub mod config;
 mod controllers;
@@ -17,6 +19,9 @@ mod log;
 pub mod mail;
 pub mod retention;
 pub mod serve;
+mod storage;
 pub mod unit;
 
+pub use agent::{Harness, HarnessError, Harnesses};
 pub use http::{AppState, Settings, router};
+pub use storage::{Place, Storage};

@@ -4,17 +4,19 @@
 //! them. Must never start serving with a part missing.
 
 use crate::{
+    capacity::Room,
     config::{self, AccelChoice, Config, DriverKind},
     engine::{self, Engine, Parts},
     guest_service,
     http::{AppState, Settings, router, server},
     images,
+    storage::Storage,
 };
 use anyhow::{Context as _, bail};
 use std::{path::PathBuf, sync::Arc};
 use tapgate_datapath::{Datapath, DatapathConfig};
 use tapgate_model::VmId;
-use tapgate_proxy::{Limits, Listeners, PolicyTable, Proxy, ProxyConfig, VmCa};
+use tapgate_proxy::{Listeners, PolicyTable, Proxy, ProxyConfig, VmCa};
 use tapgate_store::{CaPem, Resources, SealKey, Store};
 use tapgate_vmm::{
     ApiDriver, ApiKind, NetnsDriver, QemuDriver, Vmm,
@@ -87,6 +89,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         .context("cannot open the store")?;
     let (image, driver) = open_driver(&config).await?;
 
+    let storage = Storage::open(&config.snapshot_store).context("cannot open the snapshot store")?;
     let datapath = Datapath::open(DatapathConfig {
         instance: config.instance.clone(),
         pin_root: "/sys/fs/bpf/tapgate".into(),
@@ -101,7 +104,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     hand_over(&datapath, &listeners).context("cannot hand the listeners to the datapath")?;
     let service = listeners.take_service().context("the guest service has no listener")?;
 
-    let table = Arc::new(PolicyTable::new(Limits::default()));
+    let table = Arc::new(PolicyTable::new(config.vm_limits));
     table
         .set_guest_range(&[Some(config.guest_v4), config.guest_v6].into_iter().flatten().collect::<Vec<_>>());
 
@@ -123,6 +126,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         table,
         driver,
         image,
+        storage,
         notifier,
         stop: stop.clone(),
     });
@@ -268,6 +272,14 @@ fn api_settings(config: &Config) -> Settings {
             disk_bytes: u64::from(config.disk_gib) << 30,
         },
         base_image: config.image.clone(),
+        git_host: config.git_host.to_string(),
+        room: Room::of_host(
+            config.share.clone(),
+            config.data_dir.clone(),
+            config.driver != DriverKind::Netns,
+        ),
+        harnesses: config.harnesses.clone(),
+        vms: config.data_dir.join("vms"),
         ..Settings::default()
     }
 }

@@ -220,7 +220,7 @@ async fn every_wrong_request_is_answered_in_the_envelope() {
         "ssh-ed25519",
         "-----BEGIN OPENSSH PRIVATE KEY-----",
         &format!("command=\"x\" {PUBLIC_KEY}"),
-        &format!("{PUBLIC_KEY}\n{PUBLIC_KEY}"),
+        &format!("{PUBLIC_KEY}\ncommand=\"x\" {PUBLIC_KEY}"),
     ] {
         let body = json!({ "name": "vm", "public_key": public_key });
         assert_eq!(app.post(&key, "/v1/vms", body).await.error(422), "validation_error", "{public_key}");

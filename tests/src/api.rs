@@ -55,6 +55,11 @@ impl<'world> Client<'world> {
         self.key.as_deref()
     }
 
+    /// Where a path of the API is.
+    pub fn url(&self, path: &str) -> String {
+        format!("{}{path}", self.base)
+    }
+
     /// GET.
     pub fn get(&self, path: &str) -> Result<Reply> {
         self.call("GET", path, None)
@@ -133,6 +138,27 @@ impl<'world> Client<'world> {
             thread::sleep(Duration::from_millis(500));
         }
         bail!("the VM does not become {wanted}")
+    }
+
+    /// Creates an agent on a branch of the world's repository; the agent and its VM.
+    pub fn create_agent(&self, body: &Value) -> Result<(String, String)> {
+        let agent = self.post("/v1/agents", body)?.expect(201)?;
+        let text = |name: &str| agent[name].as_str().map(str::to_owned).context("an agent without an id");
+        Ok((text("id")?, text("vm_id")?))
+    }
+
+    /// Polls until the agent's status is this word; the agent.
+    pub fn wait_agent(&self, agent: &str, wanted: &str) -> Result<Value> {
+        let mut body = Value::Null;
+        for _ in 0..TRIES {
+            body = self.get(&format!("/v1/agents/{agent}"))?.expect(200)?;
+            if body["status"] == wanted {
+                return Ok(body);
+            }
+            ensure!(body["status"] != "idle", "the agent is idle too early: {body}");
+            thread::sleep(Duration::from_millis(500));
+        }
+        bail!("the agent does not become {wanted}: {body}")
     }
 
     /// Adds a rule for the account (`host` or `cidr`); its id.

@@ -13,6 +13,9 @@ use std::{
 
 /// Where it listens, on its own host.
 const LISTEN: &str = "127.0.0.1:7070";
+/// A harness that is a script of the repository; see [`crate::world`].
+const HARNESS: &str =
+    "[harness.scripted]\nargv = [\"/bin/bash\", \"./harness.sh\", \"{args}\", \"--\", \"{prompt}\"]\n";
 /// How many times we ask whether it answers, ten times a second.
 const TRIES: usize = 600;
 /// Files from this size on are disks.
@@ -52,17 +55,52 @@ pub struct Settings {
 pub struct Daemon<'world> {
     world: &'world World,
     settings: Settings,
+    environment: Vec<(String, String)>,
     child: Child,
 }
 
 impl<'world> Daemon<'world> {
     /// Writes the configuration and starts it.
     pub fn start(world: &'world World, settings: Settings) -> Result<Self> {
-        fs::write(config_file(world), config(world, &settings))?;
-        let child = spawn(world, &settings)?;
-        let mut daemon = Self { world, settings, child };
+        Self::start_with(world, settings, "", &[])
+    }
+
+    /// The same with more lines of configuration, and variables for the daemon.
+    pub fn start_with(
+        world: &'world World,
+        settings: Settings,
+        lines: &str,
+        environment: &[(&str, &str)],
+    ) -> Result<Self> {
+        fs::write(config_file(world), format!("{}{lines}\n{HARNESS}", config(world, &settings)))?;
+        let environment: Vec<(String, String)> =
+            environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        let child = spawn(world, &settings, &environment)?;
+        let mut daemon = Self { world, settings, environment, child };
         daemon.wait_until_it_answers()?;
         Ok(daemon)
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The folder of a VM.
+    pub fn vm_folder(&self, vm: &str) -> PathBuf {
+        data_dir(self.world).join("vms").join(vm)
+    }
+
+    /// The process of a VM's VMM, as it was noted in the VM's folder.
+    pub fn vmm(&self, vm: &str) -> Option<u32> {
+        let note = fs::read(self.vm_folder(vm).join("vmm.json")).ok()?;
+        let handle: serde_json::Value = serde_json::from_slice(&note).ok()?;
+        handle["process"]["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok())
+    }
+
+    /// The folder of its state.
+    pub fn data_dir(&self) -> PathBuf {
+        data_dir(self.world)
     }
 
     /// A client without a key.
@@ -79,7 +117,7 @@ impl<'world> Daemon<'world> {
 
     /// Starts it again after [`Self::kill`].
     pub fn start_again(&mut self) -> Result<()> {
-        self.child = spawn(self.world, &self.settings)?;
+        self.child = spawn(self.world, &self.settings, &self.environment)?;
         self.wait_until_it_answers()
     }
 
@@ -157,12 +195,13 @@ fn config(world: &World, settings: &Settings) -> String {
     )
 }
 
-fn spawn(world: &World, settings: &Settings) -> Result<Child> {
+fn spawn(world: &World, settings: &Settings, environment: &[(String, String)]) -> Result<Child> {
     let log = OpenOptions::new().create(true).append(true).open(log_file(world))?;
     let mut command = world.on_host(&settings.binary);
     command.args(["serve", "--config"]).arg(config_file(world));
     // Its upstreams are verified against the world's authority, and nothing else.
     command.env("SSL_CERT_FILE", world.ca_file()).env_remove("SSL_CERT_DIR").env("NO_COLOR", "1");
+    command.envs(environment.iter().map(|(name, value)| (name, value)));
     command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).process_group(0);
     command.spawn().with_context(|| format!("{} could not be started", settings.binary.display()))
 }

@@ -63,7 +63,7 @@ impl KvmBox {
         let qemu = start(&disk, kernel, &overlay, &shared, port)?;
         let mut host = Self { qemu, port, key: disk.key() };
         host.wait().context("the host in the box does not come up")?;
-        host.expect("mkdir -p /share && mount -o ro /dev/vdb /share")?;
+        host.expect("mkdir -p /share && echo /dev/vdb /share ext4 ro 0 0 >> /etc/fstab && mount /share")?;
         Ok(host)
     }
 
@@ -98,7 +98,6 @@ impl KvmBox {
         for _ in 0..PATIENCE {
             thread::sleep(Duration::from_secs(1));
             if self.expect("cat /proc/sys/kernel/random/boot_id").is_ok_and(|now| now != before) {
-                self.expect("mount -o ro /dev/vdb /share")?;
                 return Ok(());
             }
         }

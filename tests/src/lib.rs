@@ -4,12 +4,15 @@
 #![forbid(unsafe_code)]
 
 pub mod api;
+pub mod bucket;
+pub mod chaos;
 pub mod counters;
 pub mod daemon;
 pub mod demo;
 pub mod journal;
 pub mod kvm_box;
 pub mod net;
+pub mod raw;
 pub mod reaper;
 pub mod server;
 pub mod sh;

@@ -20,6 +20,23 @@ use std::{
 /// The token that the git server wants.
 pub const GIT_TOKEN: &str = "ghp_9f2Yw7RealTokenOfTheWorld";
 
+/// The branch of `project.git` that agents work on.
+pub const AGENT_BRANCH: &str = "agents";
+
+/// A harness as a script: notes its arguments, asks the "LLM", waits to be told to go on, edits, commits and pushes.
+const HARNESS: &str = r#"set -eu
+printf '%s\0' "$@" >> /root/argv
+echo run >> /root/runs
+curl -sS --fail --max-time 60 -H "Authorization: Bearer $LLM_API_KEY" --data-binary @/root/argv https://echo.example.com/echo > answer.json
+echo "the model has answered"
+while [ ! -e /root/go ]; do sleep 0.2; done
+printf 'edited by the agent\n' >> README
+git add README answer.json
+git commit --quiet --message 'Done by the agent'
+git push --quiet origin HEAD
+echo "pushed"
+"#;
+
 /// A world. Its fields are dropped in order: the servers first, the reaper last.
 pub struct World {
     names: Names,
@@ -140,6 +157,13 @@ fn repository(folder: &Path) -> Result<()> {
     git(&["init", "--quiet", "--initial-branch=main"])?;
     git(&["add", "README"])?;
     git(&["commit", "--quiet", "--message", "First"])?;
+    // What an agent works on: a branch with its harness in it.
+    git(&["checkout", "--quiet", "-b", AGENT_BRANCH])?;
+    fs::write(work.join("harness.sh"), HARNESS)?;
+    git(&["add", "harness.sh"])?;
+    git(&["commit", "--quiet", "--message", "Harness"])?;
+    git(&["checkout", "--quiet", "main"])?;
     git(&["clone", "--quiet", "--bare", ".", &bare.to_string_lossy()])?;
+    sh::expect(Command::new("git").arg("-C").arg(&bare).args(["config", "http.receivepack", "true"]), b"")?;
     Ok(())
 }

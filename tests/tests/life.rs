@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 use std::{thread, time::Duration};
 use tapgate_e2e::{
     World,
+    bucket::{Bucket, SECRET},
     daemon::{self, Daemon, Driver, Settings},
     demo::Stage,
     sites, ssh,
@@ -27,25 +28,51 @@ fn held(stage: &Stage<'_>) {
     assert_eq!(stage.world().counters().unwrap().since(&before).any(), 0, "something got out");
 }
 
-fn snapshot(stage: &Stage<'_>, vm: &str) -> String {
+fn shown(stage: &Stage<'_>, id: &str) -> Value {
+    stage.api().get(&format!("/v1/snapshots/{id}")).unwrap().expect(200).unwrap()["data"].clone()
+}
+
+/// Waits for a snapshot's status.
+fn becomes(stage: &Stage<'_>, id: &str, wanted: &[&str]) -> Value {
+    let mut last = Value::Null;
+    for _ in 0..TRIES {
+        last = shown(stage, id);
+        if wanted.iter().any(|word| last["status"] == *word) {
+            return last;
+        }
+        assert_ne!(last["status"], "failed", "{last}");
+        thread::sleep(Duration::from_millis(100));
+    }
+    panic!("the snapshot never becomes {wanted:?}: {last}");
+}
+
+fn begin(stage: &Stage<'_>, vm: &str) -> String {
     let made = stage.api().post(&format!("/v1/vms/{vm}/snapshots"), &json!({"label": "test"})).unwrap();
     let made = made.expect(201).unwrap()["data"].clone();
     assert_eq!(made["status"], "pending");
-    let id = made["id"].as_str().unwrap().to_owned();
-    let mut last = Value::Null;
-    for _ in 0..TRIES {
-        last = stage.api().get(&format!("/v1/snapshots/{id}")).unwrap().expect(200).unwrap()["data"].clone();
-        match last["status"].as_str() {
-            Some("ready") => {
-                assert!(last["size_bytes"].as_u64().is_some_and(|size| size > 0), "{last}");
-                assert_eq!(last["r2_key"], format!("snapshots/{id}.qcow2"));
-                return id;
-            }
-            Some("failed") => break,
-            _ => thread::sleep(Duration::from_millis(100)),
-        }
+    made["id"].as_str().unwrap().to_owned()
+}
+
+/// Takes a snapshot, with the daemon killed while it is copied and again while it is stored.
+fn snapshot(stage: &mut Stage<'_>, vm: &str) -> String {
+    let id = begin(stage, vm);
+    thread::sleep(Duration::from_millis(500));
+    for stages in [["pending", "uploading", "ready"], ["uploading", "ready", "ready"]] {
+        let now = becomes(stage, &id, &stages);
+        println!("the daemon is killed while the snapshot is {}", now["status"]);
+        stage.daemon_mut().kill().unwrap();
+        stage.daemon_mut().start_again().unwrap();
     }
-    panic!("the snapshot never became ready: {last}");
+    let ready = becomes(stage, &id, &["ready"]);
+    assert!(ready["size_bytes"].as_u64().is_some_and(|size| size > 1 << 20), "{ready}");
+    assert_eq!(ready["r2_key"], format!("snapshots/{id}.qcow2.zst"));
+    id
+}
+
+fn from(stage: &Stage<'_>, name: &str, snapshot: &str) -> String {
+    let body = json!({"name": name, "public_key": ssh::key(stage.world()).unwrap(), "snapshot_id": snapshot});
+    let vm = stage.api().post("/v1/vms", &body).unwrap().expect(201).unwrap();
+    vm["id"].as_str().unwrap().to_owned()
 }
 
 fn identity(stage: &Stage<'_>) -> Vec<String> {
@@ -60,7 +87,9 @@ fn real_vm_stopped_started_and_made_again_from_a_snapshot() {
     let world = World::new().unwrap();
     let images = "/var/cache/tapgate/images".into();
     let settings = Settings { binary: daemon::binary().unwrap(), driver: Driver::Qemu, images };
-    let daemon = Daemon::start(&world, settings).unwrap();
+    let bucket = Bucket::start(&world).unwrap();
+    let lines = bucket.as_ref().map(Bucket::lines).unwrap_or_default();
+    let daemon = Daemon::start_with(&world, settings, &lines, &Bucket::environment()).unwrap();
     let mut stage = Stage::new(&world, daemon).unwrap();
     stage.boot("first").unwrap();
     let first = stage.vm().unwrap().to_owned();
@@ -72,11 +101,11 @@ fn real_vm_stopped_started_and_made_again_from_a_snapshot() {
     assert_eq!(stage.guest().unwrap().expect("cat /root/file").unwrap().trim(), "kept");
 
     stage.guest().unwrap().expect("echo just-written > /root/late").unwrap();
-    let id = snapshot(&stage, &first);
+    let id = snapshot(&mut stage, &first);
+    stage.api().wait_ready(&first).unwrap();
+    stage.enter(first.clone()).unwrap();
     let original = identity(&stage);
-    let body = json!({"name": "second", "public_key": ssh::key(&world).unwrap(), "snapshot_id": id});
-    let second = stage.api().post("/v1/vms", &body).unwrap().expect(201).unwrap();
-    let second = second["id"].as_str().unwrap().to_owned();
+    let second = from(&stage, "second", &id);
     stage.api().wait_ready(&second).unwrap();
     stage.enter(second.clone()).unwrap();
     held(&stage);
@@ -88,11 +117,56 @@ fn real_vm_stopped_started_and_made_again_from_a_snapshot() {
         assert_ne!(one, two, "a copy shares an identity with its origin");
     }
 
+    // One that was changed where it is stored is never booted.
+    if let Some(bucket) = &bucket {
+        let key = format!("one/two/snapshots/{id}.qcow2.zst");
+        assert_eq!(bucket.keys().unwrap(), [key.as_str()]);
+        assert_eq!(
+            bucket.open_uploads().unwrap(),
+            Vec::<String>::new(),
+            "an upload that was cut off is left"
+        );
+        bucket.tamper(&key).unwrap();
+        let third = from(&stage, "third", &id);
+        let mut vm = Value::Null;
+        for _ in 0..TRIES {
+            vm = stage.api().get(&format!("/v1/vms/{third}")).unwrap().expect(200).unwrap();
+            if vm["status"] == "failed" {
+                break;
+            }
+            thread::sleep(Duration::from_millis(100));
+        }
+        assert!(vm["failure_reason"].as_str().unwrap_or_default().contains("changed"), "{vm}");
+        stage.api().delete(&format!("/v1/vms/{third}")).unwrap().expect(204).unwrap();
+        stage.api().wait_for(&third, "destroyed").unwrap();
+    }
+    // A chain: of a VM that came from a snapshot.
+    let chained = begin(&stage, &second);
+    assert_eq!(becomes(&stage, &chained, &["ready"])["source_snapshot_id"], *id);
+
     for vm in [&first, &second] {
         stage.api().post(&format!("/v1/vms/{vm}/stop"), &json!({})).unwrap().expect(200).unwrap();
         stage.api().wait_for(vm, "stopped").unwrap();
         stage.api().delete(&format!("/v1/vms/{vm}")).unwrap().expect(204).unwrap();
         stage.api().wait_for(vm, "destroyed").unwrap();
     }
-    stage.api().delete(&format!("/v1/snapshots/{id}")).unwrap().expect(204).unwrap();
+    for id in [&id, &chained] {
+        stage.api().delete(&format!("/v1/snapshots/{id}")).unwrap().expect(204).unwrap();
+        assert_eq!(stage.api().get(&format!("/v1/snapshots/{id}")).unwrap().status, 404);
+    }
+    for _ in 0..TRIES {
+        if bucket.as_ref().is_none_or(|bucket| bucket.keys().unwrap().is_empty()) {
+            break;
+        }
+        thread::sleep(Duration::from_millis(100));
+    }
+    assert!(
+        bucket.is_none_or(|bucket| bucket.keys().unwrap().is_empty()),
+        "a deleted snapshot's bytes are left"
+    );
+    let log = stage.daemon().log();
+    assert!(!log.contains(SECRET), "the log has the store's credentials");
+    for line in log.lines().filter(|line| line.contains("snapshot.taken")) {
+        println!("{line}");
+    }
 }

@@ -1,13 +1,14 @@
 //! What can be set about the proxy: resolvers, trust, patience and bounds. Owns values only, with defaults that suit a host.
 
+use crate::resolver::Resolver;
 use rustls_pki_types::CertificateDer;
-use std::{net::SocketAddr, time::Duration};
+use std::time::Duration;
 
 /// Settings of a [`crate::Proxy`].
 #[derive(Clone, Debug, Default)]
 pub struct ProxyConfig {
     /// Name servers to ask; none means the system's (`/etc/resolv.conf`).
-    pub resolvers: Vec<SocketAddr>,
+    pub resolvers: Vec<Resolver>,
     /// Certificates trusted for upstreams besides the system's roots, such as a company's own CA.
     pub extra_roots: Vec<CertificateDer<'static>>,
     /// How long to wait for what.

@@ -19,16 +19,19 @@ mod peek;
 mod proxy;
 mod registry;
 mod resolve;
+mod resolver;
 mod secret;
 mod splice;
 mod table;
 mod throttle;
+mod trust;
 
 pub use config::{Limits, ProxyConfig, Timeouts};
 pub use conn::Accepted;
 pub use intercept::ca::{CaError, VmCa};
 pub use listener::{ListenError, ListenerFds, Listeners, ServiceListeners};
 pub use proxy::{Proxy, ProxyError};
+pub use resolver::{BadResolver, Resolver, Transport};
 pub use table::{HostPrefix, PolicyTable};
 
 /// What the fuzz targets and property tests reach of the parsers; no part of the interface.

@@ -12,6 +12,7 @@ use crate::{
     resolve::Resolve,
     splice::Pipes,
     table::PolicyTable,
+    trust::Trust,
 };
 use std::{io, net::TcpListener as StdListener, sync::Arc, time::Duration};
 use tapgate_model::AuditSink;
@@ -69,12 +70,13 @@ impl Proxy {
 
     fn share(self, stop: CancellationToken) -> Result<Arc<Shared>, ProxyError> {
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let resolve = Resolve::new(&self.config).map_err(|error| ProxyError::Resolver(error.to_string()))?;
+        let trust = Trust::new(provider.clone(), &self.config.extra_roots);
+        let resolve = Resolve::new(&self.config, trust.client(&[])?)
+            .map_err(|error| ProxyError::Resolver(error.to_string()))?;
         let patience = self.config.timeouts.connect;
         let dialer = Dialer { resolve, table: self.table.clone(), patience };
-        let roots = &self.config.extra_roots;
         Ok(Arc::new(Shared {
-            connector: Connector::new(dialer, provider.clone(), roots, patience)?,
+            connector: Connector::new(dialer, &trust, patience)?,
             leaves: Leaves::new(provider),
             pool: Pool::default(),
             pipes: Pipes::default(),

@@ -2,7 +2,10 @@
 //!
 //! Must never decide whether an address may be used: that is the dialer's and the DNS server's to ask of the policy.
 
-use crate::config::ProxyConfig;
+use crate::{
+    config::ProxyConfig,
+    resolver::{Resolver, Transport},
+};
 use hickory_resolver::{
     TokioResolver,
     config::{ConnectionConfig, NameServerConfig, ResolveHosts, ResolverConfig, ResolverOpts},
@@ -23,23 +26,17 @@ const MAX_TTL: Duration = Duration::from_secs(3600);
 pub(crate) struct Resolve(TokioResolver);
 
 impl Resolve {
-    /// A resolver that asks the configured servers, or the system's.
-    pub(crate) fn new(config: &ProxyConfig) -> Result<Self, NetError> {
+    /// A resolver that asks the configured servers, or the system's; the next one where one fails.
+    pub(crate) fn new(config: &ProxyConfig, tls: rustls::ClientConfig) -> Result<Self, NetError> {
         let mut builder = if config.resolvers.is_empty() {
             TokioResolver::builder_tokio()?
         } else {
-            let servers = config.resolvers.iter().map(|server| {
-                let mut udp = ConnectionConfig::udp();
-                let mut tcp = ConnectionConfig::tcp();
-                udp.port = server.port();
-                tcp.port = server.port();
-                NameServerConfig::new(server.ip(), true, vec![udp, tcp])
-            });
-            let config = ResolverConfig::from_parts(None, Vec::new(), servers.collect());
+            let servers = config.resolvers.iter().map(server).collect();
+            let config = ResolverConfig::from_parts(None, Vec::new(), servers);
             TokioResolver::builder_with_config(config, TokioRuntimeProvider::default())
         };
         set(builder.options_mut());
-        Ok(Self(builder.build()?))
+        Ok(Self(builder.with_tls_config(tls).build()?))
     }
 
     /// Every address of the name, IPv6 and IPv4 taking turns. Only the name itself: no search domains.
@@ -76,6 +73,20 @@ impl Resolve {
     pub(crate) async fn records(&self, name: &HostName, kind: RecordType) -> Result<Lookup, NetError> {
         self.0.lookup(fqdn(name)?, kind).await
     }
+}
+
+fn server(resolver: &Resolver) -> NameServerConfig {
+    let mut connections = match &resolver.by {
+        Transport::Plain => vec![ConnectionConfig::udp(), ConnectionConfig::tcp()],
+        Transport::Tls(name) => vec![ConnectionConfig::tls(name.as_str().into())],
+        Transport::Https(name, path) => {
+            vec![ConnectionConfig::https(name.as_str().into(), Some(path.as_str().into()))]
+        }
+    };
+    for connection in &mut connections {
+        connection.port = resolver.at.port();
+    }
+    NameServerConfig::new(resolver.at.ip(), true, connections)
 }
 
 fn fqdn(name: &HostName) -> Result<Name, NetError> {

@@ -45,7 +45,7 @@ pub(crate) struct VmEntry {
     patterns: ArcSwapOption<Made>,
     /// Questions being answered.
     pub dns: Arc<Semaphore>,
-    limits: Limits,
+    limits: ArcSwap<Limits>,
     /// What it moves.
     pub throttle: Throttle,
     /// Sockets accepted from it and not yet closed.
@@ -95,7 +95,7 @@ impl VmEntry {
 
     /// A place for a new connection, unless the VM has too many or opens them too fast.
     pub(crate) fn admit(self: &Arc<Self>) -> Option<Slot> {
-        let limits = self.limits;
+        let limits = self.limits.load();
         if self.open.fetch_add(1, Ordering::Relaxed) >= limits.connections {
             self.open.fetch_sub(1, Ordering::Relaxed);
             return None;
@@ -162,7 +162,7 @@ impl PolicyTable {
             live: Arc::default(),
             patterns: ArcSwapOption::empty(),
             dns: Arc::new(Semaphore::new(limits.dns_in_flight)),
-            limits: *limits,
+            limits: ArcSwap::from_pointee(*limits),
             throttle: Throttle::new(limits.octets_per_second),
             open: AtomicUsize::new(0),
             arrivals: Mutex::new((f64::from(limits.new_per_second) * 2.0, Instant::now())),
@@ -190,6 +190,16 @@ impl PolicyTable {
             entry.policy.store(policy.clone());
             entry.live.rejudge(&policy);
         }
+        true
+    }
+
+    /// Gives one VM other bounds than the table's: connections and rates from now on, for live connections too; what was
+    /// made for the VM when it was inserted (questions in flight, pins) stays. Returns whether the VM is known.
+    pub fn limit(&self, vm: &VmId, limits: Limits) -> bool {
+        let state = self.state.load();
+        let Some(entry) = state.by_vm.get(vm) else { return false };
+        entry.limits.store(Arc::new(limits));
+        entry.throttle.set(limits.octets_per_second);
         true
     }
 

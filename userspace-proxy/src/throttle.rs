@@ -3,7 +3,10 @@
 
 use std::{
     pin::Pin,
-    sync::{Mutex, PoisonError},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     task::{Context, Poll},
     time::{Duration, Instant},
 };
@@ -11,20 +14,29 @@ use tokio::time::{Sleep, sleep};
 
 /// A VM's bucket: filled at its rate, at most one second's worth.
 pub(crate) struct Throttle {
-    rate: Option<f64>,
+    /// Octets a second; 0 means no bound.
+    rate: AtomicU64,
     bucket: Mutex<(f64, Instant)>,
 }
 
 impl Throttle {
     /// A bucket of this rate, full; none means no bound.
     pub(crate) fn new(octets_per_second: Option<u64>) -> Self {
-        let rate = octets_per_second.map(|rate| rate.max(1) as f64);
-        Self { rate, bucket: Mutex::new((rate.unwrap_or(0.0), Instant::now())) }
+        let rate = octets_per_second.map_or(0, |rate| rate.max(1));
+        Self { rate: AtomicU64::new(rate), bucket: Mutex::new((rate as f64, Instant::now())) }
+    }
+
+    /// Another rate from now on; what was overdrawn stays so.
+    pub(crate) fn set(&self, octets_per_second: Option<u64>) {
+        self.rate.store(octets_per_second.map_or(0, |rate| rate.max(1)), Ordering::Relaxed);
     }
 
     /// Takes what has moved; says how long to wait before the next, if the bucket is overdrawn.
     pub(crate) fn spend(&self, octets: usize, now: Instant) -> Option<Duration> {
-        let rate = self.rate?;
+        let rate = match self.rate.load(Ordering::Relaxed) {
+            0 => return None,
+            rate => rate as f64,
+        };
         let mut bucket = self.bucket.lock().unwrap_or_else(PoisonError::into_inner);
         let earned = now.saturating_duration_since(bucket.1).as_secs_f64() * rate;
         *bucket = ((bucket.0 + earned).min(rate) - octets as f64, now);

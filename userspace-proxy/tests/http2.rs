@@ -155,6 +155,54 @@ fn prior_knowledge_is_decided_request_by_request() {
     });
 }
 
+/// An extended CONNECT (RFC 8441 §4).
+fn extended(path: &str, protocol: &'static str) -> Request<Body> {
+    Request::connect(format!("https://api.example{path}"))
+        .header("authorization", "Bearer IRONSH_PROXY_token")
+        .header("sec-websocket-version", "13")
+        .extension(hyper::ext::Protocol::from_static(protocol))
+        .body(Empty::new().boxed_unsync())
+        .unwrap()
+}
+
+#[test]
+fn websockets_pass_by_extended_connect_and_are_cut_with_the_rule() {
+    world(|mut w| async move {
+        start(&mut w, &["h2", "http/1.1"]).await;
+        let mut sender = begin(w.tls((SERVER, 443), "api.example", &["h2"]).await.unwrap()).await;
+        assert_eq!(sender.send_request(get("https://api.example/")).await.unwrap().status(), 200);
+        let mut granted = sender.send_request(extended("/chat", "websocket")).await.unwrap();
+        assert_eq!(granted.status(), 200);
+        assert!(!granted.headers().contains_key("sec-websocket-accept"));
+        let mut socket = TokioIo::new(hyper::upgrade::on(&mut granted).await.unwrap());
+        let mut echo = [0; 5];
+        for word in [b"hello", b"again"] {
+            socket.write_all(word).await.unwrap();
+            socket.read_exact(&mut echo).await.unwrap();
+            assert_eq!(&echo, word);
+        }
+        let seen = w.log.seen().pop().unwrap();
+        assert_eq!(seen.line, "GET /chat");
+        assert_eq!(seen.header("authorization"), Some(&format!("Bearer {VALUE}")[..]));
+        assert_eq!(seen.header("upgrade"), Some("websocket"));
+        // Other requests share the connection all the while; other protocols, and answers that are none, do not pass.
+        assert_eq!(sender.send_request(get("https://api.example/2")).await.unwrap().status(), 200);
+        for (path, protocol) in
+            [("/a", "connect-udp"), ("/no-websocket", "websocket"), ("/wrong-accept", "websocket")]
+        {
+            let refused = sender.send_request(extended(path, protocol)).await.unwrap();
+            assert_eq!(refused.status(), 403, "{path}");
+            assert_eq!(refused.headers()["x-tapgate-reason"], "tunnel", "{path}");
+        }
+        w.rules(Mode::Enforce, &["b.example"], &[("token", VALUE, &["api.example"])]);
+        assert!(!matches!(socket.read(&mut echo).await, Ok(1..)), "cut with its rule");
+        let events = w.events(6).await;
+        let talk = events.iter().find(|event| event.path.as_deref() == Some("/chat")).unwrap();
+        assert_eq!(talk.verdict, Verdict::Deny { reason: Reason::Revoked });
+        assert_eq!((talk.bytes_out, talk.bytes_in), (10, 10));
+    });
+}
+
 /// A frame of HTTP/2 (RFC 9113 §4.1).
 fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     let length = u32::try_from(payload.len()).unwrap().to_be_bytes();

@@ -60,6 +60,11 @@ impl Agent {
         Ok(agent)
     }
 
+    /// Has the guest write out what it holds in memory, so that holding it takes no longer than it must.
+    pub async fn write_out(&mut self) -> Result<u64, VmmError> {
+        self.execute("guest-tapgate-sync", FREEZE).await
+    }
+
     /// Holds the guest's file systems still; answers how many.
     pub async fn freeze(&mut self) -> Result<u64, VmmError> {
         self.execute("guest-fsfreeze-freeze", FREEZE).await

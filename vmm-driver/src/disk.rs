@@ -118,7 +118,13 @@ pub fn prepare_raw(
                     .into(),
             ));
         }
-        (None, Some(snapshot)) => unpack(snapshot, &path, uid)?,
+        (None, Some(snapshot)) => {
+            unpack(snapshot, &path, uid)?;
+            if snapshot.parent() == Some(dir) {
+                // Brought here for this VM alone.
+                fs::remove_file(snapshot).map_err(VmmError::io("removing the snapshot's copy"))?;
+            }
+        }
         (None, None) => copy_raw(&image.disk(), &path)?,
     }
     grow(&Disk { path: path.clone(), format: Format::Raw }, bytes)?;
@@ -221,7 +227,11 @@ fn copy_snapshot(dir: &Path, snapshot: &Path) -> Result<Disk, VmmError> {
             snapshot.display()
         )));
     }
-    if !reflink(snapshot, &disk.path)? {
+    if snapshot.parent() == Some(dir) {
+        // Brought here for this VM alone: it becomes the disk as it is.
+        private(snapshot)?;
+        fs::rename(snapshot, &disk.path).map_err(VmmError::io("naming the disk"))?;
+    } else if !reflink(snapshot, &disk.path)? {
         let new = dir.join("disk.new");
         fs::copy(snapshot, &new).map_err(VmmError::io(snapshot.display().to_string()))?;
         private(&new)?;

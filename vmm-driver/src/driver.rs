@@ -30,6 +30,9 @@ pub trait Vmm: Send + Sync {
 
     /// Ends what the handle means, if it is still there, without taking it over: for VMs that cannot be adopted.
     fn discard<'a>(&'a self, spec: &'a VmSpec, handle: &'a Handle) -> BoxFuture<'a, Result<(), VmmError>>;
+
+    /// Ends what a boot that was cut off left before it could note a handle. Nothing there is no error.
+    fn sweep<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, ()>;
 }
 
 /// A VM that runs. Dropping it leaves the VM alone: it goes on without a daemon.
@@ -49,6 +52,15 @@ pub trait Running: Send + Sync {
     /// Copies the disk, as it is now, to a new file, while the guest runs on. See [`crate::VmSpec::snapshot`].
     fn snapshot<'a>(&'a self, _to: &'a Path) -> BoxFuture<'a, Result<SnapshotInfo, VmmError>> {
         Box::pin(async { Err(VmmError::Unsupported { driver: "this", what: "take snapshots" }) })
+    }
+
+    /// Whether the VMM still does its work: an error is that it does not. The caller sets the limit.
+    fn check(&self) -> BoxFuture<'_, Result<(), VmmError>> {
+        let stopped = self.handle().process.is_stopped();
+        Box::pin(std::future::ready(match stopped {
+            true => Err(VmmError::Control("its process was stopped by a signal".into())),
+            false => Ok(()),
+        }))
     }
 
     /// Ends it at once.

@@ -279,6 +279,13 @@ impl Vmm for NetnsDriver {
             Ok(())
         })
     }
+
+    fn sweep<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, ()> {
+        if let Some(guest) = &spec.guest_ns {
+            end_all(guest, nix::unistd::Pid::from_raw(0));
+        }
+        Box::pin(async {})
+    }
 }
 
 impl Running for NetnsRunning {

@@ -44,6 +44,12 @@ impl ProcessRef {
         let start_time = start_time(pid)?;
         Ok(Self { pid, start_time, boot_id: boot_id()? })
     }
+
+    /// Whether it is stopped by a signal (or a debugger).
+    pub fn is_stopped(&self) -> bool {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
+        stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with(['T', 't']))
+    }
 }
 
 impl Process {

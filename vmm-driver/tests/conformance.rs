@@ -56,7 +56,7 @@ fn given(kind: ApiKind, variable: &str) {
 async fn suite(world: &Arc<World>, subject: Subject) {
     let mut datapath = world.datapath().await;
     let outside = subject::Outside::listen();
-    let mut service = common::Service::start(&datapath, "#cloud-config\n{}".into());
+    let service = common::Service::start(&datapath, "#cloud-config\n{}".into());
     let other = world.dir.path().join("another-vms-disk");
     std::fs::write(&other, "secret").unwrap();
     let env = vec![("PROBE".to_owned(), format!("{}:/var/lib/tapgate", other.display()))];
@@ -87,17 +87,22 @@ async fn suite(world: &Arc<World>, subject: Subject) {
     assert!(machine.snapshot(&file).await.is_err() && file.exists(), "never over a file that is there");
     subject.probe(world, &datapath, &spec, &outside);
 
-    step("adopt");
-    let handle = machine.handle().clone();
-    drop(machine);
-    drop(datapath);
-    datapath = world.datapath().await;
-    drop(service);
-    service = common::Service::start(&datapath, "#cloud-config\n{}".into());
-    let gate = datapath.adopt(&spec.id, spec.net, &common::policy(&spec.id)).await.unwrap();
-    let machine = subject.driver().adopt(&spec, &handle, gate).await.unwrap();
-    subject.ready(&datapath, &spec, machine.as_ref()).await;
-    subject.probe(world, &datapath, &spec, &outside);
+    let machine = if subject.driver().name() == "qemu" {
+        // Takes one connection at a time: a daemon that is gone cannot be played in its own process. See `vm.rs`.
+        machine
+    } else {
+        step("adopt");
+        let handle = machine.handle().clone();
+        drop(machine);
+        drop(datapath);
+        datapath = world.datapath().await;
+        service.hand_over(&datapath);
+        let gate = datapath.adopt(&spec.id, spec.net, &common::policy(&spec.id)).await.unwrap();
+        let machine = subject.driver().adopt(&spec, &handle, gate).await.unwrap();
+        subject.ready(&datapath, &spec, machine.as_ref()).await;
+        subject.probe(world, &datapath, &spec, &outside);
+        machine
+    };
 
     step("crash");
     subject::signal(now.process.pid, libc::SIGSEGV);

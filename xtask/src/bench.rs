@@ -68,6 +68,9 @@ pub fn command(options: &Options) -> Result<()> {
     run(cargo().args(["build", "--release", "--package", part.package(), "--example", &target]))?;
     let mut bench = as_root(build::folder(true).join("examples").join(&target));
     bench.env("TAPGATE_BIN", tapgate).stdout(Stdio::piped());
+    if part == Part::Proxy {
+        bench.env("BENCH_MITMDUMP", setup::peers()?.join("mitmdump"));
+    }
     if options.long {
         bench.arg("--long");
     }

@@ -19,5 +19,8 @@ pub fn build() -> Result<()> {
 pub fn test() -> Result<()> {
     let mut tally = Tally::default();
     tally.add(test::rust(&["--package", PACKAGE, "--package", "tapgate-ebpf-common"], false, false)?);
-    tally.conclude()
+    tally.conclude()?;
+    // What the verifier had to walk through, for people.
+    let shown = ["--exact", "--nocapture", "the_verifier_accepts_both_programs_with_room_to_spare"];
+    run(cargo().args(["test", "--quiet", "--package", PACKAGE, "--test", "matrix", "--"]).args(shown))
 }

@@ -6,6 +6,7 @@ mod bpf;
 mod cargo_tools;
 mod needs;
 mod services;
+mod venvs;
 
 use crate::run::{find, is_executable, output, program, run};
 use anyhow::{Result, bail};
@@ -68,6 +69,7 @@ pub fn command(check: bool, packages_only: bool) -> Result<()> {
         let check = check || !advice.is_empty();
         advice.extend(bpf::linker(&machine, check)?);
         advice.extend(cargo_tools::install(&machine, check)?);
+        advice.extend(venvs::CLIENTS.install(&machine, check)?);
     }
     if advice.is_empty() {
         eprintln!("setup: everything that building and testing need is here");
@@ -77,6 +79,23 @@ pub fn command(check: bool, packages_only: bool) -> Result<()> {
         eprintln!("to do: {line}");
     }
     bail!("setup is not complete; the lines above say what to run")
+}
+
+/// What is measured beside the proxy, which nothing else needs. Says where the Python programs among it are.
+pub fn peers() -> Result<PathBuf> {
+    let machine = Machine::probe();
+    let missing: Vec<&Need> = needs::PEERS.iter().filter(|need| !need.signs.iter().all(is_there)).collect();
+    let packages = needs::packages(&missing);
+    if !packages.is_empty() {
+        match apt::decide(&machine, false, &packages) {
+            apt::Decision::Install => apt::install(&packages)?,
+            _ => bail!("to measure other proxies, install: {}", packages.join(" ")),
+        }
+    }
+    if let Some(text) = venvs::BENCH.install(&machine, false)? {
+        bail!("to measure other proxies: {text}");
+    }
+    Ok(venvs::BENCH.folder().join("bin"))
 }
 
 fn missing() -> Vec<&'static Need> {

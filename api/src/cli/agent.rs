@@ -2,7 +2,7 @@
 
 use super::exit::{Done, Failure, not_found};
 use super::output::{json, line, one, rows};
-use super::{Api, Options};
+use super::{Api, Options, ssh::become_ssh, vm::public_key};
 use serde_json::{Value, json as value};
 use std::path::PathBuf;
 
@@ -47,9 +47,18 @@ enum Command {
         /// Read the task from this file
         #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
         prompt_file: Option<PathBuf>,
-        /// More arguments for the harness
+        /// More arguments for the harness, with quotes as in a shell
         #[arg(long, allow_hyphen_values = true)]
         agent_args: Option<String>,
+        /// File with the SSH public key for access [default: the first ~/.ssh/id_*.pub, if there is one]
+        #[arg(long, value_name = "FILE")]
+        key: Option<PathBuf>,
+        /// Memory of its VM in MiB
+        #[arg(long)]
+        memory_mib: Option<u32>,
+        /// Boot from this snapshot, which has what the harness needs
+        #[arg(long, value_name = "ID")]
+        snapshot: Option<String>,
     },
     /// List them
     #[command(visible_alias = "ls")]
@@ -58,6 +67,22 @@ enum Command {
     Show {
         /// ID or name
         agent: String,
+    },
+    /// Show the end of what its harness shows
+    Log {
+        /// ID or name
+        agent: String,
+        /// How many lines
+        #[arg(long, default_value_t = 200)]
+        tail: u32,
+    },
+    /// Attach to its terminal, the tmux session `main` (detach with Ctrl-B D)
+    Attach {
+        /// ID or name
+        agent: String,
+        /// File with the SSH private key
+        #[arg(short, long, value_name = "FILE")]
+        identity: Option<PathBuf>,
     },
     /// Destroy one with its VM
     #[command(visible_alias = "rm")]
@@ -80,20 +105,61 @@ impl Args {
     pub(super) fn run(self) -> Done {
         let api = Api::new(&self.options)?;
         match self.command {
-            Command::Create { name, repo, branch, harness, prompt, prompt_file, agent_args } => {
+            Command::Create {
+                name,
+                repo,
+                branch,
+                harness,
+                prompt,
+                prompt_file,
+                agent_args,
+                key,
+                memory_mib,
+                snapshot,
+            } => {
                 let prompt = match (prompt, prompt_file) {
                     (Some(prompt), _) => prompt,
                     (None, Some(file)) => std::fs::read_to_string(file)?,
                     (None, None) => return Err(Failure::usage("give --prompt or --prompt-file")),
                 };
+                // Without a key there is no way in; the agent works all the same.
+                let public_key = match key {
+                    Some(file) => Some(public_key(Some(file))?),
+                    None => public_key(None).ok(),
+                };
                 let body = value!({
-                    "name": name, "repo": repo, "branch": branch, "harness": harness,
-                    "prompt": prompt, "agent_args": agent_args,
+                    "name": name, "repo": repo, "branch": branch, "harness": harness, "prompt": prompt,
+                    "agent_args": agent_args, "public_key": public_key, "memory_mib": memory_mib,
+                    "snapshot_id": snapshot,
                 });
                 one(api.json, COLUMNS, &api.send("POST", "/v1/agents", Some(body))?)
             }
             Command::List => rows(api.json, COLUMNS, api.list("/v1/agents", &[], 100, usize::MAX)?),
-            Command::Show { agent } => one(api.json, COLUMNS, &api.get(&path(&api, &agent)?, &[])?),
+            Command::Show { agent } => {
+                let agent = api.get(&path(&api, &agent)?, &[])?;
+                let mut columns = COLUMNS.to_vec();
+                if agent["failure_reason"].is_string() {
+                    columns.push(("REASON", "failure_reason"));
+                }
+                one(api.json, &columns, &agent)
+            }
+            Command::Log { agent, tail } => {
+                let log = api.get(&format!("{}/log", path(&api, &agent)?), &[("tail", tail.to_string())])?;
+                if api.json {
+                    return json(&log);
+                }
+                // A guest wrote this: nothing of it may steer the terminal.
+                let text = log["log"].as_str().unwrap_or_default();
+                line(&text.replace(|c: char| c.is_control() && !matches!(c, '\n' | '\t'), ""))
+            }
+            Command::Attach { agent, identity } => {
+                let found = api.get(&path(&api, &agent)?, &[])?;
+                let vm = found["vm_id"].as_str().ok_or_else(|| not_found("agent", &agent))?;
+                let mut ssh = std::process::Command::new("ssh");
+                ssh.arg("-t");
+                let attach = ["tmux", "attach-session", "-t", "main"].map(str::to_owned);
+                become_ssh(&api, vm, ssh, identity.as_deref(), &attach)
+            }
             Command::Destroy { agent } => {
                 api.send("DELETE", &path(&api, &agent)?, None)?;
                 if api.json { json(&Value::Null) } else { line(&format!("{agent} is destroyed")) }

@@ -177,7 +177,7 @@ fn show(api: &Api, vm: Value) -> Done {
 }
 
 /// The public key to give the VM.
-fn public_key(file: Option<PathBuf>) -> Done<String> {
+pub(super) fn public_key(file: Option<PathBuf>) -> Done<String> {
     let candidates = match file {
         Some(file) => vec![file],
         None => {

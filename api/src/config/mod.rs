@@ -3,7 +3,9 @@
 //! Owns reading, merging (flag, then variable, then file, then default) and checking. Unknown keys are errors; every
 //! message names the key and says what to write instead. Nothing is started here.
 
-use crate::{http::SignUp, mail::Via, retention::Retention};
+use crate::{
+    agent::Harnesses, capacity::Share, http::SignUp, mail::Via, retention::Retention, storage::Place,
+};
 mod settings;
 
 pub use settings::{AccelChoice, DriverKind, OverHttp, Settings};
@@ -14,7 +16,8 @@ use std::{
     ops::RangeInclusive,
     path::{Path, PathBuf},
 };
-use tapgate_model::{Cidr, policy::SecretsOverHttp};
+use tapgate_model::{Cidr, HostName, policy::SecretsOverHttp};
+use tapgate_proxy::{BadResolver, Limits, Resolver};
 
 /// The checked configuration.
 #[derive(Clone, Debug)]
@@ -50,7 +53,9 @@ pub struct Config {
     /// IPv6 addresses for guests; `None` turns IPv6 off.
     pub guest_v6: Option<Cidr>,
     /// Name servers; empty means the system's.
-    pub resolvers: Vec<SocketAddr>,
+    pub resolvers: Vec<Resolver>,
+    /// What each VM may do through the proxy.
+    pub vm_limits: Limits,
     /// Host ports for SSH.
     pub ssh_ports: RangeInclusive<u16>,
     /// Names the namespace, the pins and the tables.
@@ -67,6 +72,14 @@ pub struct Config {
     pub disk_gib: u32,
     /// Secrets in clear text.
     pub secrets_over_http: SecretsOverHttp,
+    /// Where agents' repositories are that are given as owner/repo.
+    pub git_host: HostName,
+    /// What runs agents' prompts.
+    pub harnesses: Harnesses,
+    /// How much of the host VMs may have.
+    pub share: Share,
+    /// Where snapshots are stored.
+    pub snapshot_store: Place,
     /// Log filter.
     pub log: String,
 }
@@ -177,14 +190,8 @@ impl Settings {
         let resolvers = self.resolvers.unwrap_or_default();
         let resolvers = resolvers
             .iter()
-            .map(|text| {
-                text.parse::<SocketAddr>()
-                    .or_else(|_| text.parse().map(|ip| SocketAddr::new(ip, 53)))
-                    .map_err(|_| {
-                        value("resolvers", format!("`{text}` is not an address such as 192.0.2.53:53"))
-                    })
-            })
-            .collect::<Result<Vec<_>, _>>()?;
+            .map(|text| text.parse().map_err(|error: BadResolver| value("resolvers", error.to_string())))
+            .collect::<Result<Vec<Resolver>, _>>()?;
         let ssh_ports = port_range(self.ssh_ports.as_deref().unwrap_or("22000-22999"))?;
         let instance = match self.instance {
             Some(name) => name,
@@ -216,7 +223,39 @@ impl Settings {
                 Err(value(key, format!("{number} is not in {}..={}", range.start(), range.end())))
             }
         };
+        let factor = |key, number: Option<f64>, default: f64| match number.unwrap_or(default) {
+            number if number.is_finite() && (0.1..=1000.0).contains(&number) => Ok(number),
+            number => Err(value(key, format!("{number} is not in 0.1..=1000"))),
+        };
+        let usual = Limits::default();
+        let connections = u32::try_from(usual.connections).unwrap_or(u32::MAX);
+        let vm_limits = Limits {
+            connections: bounded("vm_connections", self.vm_connections, connections, 1..=65_536)? as usize,
+            new_per_second: bounded(
+                "vm_new_connections",
+                self.vm_new_connections,
+                usual.new_per_second,
+                1..=1_000_000,
+            )?,
+            octets_per_second: match self.vm_bytes_per_second {
+                Some(0) => {
+                    return Err(value(
+                        "vm_bytes_per_second",
+                        "must be at least 1; leave it out for no bound",
+                    ));
+                }
+                rate => rate,
+            },
+            ..usual
+        };
+        let share = Share {
+            memory_reserve_mib: self.memory_reserve_mib.unwrap_or(512),
+            memory_overcommit: factor("memory_overcommit", self.memory_overcommit, 1.0)?,
+            disk_reserve: self.disk_reserve_gib.unwrap_or(2).saturating_mul(1 << 30),
+            disk_overcommit: factor("disk_overcommit", self.disk_overcommit, 10.0)?,
+        };
         Ok(Config {
+            share,
             listen,
             tls,
             public_url,
@@ -232,6 +271,7 @@ impl Settings {
             guest_v4: Cidr::from(IpNet::V4(guest_v4)),
             guest_v6: guest_v6.map(|net| Cidr::from(IpNet::V6(net))),
             resolvers,
+            vm_limits,
             ssh_ports,
             instance,
             image,
@@ -244,6 +284,18 @@ impl Settings {
                 Some(OverHttp::Explicit) | None => SecretsOverHttp::Explicit,
                 Some(OverHttp::Never) => SecretsOverHttp::Never,
             },
+            snapshot_store: Place::parse(
+                self.snapshot_store.as_deref(),
+                data_dir.clone(),
+                self.s3_endpoint,
+                self.s3_region,
+                self.s3_credentials.as_deref(),
+            )
+            .map_err(|error| value(error.key, error.message))?,
+            git_host: HostName::parse(self.git_host.as_deref().unwrap_or("github.com"))
+                .map_err(|error| value("git_host", error.to_string()))?,
+            harnesses: Harnesses::with(self.harness.unwrap_or_default())
+                .map_err(|error| value("harness", error.to_string()))?,
             log: self.log.unwrap_or_else(|| "info".into()),
             data_dir,
         })
@@ -337,7 +389,15 @@ mod tests {
             ("public_host = 'a b'", "public_host"),
             ("memory_mib = 1", "memory_mib"),
             ("vmm_program = 'qemu'", "vmm_program"),
+            ("vm_connections = 0", "vm_connections"),
+            ("vm_new_connections = 0", "vm_new_connections"),
+            ("vm_bytes_per_second = 0", "vm_bytes_per_second"),
             ("resolvers = ['dns']", "resolvers"),
+            ("resolvers = ['tls://192.0.2.53']", "resolvers"),
+            ("memory_overcommit = 0.0", "memory_overcommit"),
+            ("snapshot_store = 'relative'", "snapshot_store"),
+            ("git_host = 'https://github.com'", "git_host"),
+            ("harness.x.argv = ['run']", "harness"),
         ] {
             let error = parse(text).unwrap_err();
             assert!(error.contains(&format!("`{key}`")), "{text}: {error}");

@@ -1,8 +1,10 @@
 //! The keys as written: one list for the file, the flags and the variables. Owns reading and merging; judges nothing.
 
 use super::ConfigError;
+use crate::agent::Harness;
 use crate::http::SignUp;
 use serde::Deserialize;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// Which program runs the guests.
@@ -103,9 +105,19 @@ pub struct Settings {
     /// Addresses for guests, or `off` [default: fd74:6761:7465::/64]
     #[arg(long, env = "TAPGATE_GUEST_V6", value_name = "CIDR")]
     pub guest_v6: Option<String>,
-    /// Name servers that guests' questions go to; the system's if not set
-    #[arg(long, env = "TAPGATE_RESOLVERS", value_name = "IP:PORT", value_delimiter = ',')]
+    /// Name servers that guests' questions go to: 192.0.2.53, tls://192.0.2.53#NAME or https://192.0.2.53/PATH#NAME; the system's
+    /// if not set
+    #[arg(long, env = "TAPGATE_RESOLVERS", value_name = "SERVER", value_delimiter = ',')]
     pub resolvers: Option<Vec<String>>,
+    /// Connections that one VM may have open through the proxy at one time [default: 2048]
+    #[arg(long, env = "TAPGATE_VM_CONNECTIONS")]
+    pub vm_connections: Option<u32>,
+    /// New connections of one VM a second, sustained [default: 1000]
+    #[arg(long, env = "TAPGATE_VM_NEW_CONNECTIONS")]
+    pub vm_new_connections: Option<u32>,
+    /// Bytes that one VM may move through the proxy a second, both ways together; no bound if not set
+    #[arg(long, env = "TAPGATE_VM_BYTES_PER_SECOND")]
+    pub vm_bytes_per_second: Option<u64>,
     /// Host ports forwarded to guests' SSH [default: 22000-22999]
     #[arg(long, env = "TAPGATE_SSH_PORTS", value_name = "FIRST-LAST")]
     pub ssh_ports: Option<String>,
@@ -130,6 +142,36 @@ pub struct Settings {
     /// When secrets go out in clear-text HTTP [default: explicit]
     #[arg(long, env = "TAPGATE_SECRETS_OVER_HTTP")]
     pub secrets_over_http: Option<OverHttp>,
+    /// Memory that VMs may not have, in MiB [default: 512]
+    #[arg(long, env = "TAPGATE_MEMORY_RESERVE_MIB")]
+    pub memory_reserve_mib: Option<u64>,
+    /// How often the rest is given to VMs [default: 1.0]
+    #[arg(long, env = "TAPGATE_MEMORY_OVERCOMMIT", value_name = "FACTOR")]
+    pub memory_overcommit: Option<f64>,
+    /// Free disk below which no VM is made, in GiB [default: 2]
+    #[arg(long, env = "TAPGATE_DISK_RESERVE_GIB")]
+    pub disk_reserve_gib: Option<u64>,
+    /// How often the disk is given to VMs, whose disks are sparse [default: 10.0]
+    #[arg(long, env = "TAPGATE_DISK_OVERCOMMIT", value_name = "FACTOR")]
+    pub disk_overcommit: Option<f64>,
+    /// Where snapshots are stored: a folder, or s3://BUCKET/PREFIX [default: DATA_DIR]
+    #[arg(long, env = "TAPGATE_SNAPSHOT_STORE", value_name = "PLACE")]
+    pub snapshot_store: Option<String>,
+    /// URL of an S3-compatible service, if it is not AWS
+    #[arg(long, env = "TAPGATE_S3_ENDPOINT", value_name = "URL")]
+    pub s3_endpoint: Option<String>,
+    /// Region of the bucket [default: auto]
+    #[arg(long, env = "TAPGATE_S3_REGION", value_name = "REGION")]
+    pub s3_region: Option<String>,
+    /// TOML file, private to root, with access_key_id and secret_access_key [default: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY]
+    #[arg(long, env = "TAPGATE_S3_CREDENTIALS", value_name = "FILE")]
+    pub s3_credentials: Option<PathBuf>,
+    /// Host of agents' repositories that are given as owner/repo [default: github.com]
+    #[arg(long, env = "TAPGATE_GIT_HOST", value_name = "HOST")]
+    pub git_host: Option<String>,
+    /// How agents' harnesses are started, by name. A table, so in the file alone.
+    #[arg(skip)]
+    pub harness: Option<BTreeMap<String, Harness>>,
     /// What to log, as in RUST_LOG [default: info]
     #[arg(long, env = "TAPGATE_LOG", value_name = "FILTER")]
     pub log: Option<String>,
@@ -169,6 +211,9 @@ impl Settings {
             guest_v4,
             guest_v6,
             resolvers,
+            vm_connections,
+            vm_new_connections,
+            vm_bytes_per_second,
             ssh_ports,
             instance,
             image,
@@ -177,6 +222,16 @@ impl Settings {
             memory_mib,
             disk_gib,
             secrets_over_http,
+            memory_reserve_mib,
+            memory_overcommit,
+            disk_reserve_gib,
+            disk_overcommit,
+            snapshot_store,
+            s3_endpoint,
+            s3_region,
+            s3_credentials,
+            git_host,
+            harness,
             log
         )
     }

@@ -1,6 +1,8 @@
 //! Agents: the records, and the VM that is made and destroyed with each.
 
-use super::vms::{check_public_key, new_vm, resources};
+use super::vms::{check_public_key, new_vm, parse_snapshot, resources};
+use crate::agent::CloneUrl;
+use crate::engine::agents as logs;
 use crate::http::{Account, ApiError, AppState, Fields, Id, List, Params, time};
 use crate::http::{fields_at_most as at_most, fields_bounded as bounded};
 use axum::Json;
@@ -69,6 +71,7 @@ pub(crate) async fn create(
     let prompt = fields.text("prompt")?;
     let agent_args = fields.optional_text("agent_args")?;
     let public_key = fields.optional_text("public_key")?;
+    let snapshot = fields.optional_text("snapshot_id")?.map(|text| parse_snapshot(&text)).transpose()?;
     let resources = resources(&state, &mut fields)?;
     fields.finish()?;
     bounded("name", &name, 64, false)?;
@@ -81,9 +84,15 @@ pub(crate) async fn create(
     if let Some(args) = &agent_args {
         at_most("agent_args", args, 4096, false)?;
     }
+    CloneUrl::parse(&repo, &state.settings().git_host)
+        .map_err(|error| ApiError::validation(error.to_string()))?;
+    let known = state.settings().harnesses.get(&harness);
+    known
+        .and_then(|harness| harness.argv(&prompt, agent_args.as_deref()))
+        .map_err(|error| ApiError::validation(error.to_string()))?;
     let public_key = public_key.map_or(Ok(String::new()), |key| check_public_key(&key))?;
     let vm_name = format!("agent-{name}");
-    let vm = new_vm(&state, account.user, vm_name, public_key, None, resources).await?;
+    let vm = new_vm(&state, account.user, vm_name, public_key, snapshot, resources).await?;
     let new = NewAgent { name, repo, branch, harness, prompt, agent_args, vm };
     let agent = state.store().agent_create(new).await?;
     state.engine().wake(agent.vm.clone());
@@ -111,6 +120,34 @@ pub(crate) async fn show(
 ) -> Result<Json<AgentView>, ApiError> {
     params.finish()?;
     Ok(Json(state.store().agent(&account.user, &agent).await?.into()))
+}
+
+#[derive(Serialize)]
+pub(crate) struct LogView {
+    /// The last lines of what the harness shows.
+    log: String,
+    /// Whether there was more before.
+    truncated: bool,
+}
+
+/// The end of what the harness shows on its terminal, as the guest sent it last.
+pub(crate) async fn log(
+    State(state): State<AppState>,
+    account: Account,
+    Id(agent): Id<AgentId>,
+    mut params: Params,
+) -> Result<Json<LogView>, ApiError> {
+    let wanted = |text: &str| text.parse().ok().filter(|lines| (1..=10_000).contains(lines));
+    let lines: usize = params.parsed("tail", "a number of lines from 1 to 10000", wanted)?.unwrap_or(200);
+    params.finish()?;
+    let agent = state.store().agent(&account.user, &agent).await?;
+    let text = logs::read_log(&state.settings().vms, &agent.vm).await.map_err(|error| {
+        tracing::error!(agent = %agent.id, %error, "agent.log_unreadable");
+        ApiError::internal()
+    })?;
+    let starts = text.trim_end_matches('\n').rmatch_indices('\n').nth(lines - 1).map(|(at, _)| at + 1);
+    let log = text.get(starts.unwrap_or(0)..).unwrap_or_default().to_owned();
+    Ok(Json(LogView { log, truncated: starts.is_some() }))
 }
 
 pub(crate) async fn destroy(

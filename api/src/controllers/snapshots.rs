@@ -111,5 +111,6 @@ pub(crate) async fn remove(
 ) -> Result<StatusCode, ApiError> {
     params.finish()?;
     state.store().snapshot_delete(&account.user, &snapshot).await?;
+    state.engine().snapshots_deleted();
     Ok(StatusCode::NO_CONTENT)
 }

@@ -5,7 +5,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use serde::Serialize;
-use tapgate_model::lifecycle::{Call, Refusal};
+use tapgate_model::lifecycle::{Call, Refusal, decide};
 use tapgate_model::{SnapshotId, Status, StatusDetail, UserId, VmId};
 use tapgate_store::{NewVm, Resources, VmFilter, VmRecord, VmSort};
 use tokio::time::Instant;
@@ -95,6 +95,7 @@ pub(super) async fn new_vm(
         ApiError::internal()
     })?;
     let settings = state.settings();
+    settings.room.check(resources, true)?;
     Ok(NewVm {
         id,
         user,
@@ -106,17 +107,21 @@ pub(super) async fn new_vm(
         ssh_ports: settings.ssh_ports.clone(),
         slots: settings.slots,
         quota: settings.quotas.vms,
+        capacity: settings.room.capacity(),
     })
 }
 
-fn parse_snapshot(text: &str) -> Result<SnapshotId, ApiError> {
+pub(super) fn parse_snapshot(text: &str) -> Result<SnapshotId, ApiError> {
     text.parse().map_err(|_| {
         let shown: String = text.chars().filter(|c| !c.is_control()).take(64).collect();
         ApiError::not_found("snapshot_not_found", format!("No snapshot with ID {shown}"))
     })
 }
 
-/// Reads an OpenSSH public key and writes it again: one line, nothing but type, key and comment.
+/// How many keys may be given at once.
+const MAX_KEYS: usize = 32;
+
+/// Reads OpenSSH public keys, one a line, and writes them again: nothing but type, key and comment.
 pub(super) fn check_public_key(text: &str) -> Result<String, ApiError> {
     let text = text.trim();
     if text.contains("PRIVATE KEY") {
@@ -124,6 +129,15 @@ pub(super) fn check_public_key(text: &str) -> Result<String, ApiError> {
             "`public_key` holds a private key; send the content of the .pub file, and replace that key",
         ));
     }
+    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    if lines.is_empty() || lines.len() > MAX_KEYS {
+        return Err(ApiError::validation(format!("`public_key` must hold 1 to {MAX_KEYS} keys, one a line")));
+    }
+    let keys = lines.into_iter().map(check_one_key).collect::<Result<Vec<_>, _>>()?;
+    Ok(keys.join("\n"))
+}
+
+fn check_one_key(text: &str) -> Result<String, ApiError> {
     let wrong = "`public_key` must be an OpenSSH public key, like the content of ~/.ssh/id_ed25519.pub";
     if text.len() > 16 * 1024 || text.chars().any(char::is_control) {
         return Err(ApiError::validation(wrong));
@@ -189,9 +203,14 @@ pub(crate) async fn start(
     params.finish()?;
     let deadline = Instant::now() + state.settings().start_wait;
     let mut watch = state.engine().watch(&vm);
+    let room = &state.settings().room;
+    let stopped = find(&state, &account, &vm).await?;
+    if decide(Call::Start, stopped.detail).is_ok() {
+        room.check(stopped.resources, false)?;
+    }
     let (mut record, _) = state
         .store()
-        .vm_call(&account.user, &vm, Call::Start)
+        .vm_call_within(&account.user, &vm, Call::Start, room.capacity())
         .await
         .map_err(|error| named(&vm, error.into()))?;
     state.engine().wake(vm.clone());

@@ -22,7 +22,7 @@ pub(super) async fn spec(shared: &Shared, record: &VmRecord) -> Result<VmSpec, S
         id: record.id.clone(),
         dir: dir(shared, &record.id),
         image: shared.image.clone(),
-        snapshot: record.snapshot.as_ref().map(|snapshot| snapshots::path(&shared.config, snapshot)),
+        snapshot: Some(snapshots::fetched(shared, record)).filter(|file| file.exists()),
         guest_ns: guest_namespace(shared, record)?,
         vcpus: record.resources.vcpus,
         memory_mib: record.resources.memory_mib,
@@ -31,7 +31,7 @@ pub(super) async fn spec(shared: &Shared, record: &VmRecord) -> Result<VmSpec, S
         seed: Seed {
             instance_id: record.id.to_string(),
             hostname: record.hostname(),
-            ssh_keys: vec![record.public_key.clone()],
+            ssh_keys: record.public_key.lines().map(str::to_owned).collect(),
             net: shared.net(record),
             ca_pem: ca.cert,
             env: environment(shared, &record.user).await?,

@@ -1,8 +1,10 @@
-//! What the guest service may ask of the engine: who has an address, and that VM's user-data.
+//! What the guest service may ask of the engine: who has an address, that VM's user-data, and its agent's task and reports.
 
-use super::{Shared, files};
+use super::{Shared, agents, agents::AgentError, files};
+use crate::agent::Task;
 use std::{net::IpAddr, sync::Arc};
-use tapgate_model::VmId;
+use tapgate_model::{HostName, VmId};
+use tapgate_store::AgentStatus;
 use tokio::sync::watch;
 
 /// A view of the engine that shows a guest itself and nothing else.
@@ -23,6 +25,31 @@ impl Guests {
     pub(crate) async fn user_data(&self, vm: &VmId) -> Result<String, String> {
         let record = self.0.store.vm_any(vm).await.map_err(|error| error.to_string())?;
         files::spec(&self.0, &record).await?.seed.user_data().map_err(|error| error.to_string())
+    }
+
+    /// The task of the agent in the VM.
+    pub(crate) async fn task(&self, vm: &VmId) -> Result<Task, AgentError> {
+        agents::task(&self.0, vm).await
+    }
+
+    /// What the guest says of its agent.
+    pub(crate) async fn report(
+        &self,
+        vm: &VmId,
+        status: AgentStatus,
+        failure: Option<String>,
+    ) -> Result<(), AgentError> {
+        agents::report(&self.0, vm, status, failure).await
+    }
+
+    /// The end of what its agent shows.
+    pub(crate) async fn keep_log(&self, vm: &VmId, text: String) -> Result<(), AgentError> {
+        agents::keep_log(&self.0, vm, text).await
+    }
+
+    /// The placeholder of git's password at a host.
+    pub(crate) async fn credential(&self, vm: &VmId, host: &HostName) -> Result<Option<String>, AgentError> {
+        agents::credential(&self.0, vm, host).await
     }
 
     /// Comes back when the daemon stops.

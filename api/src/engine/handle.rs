@@ -27,6 +27,8 @@ pub enum Command {
     Env(UserId),
     /// The rules, modes or secrets.
     Policy(Scope),
+    /// Snapshots that were deleted.
+    Snapshots,
     /// A VM's record.
     Vm(VmId),
 }
@@ -167,6 +169,11 @@ impl Handle {
         if !matches!(tokio::time::timeout(IN_FORCE, reached).await, Ok(Ok(_))) {
             tracing::warn!("policy.slow_to_take_effect");
         }
+    }
+
+    /// Snapshots were deleted.
+    pub fn snapshots_deleted(&self) {
+        self.send(Command::Snapshots);
     }
 
     /// Environment variables changed.

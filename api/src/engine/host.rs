@@ -3,9 +3,12 @@
 
 use super::Shared;
 use std::{collections::BTreeSet, net::IpAddr, sync::Arc, time::Duration};
+use tapgate_netns::{AddressWatch, Netns, NetnsError};
 
-/// Between two looks. A new address is one that the host has just got; nothing can have used it for long.
-const INTERVAL: Duration = Duration::from_millis(500);
+/// Between two looks of which nothing told: the kernel says what changes, and this is for what it might have left out.
+const BACKSTOP: Duration = Duration::from_secs(30);
+/// Between two tries to hear from the kernel.
+const RETRY: Duration = Duration::from_millis(500);
 
 /// Why the host's addresses could not be handed over.
 #[derive(Debug, thiserror::Error)]
@@ -26,12 +29,28 @@ pub(super) fn hand_over(shared: &Shared) -> Result<BTreeSet<IpAddr>, HostError> 
     Ok(addresses)
 }
 
-/// Looks for changes until the daemon stops.
+/// Looks whenever the kernel says that something changed, until the daemon stops.
 pub(super) async fn watch(shared: Arc<Shared>, mut known: BTreeSet<IpAddr>) {
+    let mut news: Option<AddressWatch> = None;
     loop {
+        // What changed before there was anyone to hear it is seen by the look that follows.
+        let patience = match news {
+            Some(_) => BACKSTOP,
+            None => match subscribe() {
+                Ok(opened) => {
+                    news = Some(opened);
+                    Duration::ZERO
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "host.addresses_not_watched");
+                    RETRY
+                }
+            },
+        };
         tokio::select! {
             () = shared.stop.cancelled() => return,
-            () = tokio::time::sleep(INTERVAL) => {}
+            heard = hear(&mut news) => if !heard { news = None },
+            () = tokio::time::sleep(patience) => {}
         }
         let changed = addresses().and_then(|now| {
             if now != known {
@@ -47,11 +66,22 @@ pub(super) async fn watch(shared: Arc<Shared>, mut known: BTreeSet<IpAddr>) {
     }
 }
 
+fn subscribe() -> Result<AddressWatch, NetnsError> {
+    AddressWatch::open(&Netns::current()?)
+}
+
+async fn hear(news: &mut Option<AddressWatch>) -> bool {
+    match news {
+        Some(news) => news.changed().await,
+        None => std::future::pending().await,
+    }
+}
+
 fn set(shared: &Shared, addresses: &BTreeSet<IpAddr>) -> Result<(), HostError> {
     let list: Vec<IpAddr> = addresses.iter().copied().collect();
-    shared.datapath.set_host_addresses(&list)?;
+    // The one that cannot fail first.
     shared.table.set_host_addresses(&list);
-    Ok(())
+    Ok(shared.datapath.set_host_addresses(&list)?)
 }
 
 /// Every address of the host, of any interface and family.

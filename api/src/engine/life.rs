@@ -3,28 +3,34 @@
 //! Each state is in the records before it is acted on, so after a crash the task goes on where the records say. What a
 //! user asks comes in by the records too; the waker only says that they changed.
 
-use super::{Shared, files, gates::Gated, policy, snapshots, ssh};
+use super::{Shared, files, gates::Gated, policy, snapshots, ssh, watching};
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tapgate_datapath::Gate;
 use tapgate_model::{StatusDetail as S, VmId};
 use tapgate_store::{StoreError, VmRecord};
-use tapgate_vmm::{Exit, Handle, Running};
+use tapgate_vmm::{Handle, Running};
 use tokio::sync::Notify;
 
-/// From the VMM's start until SSH answers; TCG on a busy host is slow.
-const READY_TIMEOUT: Duration = Duration::from_secs(300);
+/// For gate and VMM to be there; the guest's own boot comes after.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
+/// For a snapshot to come from its store.
+const FETCH_TIMEOUT: Duration = Duration::from_secs(3600);
+/// For an adopted VMM to answer.
+const ADOPT_CHECK: Duration = Duration::from_secs(15);
+/// How often a start is tried: what kept the first from it (a port, a process that was just ending) may be gone.
+const BOOTS: u32 = 2;
 /// For the guest to shut itself down when asked to.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(20);
 /// After the records could not be read or written.
 const RETRY: Duration = Duration::from_secs(1);
 
 /// A VM that runs: the machine, and the port that leads to it.
-struct Live {
-    machine: Arc<dyn Running>,
+pub(super) struct Live {
+    pub(super) machine: Arc<dyn Running>,
     _forward: ssh::Forward,
 }
 
@@ -59,7 +65,7 @@ pub(super) async fn drive(shared: Arc<Shared>, vm: VmId, waker: Arc<Notify>) {
 }
 
 /// What comes after a step.
-enum Next {
+pub(super) enum Next {
     /// Look at the records again.
     Again,
     /// The step is done; the VM is in this state now.
@@ -100,18 +106,26 @@ async fn step(
         S::Queued => Ok(Next::Enter(S::Creating)),
         S::Creating => {
             files::create(shared, record).await?;
+            let fetch = tokio::time::timeout(FETCH_TIMEOUT, snapshots::fetch(shared, record)).await;
+            fetch
+                .map_err(|_| format!("the snapshot did not come within {} s", FETCH_TIMEOUT.as_secs()))??;
             Ok(Next::Enter(S::Starting))
         }
         S::Starting => {
             // A start that a crash cut short may have left a VMM: it goes before its successor comes.
             release(shared, record, live.take()).await;
-            *live = Some(boot(shared, record).await?);
+            *live = Some(start(shared, record).await?);
             Ok(Next::Enter(S::Running))
         }
         S::Running | S::Ready => match live {
-            Some(live) => {
-                snapshots::take_up(shared, &record.id, live.machine.clone());
-                watch(shared, record, live, waker).await
+            Some(current) => {
+                snapshots::take_up(shared, &record.id, current.machine.clone());
+                let next = watching::watch(shared, record, current.machine.as_ref(), waker).await?;
+                // Whoever reads that it is stopped finds nothing of it running.
+                if matches!(next, Next::Enter(S::Stopped)) {
+                    release(shared, record, live.take()).await;
+                }
+                Ok(next)
             }
             None => match adopt(shared, record).await {
                 Ok(adopted) => {
@@ -155,11 +169,34 @@ async fn step(
     }
 }
 
+/// Boots, in bounded time and company; once more if that fails.
+async fn start(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> {
+    let _turn = shared.boots.acquire().await.map_err(|error| error.to_string())?;
+    let mut attempt = 1;
+    loop {
+        let reason = match tokio::time::timeout(BOOT_TIMEOUT, boot(shared, record)).await {
+            Ok(Ok(live)) => return Ok(live),
+            Ok(Err(reason)) => reason,
+            Err(_) => format!("it was not started within {} s", BOOT_TIMEOUT.as_secs()),
+        };
+        // What half was done goes before the next attempt.
+        release(shared, record, None).await;
+        if attempt == BOOTS {
+            return Err(reason);
+        }
+        tracing::warn!(vm = %record.id, %reason, "vm.start_tried_again");
+        attempt += 1;
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
 /// Gate first, then the machine.
 async fn boot(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> {
+    let began = Instant::now();
     let spec = files::spec(shared, record).await?;
     let policy =
         shared.policy_of(record).await.map_err(|error| format!("cannot read the egress policy: {error}"))?;
+    let read = began.elapsed();
     let net = shared.net(record);
     let gate = match &spec.guest_ns {
         None => shared.datapath.attach_tap(&record.id, net, &policy).await,
@@ -167,14 +204,30 @@ async fn boot(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> {
     }
     .map_err(|error| format!("cannot attach the gate: {error}"))?;
     serve(shared, record, &gate).await?;
+    let gated = began.elapsed();
     let machine = shared.driver.boot(&spec, gate).await.map_err(|error| error.to_string())?;
+    let started = began.elapsed();
     let handle = serde_json::to_string(machine.handle()).map_err(|error| error.to_string())?;
     shared
         .store
         .vm_set_handle(&record.id, Some(handle))
         .await
         .map_err(|error| format!("cannot record the VMM: {error}"))?;
-    Ok(Live { machine: machine.into(), _forward: forward(shared, record).await? })
+    snapshots::drop_fetched(shared, record);
+    let live = Live { machine: machine.into(), _forward: forward(shared, record).await? };
+    tracing::info!(
+        vm = %record.id,
+        records_us = micros(read),
+        gate_us = micros(gated - read),
+        vmm_us = micros(started - gated),
+        rest_us = micros(began.elapsed() - started),
+        "vm.started"
+    );
+    Ok(live)
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// Takes up a machine that a former daemon started. Its gate is checked before anything is served.
@@ -190,6 +243,12 @@ async fn adopt(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> 
         .map_err(|error| error.to_string())?;
     serve(shared, record, &gate).await?;
     let machine = shared.driver.adopt(&spec, &handle, gate).await.map_err(|error| error.to_string())?;
+    // One that hangs is as good as one that died.
+    match tokio::time::timeout(ADOPT_CHECK, machine.check()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => return Err(error.to_string()),
+        Err(_) => return Err("the VMM does not answer".into()),
+    }
     Ok(Live { machine: machine.into(), _forward: forward(shared, record).await? })
 }
 
@@ -222,39 +281,11 @@ async fn forward(shared: &Shared, record: &VmRecord) -> Result<ssh::Forward, Str
         .map_err(|error| format!("cannot open the SSH port {listen}: {error}; free it or change ssh_ports"))
 }
 
-/// Waits for SSH to answer, then for the machine to end or the records to change.
-async fn watch(shared: &Shared, record: &VmRecord, live: &Live, waker: &Notify) -> Result<Next, String> {
-    let starting = record.detail == S::Running;
-    let ready = async {
-        if !starting {
-            return std::future::pending().await;
-        }
-        tokio::time::timeout(READY_TIMEOUT, live.machine.ready(shared.datapath.egress())).await
-    };
-    tokio::select! {
-        exit = live.machine.wait() => match exit {
-            Exit::GuestShutdown | Exit::Stopped => {
-                release(shared, record, None).await;
-                Ok(Next::Enter(S::Stopped))
-            }
-            Exit::Crashed(reason) => Err(format!("the VMM ended: {reason}")),
-        },
-        answer = ready => match answer {
-            Ok(()) => Ok(Next::Enter(S::Ready)),
-            Err(_) => Err(format!("SSH did not answer within {} s; see the console log of the VM", READY_TIMEOUT.as_secs())),
-        },
-        () = waker.notified() => Ok(Next::Again),
-    }
-}
-
 /// Ends a VMM that is known from the records or from the VM's folder, though nobody watches it.
 async fn discard(shared: &Shared, record: &VmRecord) {
     let noted = tapgate_vmm::noted_handle(&files::dir(shared, &record.id));
     let recorded = record.handle.as_deref().and_then(|handle| serde_json::from_str::<Handle>(handle).ok());
     let handles: Vec<Handle> = noted.into_iter().chain(recorded).collect();
-    if handles.is_empty() {
-        return;
-    }
     let spec = match files::spec(shared, record).await {
         Ok(spec) => spec,
         Err(error) => return tracing::warn!(vm = %record.id, %error, "vm.discard_failed"),
@@ -264,6 +295,7 @@ async fn discard(shared: &Shared, record: &VmRecord) {
             tracing::warn!(vm = %record.id, %error, "vm.discard_failed");
         }
     }
+    shared.driver.sweep(&spec).await;
 }
 
 /// Ends the machine, closes its port, takes its place in the proxy and its gate away. What is not there is no error.

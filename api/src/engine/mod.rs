@@ -4,6 +4,7 @@
 //! It acts on what the store says and on nothing else: whoever wants something writes it there first and wakes the
 //! engine. Must never boot a VM without its gate, nor hold a policy of its own.
 
+pub(crate) mod agents;
 mod events;
 mod files;
 mod gates;
@@ -15,23 +16,25 @@ mod meters;
 mod policy;
 mod snapshots;
 mod ssh;
+mod watching;
 
 pub(crate) use guests::Guests;
 pub use handle::{Command, Handle, Notifier, Scope};
 pub use meters::VmCounters;
 
-use crate::config::Config;
+use crate::{config::Config, storage::Storage};
 use gates::Gates;
 use std::{
     collections::{HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Instant,
 };
 use tapgate_datapath::Datapath;
 use tapgate_model::{GuestNet, VmId, VmPolicy};
 use tapgate_proxy::PolicyTable;
 use tapgate_store::{Store, StoreError, VmRecord};
 use tapgate_vmm::{Vmm, image::Image};
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{Notify, Semaphore, mpsc, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 /// Everything that a VM's task needs.
@@ -53,6 +56,14 @@ pub(crate) struct Shared {
     taking: Mutex<HashSet<VmId>>,
     /// Rises with every change of an environment.
     news: watch::Sender<u64>,
+    /// Where snapshots are stored.
+    pub storage: Storage,
+    /// How many VMs may be started at once.
+    boots: Semaphore,
+    /// Something is to be stored or collected.
+    uploads: Notify,
+    /// When guests sent their agents' logs last.
+    logs: Mutex<HashMap<VmId, Instant>>,
 }
 
 impl Shared {
@@ -85,6 +96,8 @@ pub struct Parts {
     pub driver: Arc<dyn Vmm>,
     /// The base image; the namespace driver has none.
     pub image: Option<Image>,
+    /// Where snapshots are stored.
+    pub storage: Storage,
     /// How waiting requests hear of changes.
     pub notifier: Notifier,
     /// Ends the engine; VMs run on.
@@ -101,7 +114,7 @@ pub struct Engine {
 impl Engine {
     /// Takes the opened parts.
     pub fn new(parts: Parts) -> Self {
-        let Parts { config, store, datapath, table, driver, image, notifier, stop } = parts;
+        let Parts { config, store, datapath, table, driver, image, storage, notifier, stop } = parts;
         let shared = Shared {
             config,
             store,
@@ -115,6 +128,10 @@ impl Engine {
             installing: tokio::sync::Mutex::default(),
             taking: Mutex::default(),
             news: watch::Sender::new(0),
+            storage,
+            boots: Semaphore::new(std::thread::available_parallelism().map_or(2, usize::from).max(2)),
+            uploads: Notify::new(),
+            logs: Mutex::default(),
         };
         let shared = Arc::new(shared);
         shared.notifier.meters.connect(&shared);
@@ -134,7 +151,7 @@ impl Engine {
             Err(error) => tracing::error!(%error, "engine.leftovers_not_removed"),
         }
         self.tasks.spawn(events::pump(self.shared.clone()));
-        self.tasks.spawn(snapshots::keep_tidy(self.shared.clone()));
+        self.tasks.spawn(snapshots::keep_store(self.shared.clone()));
         for record in living {
             self.wake(record.id);
         }
@@ -152,6 +169,7 @@ impl Engine {
                     // Secrets bring placeholders with them.
                     self.shared.news.send_modify(|news| *news = news.wrapping_add(1));
                 }
+                Command::Snapshots => self.shared.uploads.notify_one(),
                 // Guests that wait for it ask again, each for its own.
                 Command::Env(_) => self.shared.news.send_modify(|news| *news = news.wrapping_add(1)),
             }

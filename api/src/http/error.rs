@@ -135,10 +135,19 @@ impl From<Conflict> for ApiError {
             Conflict::SnapshotNotReady => "snapshot_not_ready",
             Conflict::State(refusal) => refusal.code(),
             Conflict::VmName => "vm_name_taken",
+            Conflict::HostDisk { .. } => "host_disk_full",
             Conflict::HostFull => "host_full",
+            Conflict::HostMemory { .. } => "host_memory_full",
             Conflict::Quota { .. } => "quota_exceeded",
         };
-        Self::conflict(code, sentence(&conflict))
+        let message = sentence(&conflict);
+        match conflict {
+            // Not the caller's doing, and it may pass.
+            Conflict::HostDisk { .. } | Conflict::HostMemory { .. } => {
+                Self { retry_after: Some(30), ..Self::new(StatusCode::SERVICE_UNAVAILABLE, code, message) }
+            }
+            _ => Self::conflict(code, message),
+        }
     }
 }
 

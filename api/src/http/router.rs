@@ -56,6 +56,7 @@ pub fn router(state: AppState) -> Router {
         .route("/v1/env/{key}", get(env::show).put(env::set).delete(env::remove))
         .route("/v1/agents", get(agents::list).post(agents::create))
         .route("/v1/agents/{agent_id}", get(agents::show).delete(agents::destroy))
+        .route("/v1/agents/{agent_id}/log", get(agents::log))
         .fallback(unknown_route)
         .method_not_allowed_fallback(wrong_method)
         .layer(from_fn_with_state(state.clone(), idempotency::layer))

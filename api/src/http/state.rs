@@ -1,9 +1,12 @@
 //! What every request needs: the store, the engine, and the settings.
 
 use super::limits::{Limits, Rates};
+use crate::agent::Harnesses;
+use crate::capacity::Room;
 use crate::engine::Handle;
 use crate::mail::{Mailer, Via};
 use std::ops::RangeInclusive;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tapgate_model::VmId;
@@ -75,6 +78,14 @@ pub struct Settings {
     pub rates: Rates,
     /// How long `start` waits for the VM.
     pub start_wait: Duration,
+    /// Where agents' repositories are that are given as owner/repo.
+    pub git_host: String,
+    /// How much of the host VMs may have.
+    pub room: Room,
+    /// What runs agents' prompts.
+    pub harnesses: Harnesses,
+    /// The folder of VMs' folders, for their agents' logs.
+    pub vms: PathBuf,
 }
 
 impl Default for Settings {
@@ -93,6 +104,10 @@ impl Default for Settings {
             mail_from: "tapgate@localhost.localdomain".into(),
             rates: Rates::default(),
             start_wait: Duration::from_secs(30),
+            git_host: "github.com".into(),
+            room: Room::default(),
+            harnesses: Harnesses::default(),
+            vms: "/var/lib/tapgate/vms".into(),
         }
     }
 }

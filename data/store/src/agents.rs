@@ -7,7 +7,7 @@ use crate::time::now_us;
 use crate::users::id;
 use crate::vms::{self, NewVm};
 use rusqlite::types::Value;
-use rusqlite::{Connection, OptionalExtension as _, Row, params};
+use rusqlite::{Connection, OptionalExtension as _, Row, Transaction, params};
 use tapgate_model::lifecycle::Call;
 use tapgate_model::{AgentId, StatusDetail, UserId, VmId};
 
@@ -29,6 +29,15 @@ impl AgentStatus {
             Self::Idle => "idle",
             Self::Provisioning => "provisioning",
             Self::Running => "running",
+        }
+    }
+
+    /// Its place in an agent's life.
+    const fn place(self) -> u8 {
+        match self {
+            Self::Provisioning => 0,
+            Self::Running => 1,
+            Self::Idle => 2,
         }
     }
 
@@ -205,14 +214,7 @@ impl Store {
     /// The agent that lives in a VM, if one does: for the engine.
     pub async fn agent_of(&self, vm: &VmId) -> Result<Option<AgentRecord>> {
         let vm = vm.clone();
-        self.db
-            .read(move |db| {
-                Ok(db
-                    .prepare_cached(&format!("{SELECT} WHERE vm = ?1 AND destroyed_at IS NULL"))?
-                    .query_row([vm.as_str()], read)
-                    .optional()?)
-            })
-            .await
+        self.db.read(move |db| living(db, &vm)).await
     }
 
     /// Destroys an agent with its VM, whatever that is doing. Answers the VM for the engine to be woken.
@@ -243,18 +245,78 @@ impl Store {
             .await
     }
 
-    /// What the guest reported of an agent.
-    pub async fn agent_advance(&self, vm: &VmId, status: AgentStatus, failure: Option<String>) -> Result<()> {
+    /// What the guest in a VM reports of its agent: `provisioning` → `running` → `idle`, a step may be left out, none goes
+    /// back. Repeating the last report is fine. `failure` is kept with `idle`.
+    pub async fn agent_report(
+        &self,
+        vm: &VmId,
+        status: AgentStatus,
+        failure: Option<String>,
+    ) -> Result<AgentRecord> {
         let vm = vm.clone();
         self.db
             .write(move |tx| {
-                tx.execute(
-                    "UPDATE agents SET status = ?2, failure = ?3, updated_at = ?4
-                     WHERE vm = ?1 AND destroyed_at IS NULL",
-                    params![vm.as_str(), status.word(), failure, now_us()],
-                )?;
-                Ok(())
+                let now = living(tx, &vm)?.ok_or(StoreError::NotFound(Kind::Agent))?;
+                if status.place() < now.status.place() {
+                    return Err(StoreError::Illegal { from: now.status.word(), to: status.word() });
+                }
+                // What ended it first is what counts.
+                if now.status != status {
+                    let failure = failure.filter(|_| status == AgentStatus::Idle);
+                    set(tx, &now.id, status, failure.as_deref())?;
+                }
+                living(tx, &vm)?.ok_or(StoreError::NotFound(Kind::Agent))
             })
             .await
+    }
+
+    /// Notes why an agent that is being provisioned does not get on.
+    pub async fn agent_hindered(&self, vm: &VmId, reason: String) -> Result<()> {
+        let vm = vm.clone();
+        self.db
+            .write(move |tx| match living(tx, &vm)? {
+                Some(agent) if agent.status == AgentStatus::Provisioning => {
+                    set(tx, &agent.id, agent.status, Some(&reason))
+                }
+                _ => Ok(()),
+            })
+            .await
+    }
+}
+
+fn living(db: &Connection, vm: &VmId) -> Result<Option<AgentRecord>> {
+    Ok(db
+        .prepare_cached(&format!("{SELECT} WHERE vm = ?1 AND destroyed_at IS NULL"))?
+        .query_row([vm.as_str()], read)
+        .optional()?)
+}
+
+fn set(tx: &Transaction<'_>, agent: &AgentId, status: AgentStatus, failure: Option<&str>) -> Result<()> {
+    tx.execute(
+        "UPDATE agents SET status = ?2, failure = ?3, updated_at = max(?4, created_at) WHERE id = ?1",
+        params![agent.as_str(), status.word(), failure, now_us()],
+    )?;
+    Ok(())
+}
+
+/// What a VM's new state means for the agent in it. An agent does not outlive its run: where the VM ends, so does its work.
+pub(crate) fn follow(tx: &Transaction<'_>, vm: &VmId, to: StatusDetail, failure: Option<&str>) -> Result<()> {
+    let Some(agent) = living(tx, vm)? else { return Ok(()) };
+    let because = |what: &str| failure.map_or_else(|| what.to_owned(), |reason| format!("{what}: {reason}"));
+    match (agent.status, to) {
+        (AgentStatus::Running, StatusDetail::Failed) => {
+            set(tx, &agent.id, AgentStatus::Idle, Some(&because("its VM failed")))
+        }
+        (AgentStatus::Running, StatusDetail::Stopped) => {
+            set(tx, &agent.id, AgentStatus::Idle, Some("its VM was stopped while it ran"))
+        }
+        // It has not begun, so it begins when the VM is started again.
+        (AgentStatus::Provisioning, StatusDetail::Failed) => {
+            set(tx, &agent.id, agent.status, Some(&because("its VM failed")))
+        }
+        (AgentStatus::Provisioning, StatusDetail::Starting) if agent.failure.is_some() => {
+            set(tx, &agent.id, agent.status, None)
+        }
+        _ => Ok(()),
     }
 }

@@ -53,6 +53,18 @@ pub enum Conflict {
     /// Every address or SSH port of the host is taken.
     #[error("the host has no free address or SSH port for another VM; destroy one first")]
     HostFull,
+    /// The host's memory is given away.
+    #[error("the host has {free_mib} MiB of memory left for VMs; stop one, or ask for less (memory_mib)")]
+    HostMemory {
+        /// What is left.
+        free_mib: u64,
+    },
+    /// The host's disk is given away.
+    #[error("the host has {free_gib} GiB of disk left for VMs; destroy one, or ask for less (disk_gib)")]
+    HostDisk {
+        /// What is left.
+        free_gib: u64,
+    },
     /// The account has as many as it may.
     #[error("the account may have at most {limit} {what}; delete some first")]
     Quota {

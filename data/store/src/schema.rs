@@ -7,8 +7,11 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
-const TAPGATE: &[&str] =
-    &[include_str!("migrations/tapgate-1.sql"), include_str!("migrations/tapgate-2.sql")];
+const TAPGATE: &[&str] = &[
+    include_str!("migrations/tapgate-1.sql"),
+    include_str!("migrations/tapgate-2.sql"),
+    include_str!("migrations/tapgate-3.sql"),
+];
 const AUDIT: &[&str] = &[include_str!("migrations/audit-1.sql")];
 
 /// Brings `tapgate.db` up to date.

@@ -163,6 +163,18 @@ impl Store {
             .await
     }
 
+    /// All of a user's secrets, oldest first: for what guests are told.
+    pub async fn secrets_all(&self, user: &UserId) -> Result<Vec<SecretRecord>> {
+        let user = user.clone();
+        self.db
+            .read(move |db| {
+                let mut statement = db.prepare_cached(&format!("{SELECT} WHERE user = ?1 ORDER BY seq"))?;
+                let found = statement.query_map([user.as_str()], read)?.collect::<rusqlite::Result<_>>()?;
+                Ok(found)
+            })
+            .await
+    }
+
     /// Makes a secret.
     pub async fn secret_create(&self, user: &UserId, new: NewSecret, limit: u32) -> Result<SecretRecord> {
         let (user, key) = (user.clone(), self.key.clone());

@@ -7,10 +7,9 @@ use crate::time::now_us;
 use crate::users::id;
 use crate::vms;
 use rusqlite::types::Value;
-use rusqlite::{Connection, OptionalExtension as _, Row, params};
-use std::collections::HashSet;
+use rusqlite::{Connection, OptionalExtension as _, Row, Transaction, params};
 use tapgate_model::lifecycle::{Call, decide};
-use tapgate_model::{SnapshotId, UserId, VmId};
+use tapgate_model::{SnapshotId, StatusDetail, UserId, VmId};
 
 /// How far a snapshot is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,12 +63,29 @@ pub struct SnapshotRecord {
     pub r2_key: Option<String>,
     /// How many there are.
     pub size_bytes: Option<u64>,
+    /// Their SHA-256, in hexadecimal.
+    pub sha256: Option<String>,
+    /// How many octets the disk's file has that they are unpacked to.
+    pub file_bytes: Option<u64>,
     /// Microseconds since the epoch.
     pub created_at: i64,
 }
 
+/// What is noted of a snapshot when it is stored whole.
+#[derive(Clone, Debug)]
+pub struct StoredSnapshot {
+    /// Where its bytes are.
+    pub key: String,
+    /// How many there are.
+    pub size_bytes: u64,
+    /// Their SHA-256, in hexadecimal.
+    pub sha256: String,
+    /// How many octets they unpack to.
+    pub file_bytes: u64,
+}
+
 const SELECT: &str = "SELECT seq, id, user, vm, base_image, source_snapshot, label, status, failure, r2_key, \
-     size_bytes, created_at FROM snapshots";
+     size_bytes, sha256, file_bytes, created_at FROM snapshots";
 
 fn read(row: &Row<'_>) -> rusqlite::Result<SnapshotRecord> {
     let status: String = row.get("status")?;
@@ -86,6 +102,8 @@ fn read(row: &Row<'_>) -> rusqlite::Result<SnapshotRecord> {
         failure: row.get("failure")?,
         r2_key: row.get("r2_key")?,
         size_bytes: row.get::<_, Option<i64>>("size_bytes")?.and_then(|n| u64::try_from(n).ok()),
+        sha256: row.get("sha256")?,
+        file_bytes: row.get::<_, Option<i64>>("file_bytes")?.and_then(|n| u64::try_from(n).ok()),
         created_at: row.get("created_at")?,
     })
 }
@@ -182,7 +200,9 @@ impl Store {
         self.db
             .write(move |tx| {
                 let gone = tx.execute(
-                    "UPDATE snapshots SET deleted_at = ?3 WHERE id = ?1 AND user = ?2 AND deleted_at IS NULL",
+                    "UPDATE snapshots SET deleted_at = ?3,
+                            status = CASE status WHEN 'pending' THEN 'failed' ELSE status END
+                     WHERE id = ?1 AND user = ?2 AND deleted_at IS NULL",
                     params![snapshot.as_str(), user.as_str(), now_us()],
                 )?;
                 if gone == 0 { Err(StoreError::NotFound(Kind::Snapshot)) } else { Ok(()) }
@@ -190,54 +210,113 @@ impl Store {
             .await
     }
 
-    /// The engine's report of how far a snapshot is.
+    /// The engine's report that a snapshot is being stored, or that it failed and why.
     pub async fn snapshot_advance(
         &self,
         snapshot: &SnapshotId,
         status: SnapshotStatus,
-        stored: Option<(String, u64)>,
         failure: Option<String>,
     ) -> Result<()> {
         let snapshot = snapshot.clone();
         self.db
             .write(move |tx| {
-                let (key, size) = stored.unzip();
-                let size = size.and_then(|n| i64::try_from(n).ok());
                 tx.execute(
-                    "UPDATE snapshots SET status = ?2, r2_key = coalesce(?3, r2_key),
-                            size_bytes = coalesce(?4, size_bytes), failure = ?5 WHERE id = ?1",
-                    params![snapshot.as_str(), status.word(), key, size, failure],
+                    "UPDATE snapshots SET status = ?2, failure = ?3 WHERE id = ?1",
+                    params![snapshot.as_str(), status.word(), failure],
                 )?;
                 Ok(())
             })
             .await
     }
 
-    /// Every snapshot whose bytes are still needed: by a user, or by a VM whose disk is not made yet.
-    pub async fn snapshots_held(&self) -> Result<HashSet<SnapshotId>> {
+    /// The engine's report that a snapshot is stored whole.
+    pub async fn snapshot_stored(&self, snapshot: &SnapshotId, stored: StoredSnapshot) -> Result<()> {
+        let snapshot = snapshot.clone();
         self.db
-            .read(|db| {
-                let mut statement = db.prepare_cached(
-                    "SELECT id FROM snapshots WHERE deleted_at IS NULL UNION
-                     SELECT snapshot FROM vms
-                     WHERE snapshot IS NOT NULL AND detail IN ('queued', 'creating', 'starting')",
+            .write(move |tx| {
+                let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
+                tx.execute(
+                    "UPDATE snapshots SET status = 'ready', r2_key = ?2, size_bytes = ?3, sha256 = ?4, file_bytes = ?5,
+                            failure = NULL WHERE id = ?1",
+                    params![
+                        snapshot.as_str(),
+                        stored.key,
+                        number(stored.size_bytes),
+                        stored.sha256,
+                        number(stored.file_bytes)
+                    ],
                 )?;
-                let held = statement.query_map([], |row| id(row, "id"))?.collect::<rusqlite::Result<_>>()?;
-                Ok(held)
+                Ok(())
             })
             .await
     }
 
-    /// Snapshots that were asked for and are neither ready nor failed: for the engine at start.
+    /// A snapshot, whoever owns it and whether it is deleted or not: for the engine, which holds it for a VM.
+    pub async fn snapshot_any(&self, snapshot: &SnapshotId) -> Result<SnapshotRecord> {
+        let snapshot = snapshot.clone();
+        self.db
+            .read(move |db| {
+                db.prepare_cached(&format!("{SELECT} WHERE id = ?1"))?
+                    .query_row([snapshot.as_str()], read)
+                    .optional()?
+                    .ok_or(StoreError::NotFound(Kind::Snapshot))
+            })
+            .await
+    }
+
+    /// Deleted snapshots whose bytes may go: no VM is being made from them.
+    pub async fn snapshots_to_collect(&self) -> Result<Vec<SnapshotId>> {
+        self.db
+            .read(|db| {
+                let mut statement = db.prepare_cached(
+                    "SELECT id FROM snapshots WHERE deleted_at IS NOT NULL AND collected_at IS NULL
+                     AND status NOT IN ('pending', 'uploading') AND id NOT IN (
+                         SELECT snapshot FROM vms
+                         WHERE snapshot IS NOT NULL AND detail IN ('queued', 'creating', 'starting'))
+                     ORDER BY seq LIMIT 1000",
+                )?;
+                let found = statement.query_map([], |row| id(row, "id"))?.collect::<rusqlite::Result<_>>()?;
+                Ok(found)
+            })
+            .await
+    }
+
+    /// The bytes of a deleted snapshot are gone.
+    pub async fn snapshot_collected(&self, snapshot: &SnapshotId) -> Result<()> {
+        let snapshot = snapshot.clone();
+        self.db
+            .write(move |tx| {
+                tx.execute(
+                    "UPDATE snapshots SET collected_at = ?2 WHERE id = ?1",
+                    params![snapshot.as_str(), now_us()],
+                )?;
+                Ok(())
+            })
+            .await
+    }
+
+    /// Snapshots that were asked for and are neither ready nor failed, deleted ones too: for the engine.
     pub async fn snapshots_unfinished(&self) -> Result<Vec<SnapshotRecord>> {
         self.db
             .read(|db| {
                 let mut statement = db.prepare_cached(&format!(
-                    "{SELECT} WHERE deleted_at IS NULL AND status IN ('pending', 'uploading') ORDER BY seq"
+                    "{SELECT} WHERE status IN ('pending', 'uploading') ORDER BY seq"
                 ))?;
                 let found = statement.query_map([], read)?.collect::<rusqlite::Result<_>>()?;
                 Ok(found)
             })
             .await
     }
+}
+
+/// What a VM's end means for snapshots of it that are not begun: there is nothing to take them of.
+pub(crate) fn follow(tx: &Transaction<'_>, vm: &VmId, to: StatusDetail) -> Result<()> {
+    if matches!(to, StatusDetail::Stopped | StatusDetail::Failed | StatusDetail::Destroyed) {
+        tx.execute(
+            "UPDATE snapshots SET status = 'failed', failure = 'the VM ended before the snapshot was taken'
+             WHERE vm = ?1 AND status = 'pending'",
+            [vm.as_str()],
+        )?;
+    }
+    Ok(())
 }

@@ -86,6 +86,53 @@ pub struct NewVm {
     pub slots: u32,
     /// How many VMs the account may have.
     pub quota: u32,
+    /// What the host has for VMs.
+    pub capacity: Capacity,
+}
+
+/// What the host has for all of its VMs together; `u64::MAX` where nothing is limited.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capacity {
+    /// Memory of VMs that run or are about to.
+    pub memory_mib: u64,
+    /// What each of those takes beyond its own memory.
+    pub overhead_mib: u64,
+    /// Disks of all VMs.
+    pub disk_bytes: u64,
+}
+
+impl Default for Capacity {
+    fn default() -> Self {
+        Self { memory_mib: u64::MAX, overhead_mib: 0, disk_bytes: u64::MAX }
+    }
+}
+
+impl Capacity {
+    /// Refuses a VM whose memory would be more than is there.
+    fn check_memory(&self, tx: &Transaction<'_>, vm: Resources) -> Result<()> {
+        let (count, sum): (i64, i64) = tx.query_row(
+            "SELECT count(*), coalesce(sum(memory_mib), 0) FROM vms
+             WHERE detail IN ('queued', 'creating', 'starting', 'running', 'ready', 'stopping')",
+            [],
+            |row| Ok((row.get(0)?, row.get(1)?)),
+        )?;
+        let number = |n: i64| u64::try_from(n).unwrap_or(0);
+        let taken = number(sum).saturating_add(number(count).saturating_mul(self.overhead_mib));
+        let free_mib = self.memory_mib.saturating_sub(taken);
+        match u64::from(vm.memory_mib).saturating_add(self.overhead_mib) <= free_mib {
+            true => Ok(()),
+            false => {
+                Err(Conflict::HostMemory { free_mib: free_mib.saturating_sub(self.overhead_mib) }.into())
+            }
+        }
+    }
+
+    fn check_disk(&self, tx: &Transaction<'_>, vm: Resources) -> Result<()> {
+        let query = "SELECT coalesce(sum(disk_bytes), 0) FROM vms WHERE detail <> 'destroyed'";
+        let sum: i64 = tx.query_row(query, [], |row| row.get(0))?;
+        let free = self.disk_bytes.saturating_sub(u64::try_from(sum).unwrap_or(0));
+        if vm.disk_bytes <= free { Ok(()) } else { Err(Conflict::HostDisk { free_gib: free >> 30 }.into()) }
+    }
 }
 
 /// A VM.
@@ -249,6 +296,8 @@ pub(crate) fn insert(store: &Store, tx: &Transaction<'_>, new: &NewVm) -> Result
             Some(_) => return Err(Conflict::SnapshotNotReady.into()),
         }
     }
+    new.capacity.check_memory(tx, new.resources)?;
+    new.capacity.check_disk(tx, new.resources)?;
     let slot = match new.slots.checked_sub(1) {
         Some(last) => free(tx, "slot", 0..=last)?,
         None => return Err(Conflict::HostFull.into()),
@@ -297,6 +346,7 @@ pub(crate) fn call(tx: &Transaction<'_>, vm: &VmRecord, call: Call) -> Result<bo
         "UPDATE vms SET detail = ?2, desired = ?3, failure = NULL, updated_at = ?4 WHERE id = ?1",
         params![vm.id.as_str(), next.word(), desired.word(), now_us().max(vm.created_at)],
     )?;
+    crate::agents::follow(tx, &vm.id, next, None)?;
     if call == Call::Destroy {
         // Its rules' names are free at once; without them it may reach less, never more.
         tx.execute("DELETE FROM rules WHERE vm = ?1", [vm.id.as_str()])?;
@@ -375,10 +425,24 @@ impl Store {
     /// A user's call: checks that it is legal now and enters the next state, in one transaction. Answers the VM as it
     /// is afterwards and whether the engine has something to do.
     pub async fn vm_call(&self, user: &UserId, vm: &VmId, asked: Call) -> Result<(VmRecord, bool)> {
+        self.vm_call_within(user, vm, asked, Capacity::default()).await
+    }
+
+    /// The same for a call that needs room on the host.
+    pub async fn vm_call_within(
+        &self,
+        user: &UserId,
+        vm: &VmId,
+        asked: Call,
+        capacity: Capacity,
+    ) -> Result<(VmRecord, bool)> {
         let (user, vm) = (user.clone(), vm.clone());
         self.db
             .write(move |tx| {
                 let record = owned(tx, &user, &vm)?;
+                if asked == Call::Start && decide(asked, record.detail).is_ok() {
+                    capacity.check_memory(tx, record.resources)?;
+                }
                 let changed = call(tx, &record, asked)?;
                 Ok((find(tx, &vm)?, changed))
             })
@@ -401,6 +465,8 @@ impl Store {
                         "UPDATE vms SET detail = ?2, failure = ?3, updated_at = ?4 WHERE id = ?1",
                         params![vm.as_str(), to.word(), failure, now_us().max(now.created_at)],
                     )?;
+                    crate::agents::follow(tx, &vm, to, failure.as_deref())?;
+                    crate::snapshots::follow(tx, &vm, to)?;
                 }
                 if to == StatusDetail::Destroyed {
                     // Nothing needs its key any more.

@@ -291,6 +291,54 @@ async fn an_agent_goes_with_its_vm() {
 }
 
 #[tokio::test]
+async fn an_agents_reports_go_forward_and_end_with_its_vm() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    let user = user(&store, "a@example.com").await;
+    let agent = |name: &str| NewAgent {
+        name: name.into(),
+        repo: "o/r".into(),
+        branch: None,
+        harness: "claude".into(),
+        prompt: "p".into(),
+        agent_args: None,
+        vm: new_vm(&user, &format!("agent-{name}")),
+    };
+    let one = store.agent_create(agent("one")).await.unwrap();
+    let report = async |vm: &_, status, failure: Option<&str>| {
+        store.agent_report(vm, status, failure.map(str::to_owned)).await
+    };
+    store.agent_hindered(&one.vm, "no guest agent".into()).await.unwrap();
+    assert_eq!(store.agent(&user, &one.id).await.unwrap().failure.as_deref(), Some("no guest agent"));
+    assert_eq!(report(&one.vm, AgentStatus::Running, Some("x")).await.unwrap().failure, None);
+    assert!(matches!(
+        report(&one.vm, AgentStatus::Provisioning, None).await,
+        Err(StoreError::Illegal { from: "running", to: "provisioning" })
+    ));
+    let ended = report(&one.vm, AgentStatus::Idle, Some("first")).await.unwrap();
+    assert_eq!(ended.failure.as_deref(), Some("first"));
+    assert_eq!(report(&one.vm, AgentStatus::Idle, None).await.unwrap().failure.as_deref(), Some("first"));
+    assert!(report(&one.vm, AgentStatus::Running, None).await.is_err());
+
+    let two = store.agent_create(agent("two")).await.unwrap();
+    store.vm_advance(&two.vm, S::Failed, Some("no disk".into())).await.unwrap();
+    let hindered = store.agent(&user, &two.id).await.unwrap();
+    assert_eq!(
+        (hindered.status, hindered.failure.as_deref()),
+        (AgentStatus::Provisioning, Some("its VM failed: no disk"))
+    );
+    store.vm_call(&user, &two.vm, Call::Start).await.unwrap();
+    assert_eq!(store.agent(&user, &two.id).await.unwrap().failure, None, "it has another chance");
+    store.vm_advance(&two.vm, S::Running, None).await.unwrap();
+    report(&two.vm, AgentStatus::Running, None).await.unwrap();
+    store.vm_call(&user, &two.vm, Call::Stop).await.unwrap();
+    store.vm_advance(&two.vm, S::Stopped, None).await.unwrap();
+    let ended = store.agent(&user, &two.id).await.unwrap();
+    assert_eq!(ended.status, AgentStatus::Idle);
+    assert!(ended.failure.unwrap().contains("stopped"));
+}
+
+#[tokio::test]
 async fn a_device_code_is_for_its_requester_and_once() {
     let (_folder, store) = fresh();
     let user = user(&store, "a@example.com").await;

@@ -36,15 +36,15 @@ pub trait Tables {
     fn is_host(&self, address: &[u8; 16]) -> bool;
     /// Whether the address lies in a range that guests' addresses come from.
     fn is_guest(&self, address: &[u8; 16], v6: bool) -> bool;
-    /// Whether a `cidr` rule of this group covers the address.
-    fn has_rule(&self, rules: u32, v6: bool, address: &[u8; 16]) -> bool;
+    /// Whether a `cidr` rule of one of these groups covers the address.
+    fn has_rule(&self, rules: &[u32; 2], v6: bool, address: &[u8; 16]) -> bool;
 }
 
 /// The first row and the frames that are not IP: who sent it and what it is. `Err` is the verdict already.
 #[inline(always)]
 pub fn read(packet: &(impl Packet + ?Sized), vm: &Vm, header: &mut Header) -> Result<(), Verdict> {
     let frame = packet::ethernet(packet).map_err(Verdict::Drop)?;
-    if frame.source != vm.mac {
+    if frame.source != vm.mac_octets() {
         return Err(Verdict::Drop(Reason::Spoofed));
     }
     match frame.kind {
@@ -56,8 +56,8 @@ pub fn read(packet: &(impl Packet + ?Sized), vm: &Vm, header: &mut Header) -> Re
         Ethertype::V6 => packet::ipv6(packet, header).map_err(Verdict::Drop)?,
     }
     let neighbour = header.v6 && header.protocol == ICMP6 && matches!(header.icmp, 130..=137 | 141..=143);
-    let own = if header.v6 { vm.v6 } else { mapped(vm.v4) };
-    if header.source != own && !(neighbour && header.source == link_local(&vm.mac)) {
+    let own = vm.own(header.v6);
+    if header.source != own && !(neighbour && header.source == link_local(&vm.mac_octets())) {
         return Err(Verdict::Drop(Reason::Spoofed));
     }
     if neighbour {
@@ -96,7 +96,7 @@ fn arp(packet: &(impl Packet + ?Sized), vm: &Vm) -> Verdict {
     if [h0, h1, h2, h3, h4, h5, h6, h7] != [0, 1, 8, 0, 6, 4, 0, 1] {
         return Verdict::Drop(Reason::Neighbour);
     }
-    if [s0, s1, s2, s3, s4, s5] != vm.mac || [p0, p1, p2, p3] != vm.v4 {
+    if [s0, s1, s2, s3, s4, s5] != vm.mac_octets() || [p0, p1, p2, p3] != vm.v4.to_ne_bytes() {
         return Verdict::Drop(Reason::Spoofed);
     }
     if [h[24], h[25], h[26], h[27]] != GATEWAY_V4 {
@@ -121,7 +121,7 @@ fn discovery(packet: &(impl Packet + ?Sized), header: &Header, vm: &Vm) -> Verdi
     // The option with the sender's link-layer address must say the truth: it becomes a neighbour entry.
     let option = packet.read::<8>(ETHERNET + IPV6 + 24);
     let honest = match option {
-        Some([1, 1, mac @ ..]) => mac == vm.mac,
+        Some([1, 1, mac @ ..]) => mac == vm.mac_octets(),
         Some(_) => false,
         None => packet.length() <= ETHERNET + IPV6 + 24,
     };
@@ -190,7 +190,7 @@ pub fn judge(header: &Header, vm: &Vm, tables: &impl Tables) -> Verdict {
         return Verdict::Drop(Reason::Protocol);
     }
     let web = matches!(header.port, 80 | 443) && vm.flags & VM_SECRETS != 0;
-    if tables.has_rule(vm.rules, header.v6, &header.destination) {
+    if tables.has_rule(&vm.rules, header.v6, &header.destination) {
         return match header.protocol {
             TCP if web => Verdict::Proxy(Listener::Tcp, Reason::Cidr),
             // QUIC would carry past the proxy what a secret could apply to.

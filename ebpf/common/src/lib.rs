@@ -6,6 +6,7 @@
 #![no_std]
 #![deny(unsafe_code)]
 
+pub mod glance;
 pub mod judge;
 pub mod maps;
 pub mod net;

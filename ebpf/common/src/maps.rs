@@ -4,7 +4,7 @@
 //! IPv6 (the ranges deny it), so the two families never meet.
 
 /// Rises with every change of this file or of what the programs expect of the maps: names the pin directory.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 /// Most VMs that the maps hold; slots are below it.
 pub const MAX_VMS: u32 = 8192;
 /// Most `cidr` rules of all VMs together, both generations of a change counted.
@@ -32,12 +32,53 @@ pub const fn mapped(a: [u8; 4]) -> [u8; 16] {
     [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a[0], a[1], a[2], a[3]]
 }
 
+/// An address in words, octets in the order of the wire: copied, compared and hashed a word at a time.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Address(pub [u32; 4]);
+
+impl Address {
+    /// The address of these octets.
+    #[inline(always)]
+    pub const fn new(a: [u8; 16]) -> Self {
+        Self([
+            u32::from_ne_bytes([a[0], a[1], a[2], a[3]]),
+            u32::from_ne_bytes([a[4], a[5], a[6], a[7]]),
+            u32::from_ne_bytes([a[8], a[9], a[10], a[11]]),
+            u32::from_ne_bytes([a[12], a[13], a[14], a[15]]),
+        ])
+    }
+
+    /// The form of [`mapped`] of an IPv4 address that is a word already.
+    #[inline(always)]
+    pub const fn of_v4(word: u32) -> Self {
+        Self([0, 0, u32::from_ne_bytes([0, 0, 0xff, 0xff]), word])
+    }
+
+    /// Its octets.
+    #[inline(always)]
+    pub const fn octets(&self) -> [u8; 16] {
+        let ([a, b, c, d], [e, f, g, h]) = (self.0[0].to_ne_bytes(), self.0[1].to_ne_bytes());
+        let ([i, j, k, l], [m, n, o, p]) = (self.0[2].to_ne_bytes(), self.0[3].to_ne_bytes());
+        [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p]
+    }
+}
+
+/// A MAC address in halves, octets in the order of the wire.
+#[inline(always)]
+pub const fn halves(m: [u8; 6]) -> [u16; 3] {
+    [u16::from_ne_bytes([m[0], m[1]]), u16::from_ne_bytes([m[2], m[3]]), u16::from_ne_bytes([m[4], m[5]])]
+}
+
 /// `Vm::flags`: what no rule allows passes and is recorded.
 pub const VM_WARN: u32 = 1;
 /// `Vm::flags`: a secret of the owner could apply, so ports 80 and 443 always pass the proxy.
 pub const VM_SECRETS: u32 = 2;
 /// `Vm::flags`: the VM has the IPv6 address in `Vm::v6`.
 pub const VM_IPV6: u32 = 4;
+
+/// `Vm::rules`: a group that holds nothing.
+pub const NO_RULES: u32 = 0;
 
 /// One VM as the programs see it; found by the index of its tap.
 #[repr(C)]
@@ -47,18 +88,35 @@ pub struct Vm {
     pub slot: u32,
     /// The generation of its policy: flows that were judged under another are judged anew.
     pub policy: u32,
-    /// The group of its rules: part of their keys, so that changing it changes them all at once.
-    pub rules: u32,
+    /// The groups of its own rules and of its account's, or [`NO_RULES`]: part of the rules' keys, so that changing the
+    /// number changes them all at once.
+    pub rules: [u32; 2],
     /// `VM_…`.
     pub flags: u32,
-    /// Its MAC address.
-    pub mac: [u8; 6],
+    /// Its MAC address, in the form of [`halves`].
+    pub mac: [u16; 3],
     /// Zero.
-    pub pad: [u8; 2],
-    /// Its IPv4 address.
-    pub v4: [u8; 4],
+    pub pad: u16,
+    /// Its IPv4 address: a word, octets in the order of the wire.
+    pub v4: u32,
     /// Its IPv6 address, where `VM_IPV6` is set.
-    pub v6: [u8; 16],
+    pub v6: Address,
+}
+
+impl Vm {
+    /// Its MAC address.
+    #[inline(always)]
+    pub const fn mac_octets(&self) -> [u8; 6] {
+        let [[a, b], [c, d], [e, f]] =
+            [self.mac[0].to_ne_bytes(), self.mac[1].to_ne_bytes(), self.mac[2].to_ne_bytes()];
+        [a, b, c, d, e, f]
+    }
+
+    /// Its address of one family.
+    #[inline(always)]
+    pub const fn own(&self, v6: bool) -> [u8; 16] {
+        if v6 { self.v6.octets() } else { mapped(self.v4.to_ne_bytes()) }
+    }
 }
 
 /// What all VMs share.
@@ -129,7 +187,7 @@ pub struct FlowKey {
     /// The guest's port, or the identifier of a ping.
     pub port: u16,
     /// The other end.
-    pub remote: [u8; 16],
+    pub remote: Address,
     /// The other end's port; 0 for a ping.
     pub remote_port: u16,
     /// Zero.
@@ -183,6 +241,76 @@ pub struct FlowCount {
     pub closed: u64,
 }
 
+/// Datagrams to guests whose first fragment has come and whose others are still to come.
+pub const MAX_FRAGMENTS: u32 = 16_384;
+
+/// What the fragments of one datagram to a guest have in common.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct FragmentKey {
+    /// The VM.
+    pub slot: u32,
+    /// The datagram's number.
+    pub id: u32,
+    /// Where it comes from.
+    pub remote: Address,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// 1 for IPv6.
+    pub v6: u8,
+    /// Zero.
+    pub pad: u16,
+}
+
+/// What the first fragment of a datagram was found to be: an answer to a flow of the guest.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Fragment {
+    /// When it came: nanoseconds of the monotonic clock.
+    pub began: u64,
+    /// The policy generation that its flow was judged under.
+    pub policy: u32,
+    /// Zero.
+    pub pad: u32,
+}
+
+/// Most attempts of one VM that are told apart while they go on; what is beyond is told one by one, or counted as lost.
+pub const MAX_ATTEMPTS_PER_VM: u32 = 1024;
+/// Most of all VMs together.
+pub const MAX_ATTEMPTS: u32 = 1 << 18;
+
+/// One thing that a VM tries, however often. The first time is told by an [`Event`], the others are counted.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct AttemptKey {
+    /// The VM.
+    pub slot: u32,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// `EVENT_…`.
+    pub verdict: u8,
+    /// A [`crate::Reason`].
+    pub reason: u8,
+    /// 1 for IPv6.
+    pub v6: u8,
+    /// Destination address.
+    pub destination: Address,
+    /// Destination port, where the protocol has ports; the type of an ICMP message.
+    pub port: u16,
+    /// Zero.
+    pub pad: u16,
+}
+
+/// How often it was tried; one for each processor.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Attempts {
+    /// Attempts that no event of the ring buffer stands for; only ever rises.
+    pub count: u64,
+    /// The last one: nanoseconds of the monotonic clock.
+    pub seen: u64,
+}
+
 /// Token bucket of a VM's events.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -191,8 +319,8 @@ pub struct Bucket {
     pub filled: u64,
     /// What is left.
     pub tokens: u32,
-    /// Zero.
-    pub pad: u32,
+    /// How many entries of attempts the programs made; user space counts what it removes in a map of its own.
+    pub made: u32,
 }
 
 /// How many of the reasons, from the first, let frames through.
@@ -304,7 +432,7 @@ mod pod {
     }
 
     plain! {
-        Vm = 44, Config = 48, RuleKey = 20, FlowKey = 28, Flow = 64, FlowCount = 16, Bucket = 16,
-        Traffic = 96, Drops = 520, Event = 56,
+        Vm = 48, Config = 48, RuleKey = 20, FlowKey = 28, Flow = 64, FlowCount = 16, Bucket = 16,
+        Traffic = 96, Drops = 520, Event = 56, FragmentKey = 28, Fragment = 16, AttemptKey = 28, Attempts = 16,
     }
 }

@@ -105,7 +105,46 @@ pub struct Header {
     pub payload: u32,
 }
 
+/// What a TCP segment says about its connection; all zero for other protocols.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Segment {
+    /// Flags.
+    pub flags: u8,
+    /// Sequence number.
+    pub sequence: u32,
+    /// Acknowledgement number.
+    pub acknowledged: u32,
+    /// Octets of payload.
+    pub payload: u32,
+}
+
+impl Segment {
+    /// Whether it asks for a new connection.
+    #[inline(always)]
+    pub const fn opens(&self) -> bool {
+        self.flags & (SYN | ACK | RST | FIN) == SYN
+    }
+
+    /// The sender's next sequence number after it.
+    #[inline(always)]
+    pub const fn next(&self) -> u32 {
+        let controls = (self.flags & SYN != 0) as u32 + (self.flags & FIN != 0) as u32;
+        self.sequence.wrapping_add(self.payload).wrapping_add(controls)
+    }
+}
+
 impl Header {
+    /// The TCP part.
+    #[inline(always)]
+    pub const fn segment(&self) -> Segment {
+        Segment {
+            flags: self.flags,
+            sequence: self.sequence,
+            acknowledged: self.acknowledged,
+            payload: self.payload,
+        }
+    }
+
     #[inline(always)]
     fn begin(&mut self, v6: bool, protocol: u8) {
         self.v6 = v6;

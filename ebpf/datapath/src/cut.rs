@@ -50,7 +50,7 @@ impl Cutter {
 
     /// Resets both ends. What cannot be sent is left to the ends' next segments.
     pub(crate) fn cut(&self, key: &FlowKey, flow: &Flow, guest: IpAddr) {
-        let remote = address_of(&key.remote, key.v6 != 0);
+        let remote = address_of(&key.remote.octets(), key.v6 != 0);
         let ends = if key.v6 != 0 { self.v6.as_ref() } else { Some(&self.v4) };
         let Some(ends) = ends else { return };
         let inward = reset((remote, key.remote_port), (guest, key.port), flow.expected, flow.next);

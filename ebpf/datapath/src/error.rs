@@ -27,6 +27,11 @@ pub enum DatapathError {
     /// The kernel refused the programs or maps.
     #[error("cannot load the BPF programs; they need Linux 6.1 or later, root, and CONFIG_BPF_SYSCALL")]
     Load(#[source] Box<EbpfError>),
+    /// The kernel lacks what the programs need.
+    #[error(
+        "this kernel lacks {0}; tapgate needs Linux 6.1 or later with CONFIG_BPF_SYSCALL and CONFIG_NET_CLS_BPF"
+    )]
+    Kernel(String),
     /// A program was refused by the verifier, or could not be attached.
     #[error("cannot {what} the BPF program `{program}` on `{link}`")]
     Program {

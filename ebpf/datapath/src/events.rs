@@ -1,11 +1,19 @@
-//! Reads the ring buffer: what VMs tried and the proxy does not see. What is lost before it is counted per VM.
+//! What VMs tried and the proxy does not see: the ring buffer, and the counts of what they go on trying. What is lost
+//! before it gets here is counted per VM.
 
-use crate::{DatapathError, Shared, bpffs, error::map_error, rules::address_of};
+use crate::{
+    DatapathError, Shared,
+    attempts::{Counts, Repeated},
+    bpffs,
+    error::map_error,
+    rules::address_of,
+};
 use aya::{
     Pod,
     maps::{Map, MapData, RingBuf},
 };
 use std::{
+    collections::VecDeque,
     net::IpAddr,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -15,7 +23,13 @@ use tapgate_ebpf_common::{
     packet::{ICMP, ICMP6, TCP, UDP},
 };
 use tapgate_model::{Protocol, Reason, Verdict};
-use tokio::io::{Interest, unix::AsyncFd};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    time::{Interval, MissedTickBehavior, interval},
+};
+
+/// How often what goes on is told.
+const EVERY: Duration = Duration::from_secs(1);
 
 /// One thing that a VM tried: a flow that the kernel forwards, or a frame that it refused.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,21 +47,24 @@ pub struct Event {
     pub source: IpAddr,
     /// Destination address.
     pub destination: IpAddr,
-    /// Source port, where the protocol has ports.
+    /// Source port, where the protocol has ports and the event stands for one attempt.
     pub source_port: Option<u16>,
     /// Destination port, where the protocol has ports.
     pub port: Option<u16>,
     /// What was decided; the rule that allowed it included.
     pub verdict: Verdict,
-    /// Octets of the frame.
+    /// Octets of the frame; 0 for one that stands for several.
     pub length: u32,
-    /// How many attempts this stands for.
+    /// How many attempts this stands for: the first of its kind is told at once, those that follow once a second.
     pub count: u32,
 }
 
 /// The stream of events.
 pub struct Events {
     ring: AsyncFd<RingBuf<MapData>>,
+    counts: Counts,
+    repeated: VecDeque<Repeated>,
+    tick: Interval,
     shared: Arc<Shared>,
 }
 
@@ -64,58 +81,110 @@ impl Events {
             .and_then(Map::from_map_data)
             .and_then(RingBuf::try_from)
             .map_err(map_error("open", "EVENTS"))?;
-        Ok(Self { ring: watch(map).map_err(DatapathError::Events)?, shared })
+        let counts = Counts::open(&shared.pins)?;
+        let mut tick = interval(EVERY);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let ring = watch(map).map_err(DatapathError::Events)?;
+        Ok(Self { ring, counts, repeated: VecDeque::new(), tick, shared })
     }
 
     /// The next event. Cancelling the wait loses nothing.
     pub async fn next(&mut self) -> Result<Event, DatapathError> {
         loop {
-            let mut ready = self.ring.readable_mut().await.map_err(DatapathError::Events)?;
+            if let Some(repeated) = self.repeated.pop_front() {
+                return Ok(self.of_repeated(&repeated));
+            }
+            let mut ready = tokio::select! {
+                biased;
+                _ = self.tick.tick() => {
+                    // A few thousand system calls at worst: a moment, and nothing that may be cut in two.
+                    self.repeated = self.counts.look()?.into();
+                    continue;
+                }
+                ready = self.ring.readable_mut() => ready.map_err(DatapathError::Events)?,
+            };
             match ready.get_inner_mut().next().and_then(|item| read(&item)) {
-                Some(raw) => return Ok(self.understand(&raw)),
+                Some(raw) => return Ok(self.of_ring(&raw)),
                 None => ready.clear_ready(),
             }
         }
     }
 
-    fn understand(&self, raw: &Raw) -> Event {
+    fn of_ring(&self, raw: &Raw) -> Event {
         let v6 = raw.v6 != 0;
-        let destination = address_of(&raw.destination, v6);
-        let reason = Reason::from_u8(raw.reason).unwrap_or(Reason::Fault);
-        let verdict = match raw.verdict {
+        let ports = raw.protocol == TCP || raw.protocol == UDP;
+        let what = What {
+            slot: raw.slot,
+            protocol: raw.protocol,
+            verdict: raw.verdict,
+            reason: raw.reason,
+            destination: address_of(&raw.destination, v6),
+            port: raw.port,
+        };
+        Event {
+            source: address_of(&raw.source, v6),
+            source_port: ports.then_some(raw.source_port),
+            length: raw.length,
+            ..self.event(&what, raw.time, 1)
+        }
+    }
+
+    fn of_repeated(&self, repeated: &Repeated) -> Event {
+        let key = &repeated.key;
+        let what = What {
+            slot: key.slot,
+            protocol: key.protocol,
+            verdict: key.verdict,
+            reason: key.reason,
+            destination: address_of(&key.destination.octets(), key.v6 != 0),
+            port: key.port,
+        };
+        self.event(&what, repeated.seen, u32::try_from(repeated.count).unwrap_or(u32::MAX))
+    }
+
+    fn event(&self, what: &What, time: u64, count: u32) -> Event {
+        let reason = Reason::from_u8(what.reason).unwrap_or(Reason::Fault);
+        let state = self.shared.state();
+        let slot = state.slots.get(what.slot);
+        let verdict = match what.verdict {
             EVENT_ALLOWED => Verdict::Allow {
-                rule: self
-                    .shared
-                    .state()
-                    .slots
-                    .get(raw.slot)
-                    .and_then(|slot| slot.rules.of(destination))
-                    .cloned(),
+                rule: slot.and_then(|slot| slot.rules.cidr(what.destination)).cloned(),
                 reason,
             },
             EVENT_TOLERATED => Verdict::Tolerate { reason },
             _ => Verdict::Deny { reason },
         };
-        let ports = raw.protocol == TCP || raw.protocol == UDP;
+        let v6 = what.destination.is_ipv6();
+        let ports = what.protocol == TCP || what.protocol == UDP;
         Event {
-            time: wall_clock(raw.time),
-            slot: raw.slot,
-            ip_protocol: raw.protocol,
-            protocol: match raw.protocol {
+            time: wall_clock(time),
+            slot: what.slot,
+            ip_protocol: what.protocol,
+            protocol: match what.protocol {
                 TCP => Protocol::Tcp,
                 UDP => Protocol::Udp,
                 ICMP | ICMP6 => Protocol::Icmp,
                 _ => Protocol::Icmp,
             },
-            source: address_of(&raw.source, v6),
-            destination,
-            source_port: ports.then_some(raw.source_port),
-            port: ports.then_some(raw.port),
+            source: slot.map_or(IpAddr::from([0; 4]), |slot| address_of(&slot.vm.own(v6), v6)),
+            destination: what.destination,
+            source_port: None,
+            port: ports.then_some(what.port),
             verdict,
-            length: raw.length,
-            count: 1,
+            length: 0,
+            count,
         }
     }
+}
+
+/// What an event is about, however it was told.
+struct What {
+    slot: u32,
+    protocol: u8,
+    verdict: u8,
+    reason: u8,
+    destination: IpAddr,
+    port: u16,
 }
 
 #[expect(unsafe_code, reason = "the descriptor of a map that is owned by what is watched")]

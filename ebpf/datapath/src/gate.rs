@@ -103,6 +103,7 @@ impl Datapath {
             let known = tables.find(slot);
             let fresh = known.is_none_or(|(link, _)| link != index)
                 || tables.flow_counts.get(&slot, 0).is_err()
+                || tables.attempts_gone.get(&slot, 0).is_err()
                 || tables.counters(slot).is_err();
             if known.is_some_and(|(link, _)| link != index) {
                 slots.remove(tables, slot)?;

@@ -1,6 +1,7 @@
-//! Groups of `cidr` rules in the kernel's trie. VMs with equal rules share one group; a change of one rule of a group with
-//! one user is made in place, any other by a new group and one write of the VM's entry. So a frame is never judged by half
-//! a change, and a change for a thousand VMs costs a thousand small writes.
+//! Groups of `cidr` rules in the kernel's trie. VMs with the same rules share one group: those of an account have one, and
+//! each VM one of its own. A change of one rule of a group with one user is made in place, any other by a new group and
+//! one write of each VM's entry. So a frame is never judged by half a change, and a change for a thousand VMs costs a
+//! thousand small writes.
 //!
 //! A group that nobody uses any more is removed later, when no frame can be under way that still looks it up.
 
@@ -15,28 +16,18 @@ use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
-use tapgate_ebpf_common::maps::{MAX_RULES, RuleKey};
-use tapgate_model::Cidr;
+use tapgate_ebpf_common::maps::{MAX_RULES, NO_RULES, RuleKey};
+use tapgate_model::{Cidr, RuleLayer};
 
 /// Longer than any frame is looked at.
 const GRACE: Duration = Duration::from_millis(100);
 /// Group numbers have 31 bits in the keys of rules.
 const NUMBERS: u32 = 1 << 31;
 
-/// What a group holds: sorted, each range once.
-pub(crate) type Content = Arc<[Cidr]>;
-
-/// The content of a list of rules.
-pub(crate) fn content(cidrs: impl Iterator<Item = Cidr>) -> Content {
-    let mut all: Vec<Cidr> = cidrs.collect();
-    all.sort_unstable();
-    all.dedup();
-    all.into()
-}
-
 #[derive(Debug)]
 struct Group {
-    content: Content,
+    /// Kept, so that no other layer gets its address.
+    layer: Arc<RuleLayer>,
     users: usize,
 }
 
@@ -45,7 +36,8 @@ struct Group {
 pub(crate) struct Groups {
     last: u32,
     by_number: HashMap<u32, Group>,
-    by_content: HashMap<Content, u32>,
+    /// By where the layer is in memory: who reads policies shares what is the same.
+    by_layer: HashMap<usize, u32>,
     /// What an earlier daemon wrote and VMs still use that this one has not adopted.
     inherited: HashMap<u32, Inherited>,
     retired: Vec<(Instant, Vec<Key<RuleKey>>)>,
@@ -83,23 +75,25 @@ impl Groups {
         Ok(groups)
     }
 
-    /// A group with this content, written if there is none yet. It has one user more.
+    /// The layer's group, written if there is none yet. It has one user more.
     pub(crate) fn acquire(
         &mut self,
         tables: &mut Tables,
         slot: u32,
-        content: &Content,
+        layer: &Arc<RuleLayer>,
     ) -> Result<u32, DatapathError> {
-        if let Some(&number) = self.by_content.get(content) {
+        if layer.ranges().is_empty() {
+            return Ok(NO_RULES);
+        }
+        if let Some(&number) = self.by_layer.get(&place(layer)) {
             if let Some(group) = self.by_number.get_mut(&number) {
                 group.users += 1;
             }
             return Ok(number);
         }
-        self.last = (self.last + 1) % NUMBERS;
-        let number = self.last;
-        let mut written = Vec::with_capacity(content.len());
-        for cidr in content.iter() {
+        let number = self.next();
+        let mut written = Vec::with_capacity(layer.ranges().len());
+        for cidr in layer.ranges() {
             let key = key(number, cidr);
             if let Err(error) = tables.rules.insert(&key, 1, 0) {
                 // Nothing refers to them.
@@ -108,36 +102,50 @@ impl Groups {
             }
             written.push(key);
         }
-        self.by_content.insert(Arc::clone(content), number);
-        self.by_number.insert(number, Group { content: Arc::clone(content), users: 1 });
+        self.by_layer.insert(place(layer), number);
+        self.by_number.insert(number, Group { layer: Arc::clone(layer), users: 1 });
         Ok(number)
     }
 
-    /// Changes the group in place, if it has one user and the contents differ in one rule. Says whether it did.
+    fn next(&mut self) -> u32 {
+        loop {
+            self.last = (self.last + 1) % NUMBERS;
+            let taken = self.by_number.contains_key(&self.last) || self.inherited.contains_key(&self.last);
+            if self.last != NO_RULES && !taken {
+                return self.last;
+            }
+        }
+    }
+
+    /// Makes the group the layer's, in place, if it has one user and the ranges differ in one or none. Says whether it is.
     pub(crate) fn revise(
         &mut self,
         tables: &mut Tables,
         slot: u32,
         number: u32,
-        content: &Content,
+        layer: &Arc<RuleLayer>,
     ) -> Result<bool, DatapathError> {
-        // Another group with this content is there to be shared.
-        if self.by_content.contains_key(content) {
+        if let Some(&known) = self.by_layer.get(&place(layer)) {
+            // It is the group's already, or another's, which is to be shared.
+            return Ok(known == number);
+        }
+        if layer.ranges().is_empty() {
             return Ok(false);
         }
         let Some(group) = self.by_number.get_mut(&number).filter(|group| group.users == 1) else {
             return Ok(false);
         };
-        match difference(&group.content, content) {
-            Some(Change::Added(cidr)) => {
+        match difference(group.layer.ranges(), layer.ranges()) {
+            Change::None => {}
+            Change::Added(cidr) => {
                 tables.rules.insert(&key(number, &cidr), 1, 0).map_err(|error| full(error, slot))?;
             }
-            Some(Change::Removed(cidr)) => remove(tables, &key(number, &cidr))?,
-            None => return Ok(false),
+            Change::Removed(cidr) => remove(tables, &key(number, &cidr))?,
+            Change::More => return Ok(false),
         }
-        self.by_content.remove(&group.content);
-        self.by_content.insert(Arc::clone(content), number);
-        group.content = Arc::clone(content);
+        self.by_layer.remove(&place(&group.layer));
+        self.by_layer.insert(place(layer), number);
+        group.layer = Arc::clone(layer);
         Ok(true)
     }
 
@@ -149,8 +157,8 @@ impl Groups {
             return;
         }
         if let Some(group) = self.by_number.remove(&number) {
-            self.by_content.remove(&group.content);
-            let keys = group.content.iter().map(|cidr| key(number, cidr)).collect();
+            self.by_layer.remove(&place(&group.layer));
+            let keys = group.layer.ranges().iter().map(|cidr| key(number, cidr)).collect();
             self.retired.push((Instant::now(), keys));
         }
     }
@@ -166,18 +174,13 @@ impl Groups {
         }
     }
 
-    /// Removes what no frame can still be judged by.
-    pub(crate) fn purge(&mut self, tables: &mut Tables) -> Result<(), DatapathError> {
+    /// Takes what no frame can still be judged by, to be removed without holding anyone up.
+    pub(crate) fn purgeable(&mut self) -> Vec<Key<RuleKey>> {
         let now = Instant::now();
-        let (gone, kept) =
-            self.retired.drain(..).partition::<Vec<_>, _>(|(since, _)| now.duration_since(*since) >= GRACE);
+        let (gone, kept): (Vec<_>, Vec<_>) =
+            self.retired.drain(..).partition(|(since, _)| now.duration_since(*since) >= GRACE);
         self.retired = kept;
-        for (_, keys) in gone {
-            for key in keys {
-                remove(tables, &key)?;
-            }
-        }
-        Ok(())
+        gone.into_iter().flat_map(|(_, keys)| keys).collect()
     }
 
     /// Whether there is something to remove.
@@ -186,22 +189,29 @@ impl Groups {
     }
 }
 
-enum Change {
-    Added(Cidr),
-    Removed(Cidr),
+/// Where the layer is in memory: its name, as long as its group keeps it.
+fn place(layer: &Arc<RuleLayer>) -> usize {
+    Arc::as_ptr(layer).addr()
 }
 
-/// The one rule that the sorted contents differ in; `None` if it is not one.
-fn difference(old: &[Cidr], new: &[Cidr]) -> Option<Change> {
-    let (longer, shorter) = if old.len() < new.len() { (new, old) } else { (old, new) };
-    if longer.len() != shorter.len() + 1 {
-        return None;
+#[derive(Debug, PartialEq, Eq)]
+enum Change {
+    None,
+    Added(Cidr),
+    Removed(Cidr),
+    More,
+}
+
+/// How the sorted ranges differ, as far as one step makes the one into the other.
+fn difference(old: &[Cidr], new: &[Cidr]) -> Change {
+    let at = old.iter().zip(new).position(|(a, b)| a != b).unwrap_or(old.len().min(new.len()));
+    let (old, new) = (&old[at..], &new[at..]);
+    match (old, new) {
+        ([], []) => Change::None,
+        (_, [first, rest @ ..]) if rest == old => Change::Added(*first),
+        ([first, rest @ ..], _) if rest == new => Change::Removed(*first),
+        _ => Change::More,
     }
-    let at = longer.iter().zip(shorter).position(|(a, b)| a != b).unwrap_or(shorter.len());
-    if longer[at + 1..] != shorter[at..] {
-        return None;
-    }
-    Some(if old.len() < new.len() { Change::Added(longer[at]) } else { Change::Removed(longer[at]) })
 }
 
 fn key(number: u32, cidr: &Cidr) -> Key<RuleKey> {
@@ -209,7 +219,8 @@ fn key(number: u32, cidr: &Cidr) -> Key<RuleKey> {
     Key::new(RuleKey::prefix(v6, cidr.prefix_len()), RuleKey::new(number, v6, octets(cidr.network())))
 }
 
-fn remove(tables: &mut Tables, key: &Key<RuleKey>) -> Result<(), DatapathError> {
+/// Removes a rule, if it is there.
+pub(crate) fn remove(tables: &mut Tables, key: &Key<RuleKey>) -> Result<(), DatapathError> {
     match tables.rules.remove(key) {
         Err(error) if !absent(&error) => Err(map_error("remove a rule", "RULES")(error)),
         _ => Ok(()),
@@ -229,8 +240,10 @@ fn full(error: MapError, slot: u32) -> DatapathError {
 mod tests {
     use super::*;
 
-    fn of(texts: &[&str]) -> Content {
-        content(texts.iter().map(|text| text.parse().unwrap()))
+    fn of(texts: &[&str]) -> Vec<Cidr> {
+        let mut all: Vec<Cidr> = texts.iter().map(|text| text.parse().unwrap()).collect();
+        all.sort_unstable();
+        all
     }
 
     #[test]
@@ -238,17 +251,15 @@ mod tests {
         let base = of(&["10.0.0.0/8", "192.0.2.0/24", "2001:db8::/32"]);
         for extra in ["1.0.0.0/8", "172.16.0.0/12", "ffff::/16"] {
             let more = of(&["10.0.0.0/8", "192.0.2.0/24", "2001:db8::/32", extra]);
-            assert!(
-                matches!(difference(&base, &more), Some(Change::Added(c)) if c == extra.parse().unwrap())
-            );
-            assert!(
-                matches!(difference(&more, &base), Some(Change::Removed(c)) if c == extra.parse().unwrap())
-            );
+            assert_eq!(difference(&base, &more), Change::Added(extra.parse().unwrap()));
+            assert_eq!(difference(&more, &base), Change::Removed(extra.parse().unwrap()));
         }
-        assert!(difference(&base, &base).is_none());
-        assert!(difference(&base, &of(&["10.0.0.0/8", "192.0.2.0/24", "2001:db8::/33"])).is_none());
-        assert!(difference(&base, &of(&["10.0.0.0/8", "1.0.0.0/8", "2.0.0.0/8", "3.0.0.0/8"])).is_none());
-        assert!(difference(&of(&[]), &base).is_none());
-        assert!(matches!(difference(&of(&[]), &of(&["::/0"])), Some(Change::Added(_))));
+        assert_eq!(difference(&base, &base), Change::None);
+        assert_eq!(difference(&base, &of(&["10.0.0.0/8", "192.0.2.0/24", "2001:db8::/33"])), Change::More);
+        let four = of(&["10.0.0.0/8", "1.0.0.0/8", "2.0.0.0/8", "3.0.0.0/8"]);
+        assert_eq!(difference(&base, &four), Change::More);
+        assert_eq!(difference(&of(&[]), &base), Change::More);
+        assert_eq!(difference(&of(&[]), &of(&["::/0"])), Change::Added("::/0".parse().unwrap()));
+        assert_eq!(difference(&of(&["::/0"]), &of(&[])), Change::Removed("::/0".parse().unwrap()));
     }
 }

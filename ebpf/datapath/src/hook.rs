@@ -35,8 +35,14 @@ pub enum Attachment {
     Clsact,
 }
 
-/// What this kernel has.
-pub(crate) fn best() -> Attachment {
+impl Attachment {
+    /// The best that this kernel has.
+    pub fn best() -> Self {
+        best()
+    }
+}
+
+fn best() -> Attachment {
     let since = KernelVersion::new(6, 6, 0);
     match KernelVersion::current() {
         Ok(version) if version >= since => Attachment::Tcx,

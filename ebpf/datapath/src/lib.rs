@@ -4,6 +4,7 @@
 //! adopts it. Must never set a tap up before its programs are attached, and knows nothing of names, HTTP or SQL.
 #![deny(unsafe_code)]
 
+mod attempts;
 mod bpffs;
 mod config;
 mod counters;
@@ -16,6 +17,7 @@ mod hook;
 #[cfg(feature = "bpf-log")]
 mod logs;
 mod objects;
+mod requirements;
 mod rules;
 mod slots;
 mod sweep;
@@ -27,6 +29,7 @@ pub use error::DatapathError;
 pub use events::{Event, Events};
 pub use gate::Gate;
 pub use hook::Attachment;
+pub use requirements::{Requirement, requirements};
 
 use aya::Ebpf;
 use objects::Tables;
@@ -85,7 +88,7 @@ impl Shared {
 impl Datapath {
     /// Makes the egress namespace, the uplink, the tables and the programs, or adopts what an earlier daemon left.
     pub async fn open(config: DatapathConfig) -> Result<Self, DatapathError> {
-        Self::open_attaching(config, hook::best()).await
+        Self::open_attaching(config, Attachment::best()).await
     }
 
     /// The same, attaching programs in a way of the caller's choice: for trying out what older kernels do.
@@ -123,7 +126,7 @@ impl Datapath {
         &self.shared.egress
     }
 
-    /// How programs are attached on this kernel.
+    /// How programs are attached by this daemon.
     pub fn attachment(&self) -> Attachment {
         self.shared.attachment
     }

@@ -1,6 +1,6 @@
 //! The embedded BPF object: loads it, with the maps that are pinned already, and gives each map its type.
 
-use crate::{Counters, DatapathError, bpffs, error::map_error};
+use crate::{Counters, DatapathError, bpffs, error::map_error, requirements};
 use aya::{
     Ebpf, EbpfLoader,
     maps::{
@@ -16,14 +16,15 @@ use std::{
     path::Path,
 };
 use tapgate_ebpf_common::maps::{
-    Bucket, Config, Drops, Flow, FlowCount, FlowKey, Listener, NO_SLOT, REASONS, RuleKey, Traffic, Vm, mapped,
+    AttemptKey, Attempts, Bucket, Config, Drops, Flow, FlowCount, FlowKey, Listener, NO_SLOT, REASONS,
+    RuleKey, Traffic, Vm, mapped,
 };
 
 /// The object, aligned as an ELF file wants it.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tapgate.o"));
 
 /// The maps that are pinned.
-const MAPS: [&str; 12] = [
+const MAPS: [&str; 16] = [
     "CONFIG",
     "VMS",
     "RULES",
@@ -35,6 +36,10 @@ const MAPS: [&str; 12] = [
     "TRAFFIC",
     "DROPS",
     "BUCKETS",
+    "ATTEMPTS",
+    "ATTEMPTS_TOLD",
+    "ATTEMPTS_GONE",
+    "FRAGMENTS",
     "EVENTS",
 ];
 
@@ -55,10 +60,23 @@ pub(crate) struct Tables {
     pub traffic: PerCpuArray<MapData, Traffic>,
     pub drops: PerCpuHashMap<MapData, u32, Drops>,
     pub buckets: HashMap<MapData, u32, Bucket>,
+    pub attempts: PerCpuHashMap<MapData, AttemptKey, Attempts>,
+    pub attempts_told: HashMap<MapData, AttemptKey, u64>,
+    pub attempts_gone: HashMap<MapData, u32, u32>,
 }
 
 /// Loads programs and maps; maps that are pinned are taken as they are.
 pub(crate) fn load(pins: &Path) -> Result<(Ebpf, Tables), DatapathError> {
+    load_all(pins).map_err(|error| {
+        // What was refused says little; what the kernel has not says more.
+        match requirements::missing(&requirements::requirements()) {
+            Some(names) => DatapathError::Kernel(names),
+            None => error,
+        }
+    })
+}
+
+fn load_all(pins: &Path) -> Result<(Ebpf, Tables), DatapathError> {
     let folder = bpffs::maps(pins);
     let mut loader = EbpfLoader::new();
     for name in MAPS {
@@ -89,6 +107,12 @@ pub(crate) fn load(pins: &Path) -> Result<(Ebpf, Tables), DatapathError> {
             .map_err(map_error("open", "TRAFFIC"))?,
         drops: PerCpuHashMap::try_from(take(&mut programs, "DROPS")?).map_err(map_error("open", "DROPS"))?,
         buckets: HashMap::try_from(take(&mut programs, "BUCKETS")?).map_err(map_error("open", "BUCKETS"))?,
+        attempts: PerCpuHashMap::try_from(take(&mut programs, "ATTEMPTS")?)
+            .map_err(map_error("open", "ATTEMPTS"))?,
+        attempts_told: HashMap::try_from(take(&mut programs, "ATTEMPTS_TOLD")?)
+            .map_err(map_error("open", "ATTEMPTS_TOLD"))?,
+        attempts_gone: HashMap::try_from(take(&mut programs, "ATTEMPTS_GONE")?)
+            .map_err(map_error("open", "ATTEMPTS_GONE"))?,
     };
     if tables.drops.get(&NO_SLOT, 0).is_err() {
         tables.zero_counters(NO_SLOT)?;

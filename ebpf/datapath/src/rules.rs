@@ -1,35 +1,15 @@
-//! A VM's `cidr` rules with their ids: to name the rule in an event, and to judge a flow without a frame.
+//! The judge's look-ups answered from what user space knows, and addresses as the maps hold them.
 
 use std::{
     collections::HashSet,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 use tapgate_ebpf_common::{judge::Tables as Judge, maps::Config};
-use tapgate_model::{Cidr, RuleId, VmPolicy};
+use tapgate_model::RuleSet;
 
-/// The rules, longest prefix first.
-#[derive(Debug)]
-pub(crate) struct Rules(Vec<(Cidr, RuleId)>);
-
-impl Rules {
-    pub(crate) fn new(policy: &VmPolicy) -> Self {
-        Self(policy.rules.cidrs().cloned().collect())
-    }
-
-    /// The ranges alone.
-    pub(crate) fn cidrs(&self) -> impl Iterator<Item = Cidr> + '_ {
-        self.0.iter().map(|(cidr, _)| *cidr)
-    }
-
-    /// The rule that covers the address.
-    pub(crate) fn of(&self, address: IpAddr) -> Option<&RuleId> {
-        self.0.iter().find(|(cidr, _)| cidr.contains(address)).map(|(_, id)| id)
-    }
-}
-
-/// The judge's look-ups, answered from what user space knows: for flows that have to be judged without a frame.
+/// For flows that have to be judged without a frame.
 pub(crate) struct Known<'a> {
-    pub rules: &'a Rules,
+    pub rules: &'a RuleSet,
     pub config: &'a Config,
     pub host: &'a HashSet<[u8; 16]>,
 }
@@ -41,8 +21,8 @@ impl Judge for Known<'_> {
     fn is_guest(&self, address: &[u8; 16], v6: bool) -> bool {
         self.config.is_guest(address, v6)
     }
-    fn has_rule(&self, _rules: u32, v6: bool, address: &[u8; 16]) -> bool {
-        self.rules.of(address_of(address, v6)).is_some()
+    fn has_rule(&self, _rules: &[u32; 2], v6: bool, address: &[u8; 16]) -> bool {
+        self.rules.cidr(address_of(address, v6)).is_some()
     }
 }
 

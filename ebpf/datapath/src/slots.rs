@@ -5,13 +5,16 @@
 use crate::{
     DatapathError,
     error::map_error,
-    groups::{Groups, content},
+    groups::Groups,
     objects::{Tables, absent},
-    rules::Rules,
 };
-use std::{collections::BTreeMap, sync::Arc};
-use tapgate_ebpf_common::maps::{Bucket, EVENT_BURST, FlowCount, MAX_VMS, VM_IPV6, VM_SECRETS, VM_WARN, Vm};
-use tapgate_model::{GuestNet, Mode, VmPolicy};
+use aya::maps::lpm_trie::Key;
+use std::collections::BTreeMap;
+use tapgate_ebpf_common::maps::{
+    Address, Bucket, EVENT_BURST, FlowCount, MAX_VMS, NO_RULES, RuleKey, VM_IPV6, VM_SECRETS, VM_WARN, Vm,
+    halves,
+};
+use tapgate_model::{GuestNet, Mode, RuleSet, VmPolicy};
 
 /// One VM.
 #[derive(Debug)]
@@ -21,7 +24,7 @@ pub(crate) struct Slot {
     /// Its entry in the kernel.
     pub vm: Vm,
     /// Its rules.
-    pub rules: Arc<Rules>,
+    pub rules: RuleSet,
 }
 
 /// All of them.
@@ -38,8 +41,8 @@ impl Slots {
     pub(crate) fn adopt(tables: &mut Tables) -> Result<Self, DatapathError> {
         let vms: Vec<Vm> = tables.vms.iter().filter_map(|entry| entry.ok().map(|(_, vm)| vm)).collect();
         let mut used = BTreeMap::new();
-        for vm in &vms {
-            *used.entry(vm.rules).or_default() += 1;
+        for group in vms.iter().flat_map(|vm| vm.rules).filter(|group| *group != NO_RULES) {
+            *used.entry(group).or_default() += 1;
         }
         let groups = Groups::adopt(tables, &used)?;
         let generation = vms.iter().map(|vm| vm.policy).max().unwrap_or(0);
@@ -74,20 +77,28 @@ impl Slots {
                 .insert(slot, FlowCount::default(), 0)
                 .map_err(map_error("put", "FLOW_COUNTS"))?;
             tables.flows_expired.insert(slot, 0, 0).map_err(map_error("put", "FLOWS_EXPIRED"))?;
-            let bucket = Bucket { filled: 0, tokens: EVENT_BURST, pad: 0 };
+            let bucket = Bucket { filled: 0, tokens: EVENT_BURST, made: 0 };
             tables.buckets.insert(slot, bucket, 0).map_err(map_error("put", "BUCKETS"))?;
+            tables.attempts_gone.insert(slot, 0, 0).map_err(map_error("put", "ATTEMPTS_GONE"))?;
         }
         let old = tables.vms.get(&link, 0).ok();
-        let rules = Arc::new(Rules::new(policy));
-        let group = self.groups.acquire(tables, slot, &content(rules.cidrs()))?;
-        let vm = self.entry(net, group, policy);
+        let rules = policy.rules.clone();
+        let own = self.groups.acquire(tables, slot, rules.own())?;
+        let account = match self.groups.acquire(tables, slot, rules.account()) {
+            Ok(account) => account,
+            Err(error) => {
+                self.groups.release(own);
+                return Err(error);
+            }
+        };
+        let vm = self.entry(net, [own, account], policy);
         if let Err(error) = tables.vms.insert(link, vm, 0) {
-            self.groups.release(group);
+            vm.rules.iter().for_each(|group| self.groups.release(*group));
             return Err(map_error("put a VM", "VMS")(error));
         }
         self.by_slot.insert(slot, Slot { link, vm, rules });
         if let Some(old) = old {
-            self.groups.disown(old.rules);
+            old.rules.iter().for_each(|group| self.groups.disown(*group));
         }
         Ok(())
     }
@@ -102,20 +113,27 @@ impl Slots {
         let slot = net.slot;
         let known = self.by_slot.get(&slot).ok_or(DatapathError::NotAttached(slot))?;
         let (link, old) = (known.link, known.vm.rules);
-        let rules = Arc::new(Rules::new(policy));
-        let content = content(rules.cidrs());
-        let in_place = self.groups.revise(tables, slot, old, &content)?;
-        let group = if in_place { old } else { self.groups.acquire(tables, slot, &content)? };
-        let vm = self.entry(net, group, policy);
+        let rules = policy.rules.clone();
+        // The one that cannot be made in place first, so that nothing is changed if it fails.
+        let account = self.groups.acquire(tables, slot, rules.account())?;
+        let own = match self.groups.revise(tables, slot, old[0], rules.own()) {
+            Ok(true) => Ok((old[0], true)),
+            Ok(false) => self.groups.acquire(tables, slot, rules.own()).map(|own| (own, false)),
+            Err(error) => Err(error),
+        };
+        let (own, in_place) = own.inspect_err(|_| self.groups.release(account))?;
+        let vm = self.entry(net, [own, account], policy);
         if let Err(error) = tables.vms.insert(link, vm, 0) {
+            self.groups.release(account);
             if !in_place {
-                self.groups.release(group);
+                self.groups.release(own);
             }
             return Err(map_error("put a VM", "VMS")(error));
         }
         self.by_slot.insert(slot, Slot { link, vm, rules });
+        self.groups.release(old[1]);
         if !in_place {
-            self.groups.release(old);
+            self.groups.release(old[0]);
         }
         Ok(())
     }
@@ -142,21 +160,30 @@ impl Slots {
                 fine(tables.flows.remove(&key), "FLOWS")?;
             }
         }
+        if tables.attempts_gone.get(&slot, 0).is_ok() {
+            let attempts: Vec<_> =
+                tables.attempts.keys().filter_map(Result::ok).filter(|key| key.slot == slot).collect();
+            for key in attempts {
+                fine(tables.attempts.remove(&key), "ATTEMPTS")?;
+                fine(tables.attempts_told.remove(&key), "ATTEMPTS_TOLD")?;
+            }
+        }
+        fine(tables.attempts_gone.remove(&slot), "ATTEMPTS_GONE")?;
         fine(tables.flow_counts.remove(&slot), "FLOW_COUNTS")?;
         fine(tables.flows_expired.remove(&slot), "FLOWS_EXPIRED")?;
         fine(tables.drops.remove(&slot), "DROPS")?;
         fine(tables.buckets.remove(&slot), "BUCKETS")?;
         match (known, entry) {
-            (Some(slot), _) => self.groups.release(slot.vm.rules),
-            (None, Some((_, vm))) => self.groups.disown(vm.rules),
+            (Some(slot), _) => slot.vm.rules.iter().for_each(|group| self.groups.release(*group)),
+            (None, Some((_, vm))) => vm.rules.iter().for_each(|group| self.groups.disown(*group)),
             (None, None) => {}
         }
         Ok(())
     }
 
-    /// Removes the rules that no frame can still be judged by.
-    pub(crate) fn purge(&mut self, tables: &mut Tables) -> Result<(), DatapathError> {
-        self.groups.purge(tables)
+    /// Takes the rules that no frame can still be judged by, to be removed.
+    pub(crate) fn purgeable(&mut self) -> Vec<Key<RuleKey>> {
+        self.groups.purgeable()
     }
 
     /// Whether there are rules to remove.
@@ -164,13 +191,13 @@ impl Slots {
         self.groups.has_retired()
     }
 
-    fn entry(&mut self, net: &GuestNet, group: u32, policy: &VmPolicy) -> Vm {
+    fn entry(&mut self, net: &GuestNet, rules: [u32; 2], policy: &VmPolicy) -> Vm {
         self.generation = self.generation.wrapping_add(1);
-        entry(net, self.generation, group, policy)
+        entry(net, self.generation, rules, policy)
     }
 }
 
-fn entry(net: &GuestNet, generation: u32, group: u32, policy: &VmPolicy) -> Vm {
+fn entry(net: &GuestNet, generation: u32, rules: [u32; 2], policy: &VmPolicy) -> Vm {
     let mut flags = 0;
     if policy.mode == Mode::Warn {
         flags |= VM_WARN;
@@ -184,11 +211,11 @@ fn entry(net: &GuestNet, generation: u32, group: u32, policy: &VmPolicy) -> Vm {
     Vm {
         slot: net.slot,
         policy: generation,
-        rules: group,
+        rules,
         flags,
-        mac: net.mac,
-        pad: [0; 2],
-        v4: net.v4.octets(),
-        v6: net.v6.map(|v6| v6.octets()).unwrap_or_default(),
+        mac: halves(net.mac),
+        pad: 0,
+        v4: u32::from_ne_bytes(net.v4.octets()),
+        v6: net.v6.map(|v6| Address::new(v6.octets())).unwrap_or_default(),
     }
 }

@@ -3,7 +3,7 @@
 //! Runs at every change of a policy and every few seconds. Only forgets and cuts: nothing that it does opens anything.
 
 use crate::{
-    DatapathError, Shared, bpffs, cut::Cutter, error::map_error, events::monotonic, objects::absent,
+    DatapathError, Shared, bpffs, cut::Cutter, error::map_error, events::monotonic, groups, objects::absent,
     rules::Known,
 };
 use aya::maps::{HashMap, Map, MapData};
@@ -15,7 +15,7 @@ use std::{
 use tapgate_ebpf_common::{
     Verdict,
     judge::judge,
-    maps::{FLOW_ANSWERED, FLOW_FIN_IN, FLOW_FIN_OUT, Flow, FlowKey, Vm, mapped},
+    maps::{FLOW_ANSWERED, FLOW_FIN_IN, FLOW_FIN_OUT, Flow, FlowKey, Vm},
     packet::{ACK, Header, TCP},
 };
 
@@ -24,6 +24,8 @@ const EVERY: Duration = Duration::from_secs(5);
 const SOON: Duration = Duration::from_millis(150);
 /// Changes often come many at a time: one sweep for all of them.
 const GATHER: Duration = Duration::from_millis(5);
+/// Entries that are removed while others wait.
+const AT_ONCE: usize = 256;
 const SECOND: u64 = 1_000_000_000;
 
 /// Sweeps until it is aborted.
@@ -53,6 +55,7 @@ pub(crate) async fn run(shared: Arc<Shared>) {
 
 /// Goes through the flows without holding anyone up: the state is locked for moments only.
 fn sweep(shared: &Shared, cutter: Option<&Cutter>) -> Result<(), DatapathError> {
+    purge(shared)?;
     let path = bpffs::maps(&shared.pins).join("FLOWS");
     let mut table: HashMap<MapData, FlowKey, Flow> = MapData::from_pin(path)
         .and_then(Map::from_map_data)
@@ -63,11 +66,10 @@ fn sweep(shared: &Shared, cutter: Option<&Cutter>) -> Result<(), DatapathError> 
     let (config, host, vms) = {
         let mut state = shared.state();
         let crate::State { tables, slots, .. } = &mut *state;
-        slots.purge(tables)?;
         let config = tables.config.get(&0, 0).map_err(map_error("read", "CONFIG"))?;
         let host: HashSet<[u8; 16]> = tables.host.keys().filter_map(Result::ok).collect();
         let vms: BTreeMap<u32, _> =
-            slots.iter().map(|(&slot, known)| (slot, (known.vm, Arc::clone(&known.rules)))).collect();
+            slots.iter().map(|(&slot, known)| (slot, (known.vm, known.rules.clone()))).collect();
         (config, host, vms)
     };
     let now = monotonic();
@@ -91,7 +93,7 @@ fn sweep(shared: &Shared, cutter: Option<&Cutter>) -> Result<(), DatapathError> 
             && let Some(cutter) = cutter
         {
             let v6 = key.v6 != 0;
-            cutter.cut(&key, &flow, crate::rules::address_of(&own(vm, v6), v6));
+            cutter.cut(&key, &flow, crate::rules::address_of(&vm.own(v6), v6));
         }
     }
     let mut state = shared.state();
@@ -104,6 +106,16 @@ fn sweep(shared: &Shared, cutter: Option<&Cutter>) -> Result<(), DatapathError> 
     Ok(())
 }
 
+/// Removes the rules that changes retired.
+fn purge(shared: &Shared) -> Result<(), DatapathError> {
+    let rules = shared.state().slots.purgeable();
+    for some in rules.chunks(AT_ONCE) {
+        let mut state = shared.state();
+        some.iter().try_for_each(|key| groups::remove(&mut state.tables, key))?;
+    }
+    Ok(())
+}
+
 /// Whether the VM's policy of now lets the flow pass.
 fn passes(key: &FlowKey, vm: &Vm, known: &Known<'_>) -> bool {
     let v6 = key.v6 != 0;
@@ -112,17 +124,13 @@ fn passes(key: &FlowKey, vm: &Vm, known: &Known<'_>) -> bool {
         protocol: key.protocol,
         flags: ACK,
         icmp: if v6 { 128 } else { 8 },
-        source: own(vm, v6),
-        destination: key.remote,
+        source: vm.own(v6),
+        destination: key.remote.octets(),
         source_port: key.port,
         port: key.remote_port,
         ..Header::default()
     };
     matches!(judge(&header, vm, known), Verdict::Uplink(_) | Verdict::Tolerate(_))
-}
-
-fn own(vm: &Vm, v6: bool) -> [u8; 16] {
-    if v6 { vm.v6 } else { mapped(vm.v4) }
 }
 
 /// Whether the flow has been silent for longer than flows of its kind are.

@@ -131,7 +131,8 @@ fn a_daemon_killed_at_any_moment_opens_nothing_and_is_followed_by_the_next() {
             .collect();
 
         let until = Instant::now() + Duration::from_secs(seconds);
-        let mut kills = 0u64;
+        let (mut kills, mut removed) = (0u64, 0u64);
+        let pins = world.pins();
         while Instant::now() < until {
             let mut daemon = Command::new(std::env::current_exe().unwrap())
                 .args(["--exact", "child", "--nocapture"])
@@ -142,8 +143,20 @@ fn a_daemon_killed_at_any_moment_opens_nothing_and_is_followed_by_the_next() {
             // From the middle of its start to long after it.
             std::thread::sleep(Duration::from_millis(20 + (kills * 137) % 500));
             assert!(daemon.try_wait().unwrap().is_none(), "the daemon failed by itself");
+            // Now and then a program is taken off its tap, under the daemon or after it.
+            let lost = pins.join("links").join(format!(
+                "{}-{}",
+                kills % u64::from(GUESTS),
+                if kills % 2 == 0 { "from_guest" } else { "to_guest" }
+            ));
+            if kills % 5 == 1 {
+                removed += u64::from(std::fs::remove_file(&lost).is_ok());
+            }
             daemon.kill().unwrap();
             daemon.wait().unwrap();
+            if kills % 5 == 3 {
+                removed += u64::from(std::fs::remove_file(&lost).is_ok());
+            }
             kills += 1;
         }
         stop.store(true, Ordering::Relaxed);
@@ -169,7 +182,7 @@ fn a_daemon_killed_at_any_moment_opens_nothing_and_is_followed_by_the_next() {
         assert_eq!(datapath.slots().unwrap().len(), GUESTS as usize);
         datapath.teardown().await.unwrap();
         assert!(!world.pins().exists() && !Netns::exists(&format!("tapgate-{instance}")));
-        println!("{kills} daemons killed");
+        println!("{kills} daemons killed, {removed} programs taken off their taps");
     });
 }
 

@@ -53,11 +53,6 @@ impl Programs {
         let attached = |kind| {
             let query = || SchedClassifier::query_tcx("tg0", kind).unwrap().1.remove(0);
             let info = datapath.egress().run(query).unwrap();
-            println!(
-                "{}: {} instructions verified",
-                info.name_as_str().unwrap_or("?"),
-                info.verified_instruction_count().unwrap_or(0)
-            );
             SchedClassifier::from_program_info(info, "program".into()).unwrap()
         };
         Self {
@@ -313,4 +308,28 @@ fn only_answers_to_the_guests_own_flows_come_back() {
 fn with_id(mut body: Vec<u8>, id: u8) -> Vec<u8> {
     body[5] = id;
     body
+}
+
+/// The kernel's own limit is a million.
+const VERIFIED: u32 = 200_000;
+
+/// `cargo xtask test-ebpf` shows what it prints.
+#[test]
+fn the_verifier_accepts_both_programs_with_room_to_spare() {
+    in_world(|world| async move {
+        let datapath = world.open().await;
+        let _tap = quiet_tap(&datapath).await;
+        for kind in [TcAttachType::Ingress, TcAttachType::Egress] {
+            let query = || SchedClassifier::query_tcx("tg0", kind).unwrap().1.remove(0);
+            let info = datapath.egress().run(query).unwrap();
+            let verified = info.verified_instruction_count().unwrap();
+            println!(
+                "{}: {verified} instructions verified (limit 1,000,000), {} octets of machine code",
+                info.name_as_str().unwrap_or("?"),
+                info.size_jitted()
+            );
+            assert!(verified < VERIFIED, "{verified}");
+        }
+        datapath.teardown().await.unwrap();
+    });
 }

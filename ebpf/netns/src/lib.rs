@@ -9,8 +9,10 @@ mod namespace;
 pub mod nft;
 mod rtnl;
 pub mod tap;
+mod watch;
 
 pub use error::NetnsError;
 pub use namespace::Netns;
 pub use rtnl::{Route, RouteKind, Rtnl, Rule, Veth};
 pub use tap::Tap;
+pub use watch::AddressWatch;

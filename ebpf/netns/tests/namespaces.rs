@@ -5,8 +5,9 @@ use std::{
     io::{Read as _, Write as _},
     net::{IpAddr, TcpListener, TcpStream},
     sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
 };
-use tapgate_netns::{Netns, NetnsError, Route, RouteKind, Rtnl, Rule, Tap, Veth, nft};
+use tapgate_netns::{AddressWatch, Netns, NetnsError, Route, RouteKind, Rtnl, Rule, Tap, Veth, nft};
 
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
@@ -152,4 +153,22 @@ fn settings_are_the_namespaces_own() {
     ns.0.sysctl("ipv4/ip_forward", "1").unwrap();
     assert_eq!(ns.0.read_sysctl("ipv4/ip_forward").unwrap(), "1");
     assert!(matches!(ns.0.sysctl("ipv4/no_such", "1"), Err(NetnsError::Sysctl { .. })));
+}
+
+#[tokio::test]
+async fn a_change_of_addresses_is_heard_at_once_and_in_its_own_namespace_alone() {
+    let (ns, other) = (Temporary::new(), Temporary::new());
+    let (rtnl, its) = (Rtnl::connect(&ns.0).unwrap(), Rtnl::connect(&other.0).unwrap());
+    let (loopback, of_other) = (rtnl.link("lo").await.unwrap(), its.link("lo").await.unwrap());
+    let mut watch = AddressWatch::open(&ns.0).unwrap();
+    for address in ["192.0.2.1", "2001:db8::1"] {
+        rtnl.add_address(loopback, v4(address), if address.contains(':') { 128 } else { 32 }).await.unwrap();
+        assert!(tokio::time::timeout(Duration::from_secs(10), watch.changed()).await.unwrap(), "{address}");
+    }
+    // A device that comes up gets an address of its own.
+    rtnl.set_up(loopback).await.unwrap();
+    assert!(tokio::time::timeout(Duration::from_secs(10), watch.changed()).await.unwrap());
+    while tokio::time::timeout(Duration::from_millis(200), watch.changed()).await.is_ok() {}
+    its.add_address(of_other, v4("192.0.2.2"), 32).await.unwrap();
+    assert!(tokio::time::timeout(Duration::from_millis(200), watch.changed()).await.is_err());
 }

@@ -7,8 +7,11 @@ use crate::{
 };
 use tapgate_ebpf_common::{
     Reason,
-    maps::{FLOW_ANSWERED, FLOW_FIN_IN, FLOW_FIN_OUT, FLOW_TOLERATED, Flow, FlowKey, MAX_FLOWS_PER_VM, Vm},
-    packet::{FIN, Header, RST, SYN, TCP},
+    maps::{
+        Address, FLOW_ANSWERED, FLOW_FIN_IN, FLOW_FIN_OUT, FLOW_TOLERATED, Flow, FlowKey, MAX_FLOWS_PER_VM,
+        Vm,
+    },
+    packet::{FIN, Header, RST, Segment, TCP},
 };
 
 const NO_EXIST: u64 = 1;
@@ -21,7 +24,7 @@ pub fn key(key: &mut FlowKey, vm: &Vm, header: &Header) {
         protocol: header.protocol,
         v6: header.v6 as u8,
         port: header.source_port,
-        remote: header.destination,
+        remote: Address::new(header.destination),
         remote_port: header.port,
         pad: 0,
     };
@@ -38,7 +41,7 @@ pub fn find(key: &FlowKey) -> Option<&'static mut Flow> {
 /// Takes a flow up. `Err` says why the VM cannot have another. A function of its own, for the sake of the stack.
 #[inline(never)]
 pub fn open(vm: &Vm, scratch: &mut Scratch, tolerated: bool, length: u32) -> Result<(), Reason> {
-    let Scratch { header, key, flow } = scratch;
+    let Scratch { header, key, flow, .. } = scratch;
     let counts = FLOW_COUNTS.get_ptr_mut(key.slot).ok_or(Reason::Fault)?;
     let expired = FLOWS_EXPIRED.get_ptr(key.slot).ok_or(Reason::Fault)?;
     // SAFETY: plain integers of a live entry; `opened` and `closed` are only ever added to.
@@ -52,7 +55,7 @@ pub fn open(vm: &Vm, scratch: &mut Scratch, tolerated: bool, length: u32) -> Res
         seen: time,
         policy: vm.policy,
         state: if tolerated { FLOW_TOLERATED } else { 0 },
-        next: next(header),
+        next: header.segment().next(),
         expected: header.acknowledged,
         packets_out: 1,
         bytes_out: length as u64,
@@ -82,52 +85,41 @@ pub fn close(key: &FlowKey) {
     }
 }
 
-/// The guest's next sequence number after this segment.
-#[inline(always)]
-fn next(header: &Header) -> u32 {
-    let controls = (header.flags & SYN != 0) as u32 + (header.flags & FIN != 0) as u32;
-    header.sequence.wrapping_add(header.payload).wrapping_add(controls)
-}
-
 /// Notes a frame from the guest. Says whether the flow is over.
 #[inline(always)]
-pub fn note_out(flow: &mut Flow, header: &Header, skb: &Skb) -> bool {
+pub fn note_out(flow: &mut Flow, protocol: u8, segment: &Segment, skb: &Skb) -> bool {
     flow.seen = now();
     flow.packets_out += 1;
     flow.bytes_out += skb.len() as u64;
-    if header.protocol != TCP {
+    if protocol != TCP {
         return false;
     }
-    if header.opens() {
+    let after = segment.next();
+    if segment.opens() {
         flow.state &= FLOW_TOLERATED;
-        flow.next = next(header);
+        flow.next = after;
     } else {
         // Only forward: a retransmission says nothing new.
-        let after = next(header);
         if after.wrapping_sub(flow.next) < 1 << 31 {
             flow.next = after;
         }
-        flow.expected = header.acknowledged;
+        flow.expected = segment.acknowledged;
     }
-    if header.flags & FIN != 0 {
+    if segment.flags & FIN != 0 {
         flow.state |= FLOW_FIN_OUT;
     }
-    header.flags & RST != 0
+    segment.flags & RST != 0
 }
 
-/// Notes a frame to the guest. Says whether the flow is over.
+/// Notes a frame to the guest. A reset from outside may be forged: the guest decides whether it believes it, and the flow
+/// expires by itself.
 #[inline(always)]
-pub fn note_in(flow: &mut Flow, header: &Header, skb: &Skb) -> bool {
+pub fn note_in(flow: &mut Flow, protocol: u8, flags: u8, skb: &Skb) {
     flow.seen = now();
     flow.packets_in += 1;
     flow.bytes_in += skb.len() as u64;
     flow.state |= FLOW_ANSWERED;
-    if header.protocol != TCP {
-        return false;
-    }
-    if header.flags & FIN != 0 {
+    if protocol == TCP && flags & FIN != 0 {
         flow.state |= FLOW_FIN_IN;
     }
-    // A reset from outside may be forged: the guest decides whether it believes it. The flow expires by itself.
-    false
 }

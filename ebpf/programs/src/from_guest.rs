@@ -8,11 +8,11 @@ use crate::{
     sockets::{self, Found},
 };
 use tapgate_ebpf_common::{
-    Reason, Verdict,
+    Reason, Verdict, glance,
     judge::{judge, read, service},
-    maps::{EVENT_ALLOWED, EVENT_DENIED, EVENT_TOLERATED, FLOW_TOLERATED, Flow, Listener, Vm},
+    maps::{EVENT_ALLOWED, EVENT_DENIED, EVENT_TOLERATED, FLOW_TOLERATED, Flow, FlowKey, Listener, Vm},
     net::{MARK_PROXY, MARK_REJECT, MARK_UPLINK},
-    packet::{Header, TCP},
+    packet::{Header, Segment, TCP},
 };
 
 #[inline(always)]
@@ -25,23 +25,46 @@ pub fn run(skb: &Skb) -> i32 {
     };
     // SAFETY: the entry is replaced, never written, and lives until after the program's run.
     let vm = unsafe { &*vm };
+    match known(skb, vm) {
+        UNKNOWN => classify(skb, vm),
+        verdict => verdict,
+    }
+}
+
+/// What no verdict is.
+const UNKNOWN: i32 = -1;
+
+/// A frame that is plainly of a known flow. A function of its own, for the sake of the stack.
+#[inline(never)]
+fn known(skb: &Skb, vm: &Vm) -> i32 {
+    let Some(sight) = glance::from_guest(&skb.front(), vm) else { return UNKNOWN };
+    match flows::find(&sight.key) {
+        Some(flow) if flow.policy == vm.policy => forward(skb, vm, &sight.key, &sight.segment, flow),
+        _ => UNKNOWN,
+    }
+}
+
+/// Everything else. A function of its own, for the sake of the stack.
+#[inline(never)]
+fn classify(skb: &Skb, vm: &Vm) -> i32 {
     let Some(scratch) = scratch() else { return drop(skb, vm, Reason::Fault) };
-    match read(skb, vm, &mut scratch.header) {
-        Ok(()) => {}
-        Err(Verdict::Gateway(reason)) => return pass(skb, vm, MARK_PROXY, reason),
-        Err(Verdict::Drop(reason)) => return drop(skb, vm, reason),
-        Err(_) => return drop(skb, vm, Reason::Fault),
+    match parse(skb, vm, &mut scratch.header) {
+        PARSED => {}
+        code if code & GATEWAY != 0 => return pass(skb, vm, MARK_PROXY, reason_of(code)),
+        code => return drop(skb, vm, reason_of(code)),
     }
     flows::key(&mut scratch.key, vm, &scratch.header);
     let verdict = match service(&scratch.header) {
         Some(verdict) => verdict,
         None => match flows::find(&scratch.key) {
             None => decide(&scratch.header, vm),
-            Some(flow) if flow.policy == vm.policy => return forward(skb, vm, scratch, flow),
+            Some(flow) if flow.policy == vm.policy => {
+                return forward(skb, vm, &scratch.key, &scratch.header.segment(), flow);
+            }
             Some(flow) => match decide(&scratch.header, vm) {
                 Verdict::Uplink(_) | Verdict::Tolerate(_) => {
                     flow.policy = vm.policy;
-                    return forward(skb, vm, scratch, flow);
+                    return forward(skb, vm, &scratch.key, &scratch.header.segment(), flow);
                 }
                 verdict => {
                     flows::close(&scratch.key);
@@ -55,6 +78,27 @@ pub fn run(skb: &Skb) -> i32 {
     carry_out(skb, vm, scratch, verdict)
 }
 
+/// What no reason is: there is a header to judge.
+const PARSED: u32 = 256;
+/// Beside a reason: the gateway's own stack takes the frame.
+const GATEWAY: u32 = 512;
+
+#[inline(always)]
+fn reason_of(code: u32) -> Reason {
+    Reason::from_u8(code as u8).unwrap_or(Reason::Fault)
+}
+
+/// Reads the frame. A function of its own, for the sake of the stack, so its answer is a number.
+#[inline(never)]
+fn parse(skb: &Skb, vm: &Vm, header: &mut Header) -> u32 {
+    match read(skb, vm, header) {
+        Ok(()) => PARSED,
+        Err(Verdict::Gateway(reason)) => GATEWAY | reason as u32,
+        Err(Verdict::Drop(reason)) => reason as u32,
+        Err(_) => Reason::Fault as u32,
+    }
+}
+
 /// The rules' verdict. A function of its own, for the sake of the stack.
 #[inline(never)]
 fn decide(header: &Header, vm: &Vm) -> Verdict {
@@ -63,10 +107,10 @@ fn decide(header: &Header, vm: &Vm) -> Verdict {
 
 /// Another frame of a flow that is known and allowed.
 #[inline(always)]
-fn forward(skb: &Skb, vm: &Vm, scratch: &Scratch, flow: &mut Flow) -> i32 {
+fn forward(skb: &Skb, vm: &Vm, key: &FlowKey, segment: &Segment, flow: &mut Flow) -> i32 {
     let tolerated = flow.state & FLOW_TOLERATED != 0;
-    if flows::note_out(flow, &scratch.header, skb) {
-        flows::close(&scratch.key);
+    if flows::note_out(flow, key.protocol, segment, skb) {
+        flows::close(key);
     }
     pass(skb, vm, MARK_UPLINK, if tolerated { Reason::NoRule } else { Reason::Cidr })
 }

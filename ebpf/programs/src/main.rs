@@ -6,6 +6,7 @@
 #![no_main]
 
 mod flows;
+mod fragments;
 mod from_guest;
 mod maps;
 mod report;

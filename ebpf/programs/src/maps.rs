@@ -3,13 +3,16 @@
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
     macros::map,
-    maps::{Array, HashMap, LpmTrie, PerCpuArray, PerCpuHashMap, RingBuf, SockMap, lpm_trie::Key},
+    maps::{
+        Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, RingBuf, SockMap, lpm_trie::Key,
+    },
 };
 use tapgate_ebpf_common::{
     judge::Tables,
     maps::{
-        Bucket, Config, Drops, Flow, FlowCount, FlowKey, LISTENERS as LISTENER_COUNT, MAX_FLOWS,
-        MAX_HOST_ADDRESSES, MAX_RULES, MAX_VMS, RING_BYTES, RuleKey, Traffic, Vm,
+        AttemptKey, Attempts, Bucket, Config, Drops, Flow, FlowCount, FlowKey, Fragment, FragmentKey,
+        LISTENERS as LISTENER_COUNT, MAX_ATTEMPTS, MAX_FLOWS, MAX_FRAGMENTS, MAX_HOST_ADDRESSES, MAX_RULES,
+        MAX_VMS, NO_RULES, RING_BYTES, RuleKey, Traffic, Vm,
     },
     packet::Header,
 };
@@ -47,6 +50,20 @@ pub static DROPS: PerCpuHashMap<u32, Drops> = PerCpuHashMap::with_max_entries(MA
 /// Slot → what it may still report.
 #[map]
 pub static BUCKETS: HashMap<u32, Bucket> = HashMap::with_max_entries(MAX_VMS, BPF_F_NO_PREALLOC);
+/// What VMs go on trying.
+#[map]
+pub static ATTEMPTS: PerCpuHashMap<AttemptKey, Attempts> =
+    PerCpuHashMap::with_max_entries(MAX_ATTEMPTS, BPF_F_NO_PREALLOC);
+/// How much of it user space has told; written by user space alone.
+#[map]
+pub static ATTEMPTS_TOLD: HashMap<AttemptKey, u64> =
+    HashMap::with_max_entries(MAX_ATTEMPTS, BPF_F_NO_PREALLOC);
+/// Slot → entries of attempts that user space removed; written by user space alone.
+#[map]
+pub static ATTEMPTS_GONE: HashMap<u32, u32> = HashMap::with_max_entries(MAX_VMS, BPF_F_NO_PREALLOC);
+/// Datagrams to guests that are in the middle of their fragments. The oldest make way.
+#[map]
+pub static FRAGMENTS: LruHashMap<FragmentKey, Fragment> = LruHashMap::with_max_entries(MAX_FRAGMENTS, 0);
 /// What VMs tried and the proxy does not see.
 #[map]
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(RING_BYTES, 0);
@@ -57,6 +74,7 @@ pub struct Scratch {
     pub header: Header,
     pub key: FlowKey,
     pub flow: Flow,
+    pub attempt: AttemptKey,
 }
 /// Each processor's own; a run is never interrupted by another.
 #[map]
@@ -87,7 +105,10 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn has_rule(&self, rules: u32, v6: bool, address: &[u8; 16]) -> bool {
-        RULES.get(Key::new(160, RuleKey::new(rules, v6, *address))).is_some()
+    fn has_rule(&self, rules: &[u32; 2], v6: bool, address: &[u8; 16]) -> bool {
+        let covers = |group: u32| {
+            group != NO_RULES && RULES.get(Key::new(160, RuleKey::new(group, v6, *address))).is_some()
+        };
+        covers(rules[0]) || covers(rules[1])
     }
 }

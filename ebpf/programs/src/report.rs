@@ -2,17 +2,21 @@
 //! what is kept back is counted.
 
 use crate::{
-    maps::{BUCKETS, DROPS, EVENTS, TRAFFIC},
+    maps::{ATTEMPTS, ATTEMPTS_GONE, BUCKETS, DROPS, EVENTS, TRAFFIC, scratch},
     skb::Skb,
 };
 use aya_ebpf::helpers::bpf_ktime_get_coarse_ns;
 use tapgate_ebpf_common::{
     Reason,
-    maps::{Drops, EVENT_BURST, EVENT_RATE, Event, NO_SLOT, PASSING, REASONS, Traffic},
+    maps::{
+        Address, AttemptKey, Attempts, Bucket, Drops, EVENT_BURST, EVENT_RATE, Event, MAX_ATTEMPTS_PER_VM,
+        NO_SLOT, PASSING, REASONS, Traffic,
+    },
     packet::{Header, ICMP, ICMP6},
 };
 
 const SECOND: u64 = 1_000_000_000;
+const NO_EXIST: u64 = 1;
 
 /// Nanoseconds of the monotonic clock, as exact as the timer tick.
 #[inline(always)]
@@ -92,29 +96,66 @@ pub fn stray(way: Way, skb: &Skb) {
     dropped(NO_SLOT, Reason::UnknownVm, way, skb);
 }
 
-/// Reports what the guest tried, as far as its bucket goes. A function of its own, for the sake of the stack.
+/// Reports what the guest tried: the first time by an event, as far as its bucket goes, and by counting from then on. A
+/// function of its own, for the sake of the stack.
 #[inline(never)]
 pub fn event(slot: u32, header: &Header, reason: Reason, verdict: u8, skb: &Skb) {
-    let time = now();
-    if !may_report(slot, time) {
-        return lost(slot);
-    }
-    let Some(mut entry) = EVENTS.reserve::<Event>(0) else { return lost(slot) };
+    let Some(scratch) = scratch() else { return lost(slot) };
     let icmp = header.protocol == ICMP || header.protocol == ICMP6;
-    entry.write(Event {
-        time,
+    let key = &mut scratch.attempt;
+    *key = AttemptKey {
         slot,
         protocol: header.protocol,
         verdict,
         reason: reason as u8,
         v6: header.v6 as u8,
+        destination: Address::new(header.destination),
+        port: if icmp { header.icmp as u16 } else { header.port },
+        pad: 0,
+    };
+    let time = now();
+    if let Some(attempts) = ATTEMPTS.get_ptr_mut(&*key) {
+        // SAFETY: the entry is this processor's own, and lives until after the program's run.
+        let attempts = unsafe { &mut *attempts };
+        attempts.count += 1;
+        attempts.seen = time;
+        return;
+    }
+    let (Some(bucket), Some(gone)) = (BUCKETS.get_ptr_mut(slot), ATTEMPTS_GONE.get_ptr(slot)) else {
+        return lost(slot);
+    };
+    // SAFETY: plain integers. Two processors may both take the last token; an event more does no harm.
+    let bucket = unsafe { &mut *bucket };
+    let told = may_report(bucket, time) && tell(key, header, time, skb);
+    let first = Attempts { count: !told as u64, seen: time };
+    // SAFETY: a plain integer.
+    let held = bucket.made.wrapping_sub(unsafe { *gone });
+    if held < MAX_ATTEMPTS_PER_VM && ATTEMPTS.insert(&*key, &first, NO_EXIST).is_ok() {
+        bucket.made = bucket.made.wrapping_add(1);
+    } else if !told {
+        lost(slot);
+    }
+}
+
+/// Puts the event into the ring buffer, if there is room.
+#[inline(always)]
+fn tell(key: &AttemptKey, header: &Header, time: u64, skb: &Skb) -> bool {
+    let Some(mut entry) = EVENTS.reserve::<Event>(0) else { return false };
+    entry.write(Event {
+        time,
+        slot: key.slot,
+        protocol: key.protocol,
+        verdict: key.verdict,
+        reason: key.reason,
+        v6: key.v6,
         source: header.source,
         destination: header.destination,
         source_port: header.source_port,
-        port: if icmp { header.icmp as u16 } else { header.port },
+        port: key.port,
         length: skb.len(),
     });
     entry.submit(0);
+    true
 }
 
 #[inline(always)]
@@ -125,10 +166,7 @@ fn lost(slot: u32) {
 }
 
 #[inline(always)]
-fn may_report(slot: u32, time: u64) -> bool {
-    let Some(bucket) = BUCKETS.get_ptr_mut(slot) else { return false };
-    // SAFETY: plain integers. Two processors may both take the last token; an event more does no harm.
-    let bucket = unsafe { &mut *bucket };
+fn may_report(bucket: &mut Bucket, time: u64) -> bool {
     let gained = time.saturating_sub(bucket.filled) / (SECOND / EVENT_RATE);
     if gained > 0 {
         let tokens = bucket.tokens as u64 + gained;

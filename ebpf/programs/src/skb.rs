@@ -2,7 +2,7 @@
 
 use aya_ebpf::{bindings::__sk_buff, helpers::bpf_skb_load_bytes};
 use core::mem::MaybeUninit;
-use tapgate_ebpf_common::packet::Packet;
+use tapgate_ebpf_common::{glance::Piece, packet::Packet};
 
 /// Lets the frame go on.
 pub const PASS: i32 = 0;
@@ -37,6 +37,14 @@ impl Skb {
         unsafe { (*self.0).ingress_ifindex }
     }
 
+    /// The part of the frame that lies in one piece, for words to be read from.
+    #[inline(always)]
+    pub fn front(&self) -> Front<'_> {
+        // SAFETY: as above.
+        let (data, end) = unsafe { ((*self.0).data as usize, (*self.0).data_end as usize) };
+        Front { skb: self, data, end }
+    }
+
     #[inline(always)]
     pub fn set_mark(&self, mark: u32) {
         // SAFETY: as above.
@@ -47,6 +55,45 @@ impl Skb {
     pub fn len(&self) -> u32 {
         // SAFETY: as above.
         unsafe { (*self.0).len }
+    }
+}
+
+/// The first octets of a frame, read where they lie.
+pub struct Front<'a> {
+    skb: &'a Skb,
+    data: usize,
+    end: usize,
+}
+
+// The processors that BPF programs are compiled for here read words at any address, and the verifier knows which of the
+// reads it has seen a bound for.
+impl Piece for Front<'_> {
+    #[inline(always)]
+    fn length(&self) -> usize {
+        self.skb.len() as usize
+    }
+    #[inline(always)]
+    fn tagged(&self) -> bool {
+        Packet::tagged(self.skb)
+    }
+    #[inline(always)]
+    fn has(&self, octets: usize) -> bool {
+        self.data + octets <= self.end
+    }
+    #[inline(always)]
+    fn octet(&self, at: usize) -> u8 {
+        // SAFETY: the verifier refuses the program unless `has` was asked for more than `at` octets before.
+        unsafe { ((self.data + at) as *const u8).read() }
+    }
+    #[inline(always)]
+    fn half(&self, at: usize) -> u16 {
+        // SAFETY: as above.
+        unsafe { ((self.data + at) as *const u16).read() }
+    }
+    #[inline(always)]
+    fn word(&self, at: usize) -> u32 {
+        // SAFETY: as above.
+        unsafe { ((self.data + at) as *const u32).read() }
     }
 }
 

@@ -1,15 +1,15 @@
 //! What reaches a guest: the gateway's own, and answers to flows that the guest began. Nothing else.
 
 use crate::{
-    flows,
+    flows, fragments,
     maps::{CONFIG, Maps, Scratch, VMS, scratch},
     report::{self, Way},
     skb::{DROP, PASS, Skb},
 };
 use tapgate_ebpf_common::{
-    Reason, Verdict,
+    Reason, Verdict, glance,
     judge::judge,
-    maps::{FlowKey, Vm, mapped},
+    maps::{Address, Flow, FlowKey, Vm},
     packet::{self, ETHERNET, Ethertype, Header, ICMP, ICMP6, IPV4, IPV6, Packet},
 };
 
@@ -43,22 +43,87 @@ fn admit(skb: &Skb, vm: &Vm) -> Result<Reason, Reason> {
     if from != config.uplink {
         return Err(Reason::OtherVm);
     }
-    let Scratch { header, key, .. } = scratch().ok_or(Reason::Fault)?;
-    match packet::ethernet(skb)?.kind {
-        Ethertype::V4 => packet::ipv4(skb, header)?,
-        Ethertype::V6 => packet::ipv6(skb, header)?,
-        Ethertype::Vlan => return Err(Reason::Vlan),
-        Ethertype::Arp | Ethertype::Other => return Err(Reason::Ethertype),
+    if known(skb, vm) {
+        return Ok(Reason::Cidr);
     }
-    let own = if header.v6 { vm.v6 } else { mapped(vm.v4) };
-    if header.destination != own {
+    match classify(skb, vm) {
+        ADMITTED => Ok(Reason::Cidr),
+        reason => Err(reason_of(reason)),
+    }
+}
+
+/// Whether the frame is plainly of a known flow. A function of its own, for the sake of the stack, as are those below.
+#[inline(never)]
+fn known(skb: &Skb, vm: &Vm) -> bool {
+    let Some(sight) = glance::to_guest(&skb.front(), vm) else { return false };
+    match flows::find(&sight.key) {
+        Some(flow) if flow.policy == vm.policy => {
+            flows::note_in(flow, sight.key.protocol, sight.segment.flags, skb);
+            true
+        }
+        _ => false,
+    }
+}
+
+/// What no reason is: the frame may pass.
+pub const ADMITTED: u32 = 256;
+/// What no reason is: a fragment, of IPv4 or of IPv6.
+const PIECE_V4: u32 = 257;
+const PIECE_V6: u32 = 258;
+
+#[inline(always)]
+fn reason_of(code: u32) -> Reason {
+    Reason::from_u8(code as u8).unwrap_or(Reason::Fault)
+}
+
+/// Everything else: the reason why it may not pass, if it may not.
+#[inline(never)]
+fn classify(skb: &Skb, vm: &Vm) -> u32 {
+    let Some(Scratch { header, key, .. }) = scratch() else { return Reason::Fault as u32 };
+    match parse(skb, header) {
+        ADMITTED => {}
+        PIECE_V4 => return fragments::admit(skb, vm, false, header, key),
+        PIECE_V6 => return fragments::admit(skb, vm, true, header, key),
+        reason => return reason,
+    }
+    match judge_answer(skb, vm, header, key) {
+        Ok(()) => ADMITTED,
+        Err(reason) => reason as u32,
+    }
+}
+
+/// Reads the frame.
+#[inline(never)]
+fn parse(skb: &Skb, header: &mut Header) -> u32 {
+    let kind = match packet::ethernet(skb) {
+        Ok(frame) => frame.kind,
+        Err(reason) => return reason as u32,
+    };
+    let (read, piece) = match kind {
+        Ethertype::V4 => (packet::ipv4(skb, header), PIECE_V4),
+        Ethertype::V6 => (packet::ipv6(skb, header), PIECE_V6),
+        Ethertype::Vlan => return Reason::Vlan as u32,
+        Ethertype::Arp | Ethertype::Other => return Reason::Ethertype as u32,
+    };
+    match read {
+        Ok(()) => ADMITTED,
+        Err(Reason::Fragment) => piece,
+        Err(reason) => reason as u32,
+    }
+}
+
+#[inline(always)]
+fn judge_answer(skb: &Skb, vm: &Vm, header: &mut Header, key: &mut FlowKey) -> Result<(), Reason> {
+    if header.destination != vm.own(header.v6) {
         return Err(Reason::OtherVm);
     }
     let icmp = header.protocol == ICMP || header.protocol == ICMP6;
     let report =
         icmp && if header.v6 { matches!(header.icmp, 1..=4) } else { matches!(header.icmp, 3 | 11 | 12) };
     if report {
-        reported(skb, vm, header, key).ok_or(Reason::NoRule)?;
+        if !reported(skb, vm, header, key) {
+            return Err(Reason::NoRule);
+        }
     } else {
         if icmp && header.icmp != if header.v6 { 129 } else { 0 } {
             return Err(Reason::Protocol);
@@ -68,57 +133,74 @@ fn admit(skb: &Skb, vm: &Vm) -> Result<Reason, Reason> {
             protocol: header.protocol,
             v6: header.v6 as u8,
             port: if icmp { header.source_port } else { header.port },
-            remote: header.source,
+            remote: Address::new(header.source),
             remote_port: if icmp { 0 } else { header.source_port },
             pad: 0,
         };
     }
-    let flow = flows::find(key).ok_or(Reason::NoRule)?;
+    let flags = header.flags;
+    let flow = answered(vm, key, header)?;
     if !report {
-        flows::note_in(flow, header, skb);
+        flows::note_in(flow, key.protocol, flags, skb);
     }
+    Ok(())
+}
+
+/// The flow, if the VM has it and its policy still allows it.
+#[inline(always)]
+pub fn answered(vm: &Vm, key: &FlowKey, header: &mut Header) -> Result<&'static mut Flow, Reason> {
+    let flow = flows::find(key).ok_or(Reason::NoRule)?;
     if flow.policy != vm.policy {
         if !still_allowed(vm, key, header) {
             return Err(Reason::Revoked);
         }
         flow.policy = vm.policy;
     }
-    Ok(Reason::Cidr)
+    Ok(flow)
 }
 
 /// Judges the flow anew, as if the guest sent a frame of it. Makes that frame's header of the one that came.
-#[inline(always)]
+#[inline(never)]
 fn still_allowed(vm: &Vm, key: &FlowKey, header: &mut Header) -> bool {
+    header.v6 = key.v6 != 0;
     header.protocol = key.protocol;
     header.flags = packet::ACK;
     header.icmp = if header.v6 { 128 } else { 8 };
-    header.source = header.destination;
-    header.destination = key.remote;
+    header.source = vm.own(header.v6);
+    header.destination = key.remote.octets();
     header.source_port = key.port;
     header.port = key.remote_port;
     matches!(judge(header, vm, &Maps), Verdict::Uplink(_) | Verdict::Tolerate(_))
 }
 
 /// The flow that an ICMP report of a failure is about: its payload begins with the guest's own packet.
+#[inline(never)]
+fn reported(skb: &Skb, vm: &Vm, header: &Header, key: &mut FlowKey) -> bool {
+    find_reported(skb, vm, header, key).is_some()
+}
+
 #[inline(always)]
-fn reported(skb: &Skb, vm: &Vm, header: &Header, key: &mut FlowKey) -> Option<()> {
+fn find_reported(skb: &Skb, vm: &Vm, header: &Header, key: &mut FlowKey) -> Option<()> {
     let ports: [u8; 8];
     if header.v6 {
         const AT: usize = ETHERNET + IPV6 + 8;
         let h: [u8; 40] = skb.read(AT)?;
-        if h[8..24] != vm.v6 {
+        let mut address = [0; 16];
+        address.copy_from_slice(&h[8..24]);
+        if address != vm.v6.octets() {
             return None;
         }
-        key.remote.copy_from_slice(&h[24..40]);
+        address.copy_from_slice(&h[24..40]);
+        key.remote = Address::new(address);
         key.protocol = h[6];
         ports = skb.read(AT + IPV6)?;
     } else {
         const AT: usize = ETHERNET + IPV4 + 8;
         let h: [u8; 20] = skb.read(AT)?;
-        if h[0] != 0x45 || h[12..16] != vm.v4 {
+        if h[0] != 0x45 || [h[12], h[13], h[14], h[15]] != vm.v4.to_ne_bytes() {
             return None;
         }
-        key.remote = mapped([h[16], h[17], h[18], h[19]]);
+        key.remote = Address::of_v4(u32::from_ne_bytes([h[16], h[17], h[18], h[19]]));
         key.protocol = h[9];
         ports = skb.read(AT + IPV4)?;
     }

@@ -1,20 +1,8 @@
 //! A ClientHello: never a panic, and never an answer from a prefix that the whole would contradict.
 #![no_main]
 
-use libfuzzer_sys::fuzz_target;
-use tapgate_proxy::internal::HelloReader;
+#[path = "../cases/mod.rs"]
+#[allow(dead_code)]
+mod cases;
 
-fuzz_target!(|bytes: &[u8]| {
-    let whole = HelloReader::default().advance(bytes);
-    let mut reader = HelloReader::default();
-    for end in 0..=bytes.len() {
-        match reader.advance(&bytes[..end]) {
-            Ok(Some(hello)) => {
-                assert_eq!(whole.ok().flatten(), Some(hello));
-                return;
-            }
-            Ok(None) => {}
-            Err(_) => return,
-        }
-    }
-});
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| cases::hello(bytes));

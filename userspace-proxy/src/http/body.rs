@@ -236,7 +236,9 @@ impl http_body::Body for Cleaned {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.cleaner.is_none() && self.after.is_none() && self.inner.is_end_stream()
+        // An answer that is nothing but a head and its end stays that: gRPC takes an empty frame of data for a broken one.
+        let held = self.cleaner.as_ref().is_some_and(|cleaner| !cleaner.is_empty());
+        !held && self.after.is_none() && self.inner.is_end_stream()
     }
 }
 

@@ -9,4 +9,5 @@ pub(crate) mod request;
 pub(crate) mod response;
 pub(crate) mod serve;
 pub(crate) mod target;
+pub(crate) mod upgrade;
 pub(crate) mod upstream;

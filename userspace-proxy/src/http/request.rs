@@ -9,7 +9,8 @@ use super::{
     guard::Refusal,
     headers::strip_hop_by_hop,
     response,
-    target::{Refused, address, name_in, repeatable, take_upgrade, who},
+    target::{Refused, address, name_in, repeatable, who},
+    upgrade,
     upstream::{Key, Sender, Upstream, UpstreamError},
 };
 use crate::{
@@ -187,9 +188,9 @@ impl HttpConn {
         let host = decision.name.as_ref();
         let asked = parts.headers.clone();
         let ticket = self.entry.enter(decision.subject.clone());
-        let guest_upgrade = take_upgrade(&mut parts);
+        let wish = upgrade::take(&mut parts);
         let channel = self.channel(&policy, &decision).await;
-        let outcome = match self.rewrite(&policy, &decision, &mut parts, channel, guest_upgrade.is_some()) {
+        let outcome = match self.rewrite(&policy, &decision, &mut parts, channel, wish.is_some()) {
             Ok(outcome) => outcome,
             Err(error) => {
                 drop(ticket);
@@ -202,14 +203,14 @@ impl HttpConn {
         let request =
             Request::from_parts(parts, Outgoing::wrap(body, record.counters.clone(), self.entry.clone()));
         // Another protocol can follow on HTTP/1.1 alone.
-        let offer = if guest_upgrade.is_some() { Alpn::Http1 } else { self.offer };
+        let offer = if wish.is_some() { Alpn::Http1 } else { self.offer };
         let key = Key::new(self.tls.clone(), decision.route.clone(), self.to, offer);
         let sent = tokio::select! {
             biased;
             () = ticket.revoked.cancelled() => {
                 return self.deny(record, Reason::Revoked, host, None, &asked);
             }
-            sent = self.send(&policy, key, request, guest_upgrade.is_some()) => sent,
+            sent = self.send(&policy, key, request, wish.is_some()) => sent,
         };
         let (response, upstream) = match sent {
             Ok(sent) => sent,
@@ -220,25 +221,24 @@ impl HttpConn {
         };
         record.dialled(upstream.address.ip());
         record.status(response.status().as_u16());
+        let refuse = |record, detail| self.deny(record, Reason::Tunnel, host, Some(detail), &asked);
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
-            return match guest_upgrade {
-                Some(guest) => {
-                    super::serve::switch(response, guest, record, ticket, patterns, self.entry.clone())
+            return match wish {
+                Some(wish) if wish.is_answered(response.headers()) => {
+                    wish.grant(response, record, ticket, patterns, self.entry.clone())
                 }
-                None => self.deny(
-                    record,
-                    Reason::Tunnel,
-                    host,
-                    Some("the upstream switched protocols unasked"),
-                    &asked,
-                ),
+                Some(_) => refuse(record, "the upstream switched to something else than WebSocket"),
+                None => refuse(record, "the upstream switched protocols unasked"),
             };
+        }
+        if wish.as_ref().is_some_and(upgrade::Wish::is_extended) && response.status().is_success() {
+            return refuse(record, "the upstream does not speak WebSocket here");
         }
         self.keep(upstream);
         let response = response.map(|body| body.map_err(Into::into).boxed_unsync());
         match response::fit(response, &method, patterns) {
             Ok(mut response) => {
-                if guest_upgrade.is_some() {
+                if wish.is_some_and(|wish| !wish.is_extended()) {
                     // What follows on this connection was announced as another protocol.
                     response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
                 }
@@ -265,8 +265,7 @@ impl HttpConn {
         headers.remove(header::EXPECT);
         headers.remove(header::PROXY_AUTHORIZATION);
         if upgrade {
-            headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
-            headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+            upgrade::ask(headers);
         }
         if !policy.secrets.is_empty() {
             decode::restrict(headers);

@@ -1,24 +1,16 @@
 //! Serves HTTP on one stream of a guest, until it ends, the rules cut it, or the daemon stops.
 
 use super::{
-    body::{self, Body},
     guard::{GuardedIo, MAX_HEAD},
     request::HttpConn,
 };
-use crate::{
-    audit::Record, intercept::leaf::Alpn, io::Prefixed, registry::Ticket, secret::clean::Patterns,
-    table::VmEntry,
-};
-use bytes::Bytes;
-use http::{HeaderValue, Response, header};
+use crate::intercept::leaf::Alpn;
 use hyper::{
     server::conn::{http1, http2},
     service::service_fn,
-    upgrade::OnUpgrade,
 };
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use std::{convert::Infallible, pin::pin, sync::Arc, time::Duration};
-use tapgate_model::{Reason, Verdict};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_util::sync::CancellationToken;
 
@@ -91,6 +83,7 @@ where
     });
     let connection = http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
+        .enable_connect_protocol()
         .max_concurrent_streams(STREAMS)
         .max_pending_accept_reset_streams(RESETS)
         .max_local_error_reset_streams(RESETS)
@@ -105,40 +98,4 @@ where
         () = stop => connection.as_mut().graceful_shutdown(),
     }
     connection.await
-}
-
-/// Lets both sides speak WebSocket from here on, until one ends or the rules cut it. What is said is not looked into.
-pub(crate) fn switch(
-    mut response: Response<hyper::body::Incoming>,
-    guest: OnUpgrade,
-    mut record: Record,
-    ticket: Ticket,
-    patterns: Option<Arc<Patterns>>,
-    entry: Arc<VmEntry>,
-) -> Response<Body> {
-    let upstream = hyper::upgrade::on(&mut response);
-    let (mut parts, _) = response.into_parts();
-    super::headers::strip_hop_by_hop(&mut parts.headers);
-    if let Some(patterns) = &patterns {
-        super::response::clean_headers(&mut parts.headers, patterns);
-    }
-    parts.headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
-    parts.headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
-    tokio::spawn(async move {
-        let talk = async {
-            let (guest, upstream) = tokio::try_join!(guest, upstream).ok()?;
-            let mut guest = Prefixed::new(Bytes::new(), TokioIo::new(guest))
-                .counted(record.counters.clone())
-                .throttled(entry.clone());
-            let mut upstream = Prefixed::new(Bytes::new(), TokioIo::new(upstream)).throttled(entry);
-            tokio::io::copy_bidirectional_with_sizes(&mut guest, &mut upstream, 16 * 1024, 16 * 1024)
-                .await
-                .ok()
-        };
-        tokio::select! {
-            _ = talk => {}
-            () = ticket.revoked.cancelled() => record.verdict(Verdict::Deny { reason: Reason::Revoked }),
-        }
-    });
-    Response::from_parts(parts, body::full(Bytes::new()))
 }

@@ -5,10 +5,10 @@
 use super::{
     authority::{Authority, Named},
     body::{self, Body},
+    upgrade,
     upstream::Sender,
 };
 use http::{HeaderMap, HeaderValue, Method, Request, Uri, Version, header, request::Parts, uri};
-use hyper::upgrade::OnUpgrade;
 use tapgate_model::{HostName, Reason};
 
 /// Why a request is refused before anything is sent.
@@ -25,7 +25,7 @@ impl From<Reason> for Refused {
 
 /// Who a request says it is for: `Host`, `:authority` and an absolute target must be one.
 pub(super) fn who(parts: &Parts, tls: bool, port: u16) -> Result<Option<Authority>, Refused> {
-    if parts.method == Method::CONNECT {
+    if parts.method == Method::CONNECT && !upgrade::is_extended(parts) {
         return Err(Reason::Tunnel.into());
     }
     let bad = |detail| Refused { reason: Reason::BadRequest, detail: Some(detail) };
@@ -67,13 +67,6 @@ pub(super) fn name_in(parts: &Parts) -> Option<HostName> {
         Named::Name(name) => Some(name),
         Named::Address(_) => None,
     }
-}
-
-/// The guest's side of an upgrade, if it asks for one that the guard let through.
-pub(super) fn take_upgrade(parts: &mut Parts) -> Option<OnUpgrade> {
-    let on = parts.extensions.remove::<OnUpgrade>();
-    let asks = parts.headers.get(header::UPGRADE)?.as_bytes().eq_ignore_ascii_case(b"websocket");
-    on.filter(|_| asks && parts.version == Version::HTTP_11)
 }
 
 /// A copy to send again, of a request that does the same twice as once (RFC 9110 §9.2.2) and has no body.

@@ -5,12 +5,13 @@ use crate::{
     decide::Route,
     dial::{DialError, Dialer},
     intercept::leaf::Alpn,
+    trust::Trust,
 };
 use http::{Request, Response};
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use rustls::{ClientConfig, RootCertStore, crypto::CryptoProvider};
-use rustls_pki_types::{CertificateDer, ServerName};
+use rustls::ClientConfig;
+use rustls_pki_types::ServerName;
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 use tapgate_model::{HostName, Reason, VmPolicy};
 use tokio::{
@@ -139,32 +140,11 @@ pub(crate) struct Connector {
 }
 
 impl Connector {
-    /// Trusts the system's roots and the given ones. Certificates are always verified.
-    pub(crate) fn new(
-        dialer: Dialer,
-        provider: Arc<CryptoProvider>,
-        extra_roots: &[CertificateDer<'static>],
-        patience: Duration,
-    ) -> Result<Self, rustls::Error> {
-        let mut roots = RootCertStore::empty();
-        let system = rustls_native_certs::load_native_certs();
-        for error in &system.errors {
-            tracing::warn!(%error, "a root certificate of the system was left out");
-        }
-        roots.add_parsable_certificates(system.certs);
-        roots.add_parsable_certificates(extra_roots.iter().cloned());
-        if roots.is_empty() {
-            tracing::warn!("no root certificates: no upstream will verify; install ca-certificates");
-        }
-        let roots = Arc::new(roots);
+    /// Certificates are always verified.
+    pub(crate) fn new(dialer: Dialer, trust: &Trust, patience: Duration) -> Result<Self, rustls::Error> {
         let config = |alpn: &[Alpn]| {
-            let builder = ClientConfig::builder_with_provider(provider.clone());
-            let mut config = builder
-                .with_safe_default_protocol_versions()?
-                .with_root_certificates(roots.clone())
-                .with_no_client_auth();
-            config.alpn_protocols = alpn.iter().map(|alpn| alpn.word().to_vec()).collect();
-            Ok::<_, rustls::Error>(Arc::new(config))
+            let words: Vec<&[u8]> = alpn.iter().map(|alpn| alpn.word()).collect();
+            trust.client(&words).map(Arc::new)
         };
         Ok(Self {
             dialer,

@@ -142,6 +142,11 @@ impl<P: std::ops::Deref<Target = Patterns>> Cleaner<P> {
         self.take(false)
     }
 
+    /// Whether nothing is held.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.held.is_empty()
+    }
+
     /// Whether something short is held that nothing may follow for long: the end of a message, most likely.
     pub(crate) fn is_waiting(&self) -> bool {
         self.shown < self.held.len() && self.held.len() < SHORTEST

@@ -2,7 +2,9 @@
 //! name server, TLS and HTTP servers of a test CA, the proxy, and a guest whose destinations are chosen freely.
 #![allow(dead_code, missing_docs, clippy::unwrap_used, reason = "shared by tests that each use a part")]
 
+pub mod clients;
 pub mod guest;
+pub mod servers;
 
 use bytes::Bytes;
 use hickory_proto::{
@@ -85,6 +87,12 @@ pub struct Sink {
     came: Notify,
 }
 
+impl Sink {
+    pub fn forget(&self) {
+        self.events.lock().unwrap().clear();
+    }
+}
+
 impl AuditSink for Sink {
     fn record(&self, event: AuditEvent) {
         self.events.lock().unwrap().push(event);
@@ -115,6 +123,9 @@ impl Log {
     pub fn seen(&self) -> Vec<Seen> {
         self.0.lock().unwrap().0.clone()
     }
+    pub fn forget(&self) {
+        self.0.lock().unwrap().0.clear();
+    }
     pub fn attacker_got(&self, needle: &str) -> bool {
         let log = self.0.lock().unwrap();
         log.1.windows(needle.len()).any(|window| window == needle.as_bytes())
@@ -132,6 +143,8 @@ impl TestCa {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        // Another name than the leaves have, which would look self-signed.
+        params.distinguished_name.push(rcgen::DnType::CommonName, "test CA");
         let cert = params.self_signed(&key).unwrap();
         Self { issuer: Issuer::new(params, key), der: cert.der().clone(), pem: cert.pem() }
     }
@@ -184,7 +197,7 @@ impl Zone {
         self.asked.lock().unwrap().iter().any(|name| name.contains(part))
     }
 
-    fn answer(&self, request: &[u8]) -> Vec<u8> {
+    pub fn answer(&self, request: &[u8]) -> Vec<u8> {
         let request = Message::from_vec(request).unwrap();
         let query = request.queries[0].clone();
         let name = query.name().to_ascii().to_lowercase();
@@ -269,6 +282,15 @@ impl World {
         table.set_guest_range(&["10.214.0.0/16".parse().unwrap()]);
         let front = TcpListener::bind("127.0.0.1:0").await.unwrap();
         Self { ca, zone, log: Log::default(), sink, table, net, vm_ca, policy, stop, accepted, front }
+    }
+
+    /// Another proxy, with these settings, takes the connections from here on.
+    pub fn restart(&mut self, config: ProxyConfig) {
+        let (accepted, queue) = mpsc::channel(64);
+        tokio::spawn(
+            Proxy::new(config, self.table.clone(), self.sink.clone()).handle_all(queue, self.stop.clone()),
+        );
+        self.accepted = accepted;
     }
 
     /// Puts rules in force; secrets are name, value, hosts.
@@ -409,7 +431,7 @@ impl World {
 /// The proxy's settings in this world.
 pub fn config(ca: &TestCa) -> ProxyConfig {
     ProxyConfig {
-        resolvers: vec![SocketAddr::from((RESOLVER, 5300))],
+        resolvers: vec![SocketAddr::from((RESOLVER, 5300)).into()],
         extra_roots: vec![ca.der.clone()],
         timeouts: Timeouts { server_first: std::time::Duration::from_millis(50), ..Timeouts::default() },
     }
@@ -483,7 +505,7 @@ async fn answer(
     log: Log,
     at: Ipv4Addr,
 ) -> Result<Response<http_body_util::combinators::UnsyncBoxBody<Bytes, std::io::Error>>, Infallible> {
-    if request.headers().contains_key("upgrade") {
+    if request.headers().contains_key("upgrade") && request.uri().path() != "/no-websocket" {
         return Ok(websocket(request, log, at));
     }
     let path = request.uri().path().to_owned();
@@ -543,6 +565,11 @@ fn websocket(
         body: Bytes::new(),
     };
     log.0.lock().unwrap().0.push(seen);
+    let key = request.headers().get("sec-websocket-key").map_or(&b""[..], |key| key.as_bytes());
+    let key = if request.uri().path() == "/wrong-accept" { b"another" } else { key };
+    let accept = [key, b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"].concat();
+    let accept = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA1_FOR_LEGACY_USE_ONLY, &accept);
+    let accept = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, accept);
     tokio::spawn(async move {
         let mut stream = TokioIo::new(upgrade.await.unwrap());
         let mut buffer = [0; 64];
@@ -554,6 +581,7 @@ fn websocket(
         .status(101)
         .header("connection", "upgrade")
         .header("upgrade", "websocket")
+        .header("sec-websocket-accept", accept)
         .body(Full::new(Bytes::new()).map_err(|never| match never {}).boxed_unsync())
         .unwrap()
 }

@@ -1,5 +1,6 @@
 //! The host's channel into the guest: a virtio port or a vsock port that speaks the part of QEMU's guest agent protocol that
-//! snapshots and a clean end need: `guest-sync`, `guest-ping`, `guest-fsfreeze-{freeze,status,thaw}`, `guest-shutdown`.
+//! snapshots and a clean end need: `guest-sync`, `guest-ping`, `guest-fsfreeze-{freeze,status,thaw}`, `guest-shutdown`; and
+//! `guest-tapgate-sync`, which writes out.
 //!
 //! A frozen guest must never depend on the host to go on: a freeze ends by itself after a while, and then says so.
 
@@ -137,6 +138,10 @@ fn answer(line: &[u8], frozen: &Mutex<Frozen>) -> Value {
     match request.get("execute").and_then(Value::as_str).unwrap_or_default() {
         "guest-ping" => json!({"return": {}}),
         "guest-sync" => json!({"return": request.pointer("/arguments/id").cloned().unwrap_or(Value::Null)}),
+        "guest-tapgate-sync" => {
+            nix::unistd::sync();
+            json!({"return": 0})
+        }
         "guest-fsfreeze-status" => {
             json!({"return": if frozen.held.is_empty() { "thawed" } else { "frozen" }})
         }
@@ -158,8 +163,6 @@ fn freeze(frozen: &mut Frozen) -> Result<usize, String> {
     if !frozen.held.is_empty() {
         return Err("frozen already".into());
     }
-    // What is written now need not be written while everyone is held.
-    nix::unistd::sync();
     let mounts = fs::read_to_string("/proc/self/mounts").map_err(|e| e.to_string())?;
     // What was mounted last may lie on what was mounted first.
     for target in block_mounts(&mounts).into_iter().rev() {

@@ -1,4 +1,5 @@
-//! As much HTTP as the guest service needs: one GET a connection, by address, with an entity tag. Bounded in size and time.
+//! As much HTTP as the guest service needs: one GET or PUT a connection, by address, with an entity tag. Bounded in size and
+//! time.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
@@ -19,20 +20,39 @@ pub enum Answer {
     New(String, Option<String>),
     /// 304.
     Same,
+    /// 404.
+    None,
 }
 
 /// Asks for a path; with a tag only for what differs from it.
 pub fn get(path: &str, tag: Option<&str>) -> Result<Answer, String> {
+    let tag = tag.map(|tag| format!("If-None-Match: {tag}\r\n")).unwrap_or_default();
+    let head = format!("GET {path} HTTP/1.1\r\nHost: {}\r\n{tag}Connection: close\r\n\r\n", SERVICE.ip());
+    parse(&exchange(head.as_bytes(), b"")?)
+}
+
+/// Sends a body; answers the status.
+pub fn put(path: &str, body: &[u8], kind: &str) -> Result<u16, String> {
+    let head = format!(
+        "PUT {path} HTTP/1.1\r\nHost: {}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+        SERVICE.ip(),
+        body.len()
+    );
+    let bytes = exchange(head.as_bytes(), body)?;
+    let line = bytes.split(|byte| *byte == b'\r').next().unwrap_or_default();
+    let status = std::str::from_utf8(line).ok().and_then(|line| line.split(' ').nth(1)?.parse().ok());
+    status.ok_or_else(|| "the guest service's answer was cut".to_owned())
+}
+
+fn exchange(head: &[u8], body: &[u8]) -> Result<Vec<u8>, String> {
     let io = |e: std::io::Error| format!("the guest service: {e}");
     let mut stream = TcpStream::connect_timeout(&SERVICE, CONNECT).map_err(io)?;
     stream.set_read_timeout(Some(READ)).map_err(io)?;
     stream.set_write_timeout(Some(CONNECT)).map_err(io)?;
-    let tag = tag.map(|tag| format!("If-None-Match: {tag}\r\n")).unwrap_or_default();
-    let request = format!("GET {path} HTTP/1.1\r\nHost: {}\r\n{tag}Connection: close\r\n\r\n", SERVICE.ip());
-    stream.write_all(request.as_bytes()).map_err(io)?;
+    stream.write_all(head).and_then(|()| stream.write_all(body)).map_err(io)?;
     let mut bytes = Vec::new();
     stream.take(MAX).read_to_end(&mut bytes).map_err(io)?;
-    parse(&bytes)
+    Ok(bytes)
 }
 
 fn parse(bytes: &[u8]) -> Result<Answer, String> {
@@ -59,6 +79,7 @@ fn parse(bytes: &[u8]) -> Result<Answer, String> {
             Ok(Answer::New(body.to_owned(), tag))
         }
         "304" => Ok(Answer::Same),
+        "404" => Ok(Answer::None),
         other => Err(format!("the guest service answered {other}")),
     }
 }
@@ -71,6 +92,7 @@ mod tests {
     fn whole_answers_are_taken_and_others_are_not() {
         let whole = b"HTTP/1.1 200 OK\r\nETag: \"a\"\r\ncontent-length: 2\r\n\r\nhi";
         assert_eq!(parse(whole).unwrap(), Answer::New("hi".into(), Some("\"a\"".into())));
+        assert_eq!(parse(b"HTTP/1.1 404 Not Found\r\n\r\n").unwrap(), Answer::None);
         assert_eq!(parse(b"HTTP/1.1 304 Not Modified\r\n\r\n").unwrap(), Answer::Same);
         for broken in [
             &b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nhi"[..],

@@ -4,7 +4,7 @@
 //! `If-None-Match` the service holds the question until it differs. What comes is applied as at boot.
 
 use crate::http::{Answer, get};
-use crate::{apply, channel, power, seed, trust};
+use crate::{agent, apply, channel, power, seed, trust};
 use std::fs;
 use std::process::{Command, Stdio};
 use std::thread::sleep;
@@ -23,6 +23,7 @@ pub fn run() -> Result<(), String> {
     }
     power::listen();
     std::thread::spawn(channel::listen);
+    std::thread::spawn(agent::run);
     if let Err(error) = trust::apply_java() {
         eprintln!("java: {error}");
     }
@@ -44,7 +45,7 @@ fn follow() -> ! {
                 tag = new;
             }
             Ok(Answer::Same) => pause = SHORTEST,
-            Err(_) => {
+            Ok(Answer::None) | Err(_) => {
                 sleep(pause);
                 pause = (pause * 2).min(LONGEST);
             }

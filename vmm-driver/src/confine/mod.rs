@@ -9,6 +9,7 @@ pub mod tool;
 pub mod view;
 
 use crate::cgroup::{Cgroup, Limits};
+use crate::process::ProcessRef;
 use crate::spec::{VmSpec, VmmError};
 use nix::sched::{CloneFlags, setns, unshare};
 use std::ffi::OsString;
@@ -148,6 +149,20 @@ pub fn enclose(root: Option<&Path>, spec: &VmSpec, notes: &mut Vec<String>) -> O
 fn before_exec(command: &mut Command, prepare: impl FnMut() -> io::Result<()> + Send + Sync + 'static) {
     // SAFETY: the closure only makes system calls, allocates nothing and takes no lock.
     unsafe { command.pre_exec(prepare) };
+}
+
+/// Processes that run as the VM's own user with its id among their words: its VMMs.
+pub fn orphans(vm: &str, uid: u32) -> Vec<ProcessRef> {
+    use std::os::unix::fs::MetadataExt as _;
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    pids.filter(|pid| std::fs::metadata(format!("/proc/{pid}")).is_ok_and(|meta| meta.uid() == uid))
+        .filter(|pid| {
+            let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            words.split(|byte| *byte == 0).any(|word| String::from_utf8_lossy(word).contains(vm))
+        })
+        .filter_map(|pid| ProcessRef::of(pid).ok())
+        .collect()
 }
 
 /// Moves descriptors out of the way of the numbers that they will get, so that none overwrites another.

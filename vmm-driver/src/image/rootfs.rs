@@ -22,6 +22,7 @@ pub const PACKAGES: &[&str] = &[
     "procps",
     "python3",
     "systemd-sysv",
+    "tmux",
 ];
 
 /// Files of the root file system. The agent itself is not listed: it is binary.
@@ -36,6 +37,7 @@ pub const FILES: &[(&str, &str)] = &[
          \n\
          [Service]\n\
          ExecStart=/usr/lib/tapgate/guest-agent serve\n\
+         KillMode=process\n\
          Restart=always\n\
          RestartSec=1\n\
          OOMScoreAdjust=-900\n\

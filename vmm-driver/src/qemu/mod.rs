@@ -208,6 +208,20 @@ pub(crate) async fn discard(cgroups: Option<&Path>, spec: &VmSpec, handle: &Hand
     Ok(())
 }
 
+/// Ends VMMs of this VM that nobody noted: of its user, with these words among their arguments.
+pub(crate) async fn sweep(cgroups: Option<&Path>, spec: &VmSpec, wanted: String) {
+    let uid = uid_of(spec.net.slot);
+    let found = tokio::task::spawn_blocking(move || confine::orphans(&wanted, uid)).await;
+    for process in found.unwrap_or_default() {
+        tracing::warn!(vm = %spec.id, pid = process.pid, "a VMM that nobody noted is ended");
+        if let Ok(Some(process)) = Process::open(&process) {
+            let _ = process.signal(libc::SIGKILL);
+            let _ = timeout(END, process.wait()).await;
+        }
+    }
+    clean(cgroups, spec);
+}
+
 /// Opens the new process and notes in the VM's folder how it is found again.
 fn noted(
     spec: &VmSpec,
@@ -365,6 +379,10 @@ impl Vmm for QemuDriver {
     fn discard<'a>(&'a self, spec: &'a VmSpec, handle: &'a Handle) -> BoxFuture<'a, Result<(), VmmError>> {
         Box::pin(discard(self.cgroups.as_deref(), spec, handle))
     }
+
+    fn sweep<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, ()> {
+        Box::pin(sweep(self.cgroups.as_deref(), spec, spec.id.to_string()))
+    }
 }
 
 impl Running for QemuRunning {
@@ -386,6 +404,15 @@ impl Running for QemuRunning {
 
     fn snapshot<'a>(&'a self, to: &'a Path) -> BoxFuture<'a, Result<SnapshotInfo, VmmError>> {
         Box::pin(snapshot::take(self, to))
+    }
+
+    fn check(&self) -> BoxFuture<'_, Result<(), VmmError>> {
+        Box::pin(async {
+            if self.handle.process.is_stopped() {
+                return Err(VmmError::Control("its process was stopped by a signal".into()));
+            }
+            self.command("query-status", Value::Null).await.map(drop)
+        })
     }
 
     fn kill(&self) -> BoxFuture<'_, Result<Exit, VmmError>> {

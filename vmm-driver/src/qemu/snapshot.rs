@@ -15,20 +15,31 @@ const JOB: &str = "snapshot";
 /// The descriptor set that holds the target's file.
 const SET: u32 = 64;
 const POLL: Duration = Duration::from_millis(100);
+/// For a copy to end that is not wanted any more.
+const CANCEL: Duration = Duration::from_secs(10);
 
 /// Writes the disk as of now to a new qcow2 file that depends on no other. What fails leaves no file.
 pub async fn take(vm: &QemuRunning, to: &Path) -> Result<SnapshotInfo, VmmError> {
     if to.exists() {
         return Err(VmmError::Disk(format!("{} exists already", to.display())));
     }
+    // A daemon that was lost in the middle left its copy running.
+    clear(vm).await;
     let result = copy(vm, to).await;
-    // QEMU's side is cleared whatever happened; what is not there is refused, which is as good.
-    let _ = vm.command("blockdev-del", json!({"node-name": NODE})).await;
-    let _ = vm.command("remove-fd", json!({"fdset-id": SET})).await;
+    clear(vm).await;
     if result.is_err() {
         let _ = tokio::fs::remove_file(to).await;
     }
     result
+}
+
+/// Ends the job if there is one and clears QEMU's side, whatever happened before; what is not there is refused, which is
+/// as good.
+async fn clear(vm: &QemuRunning) {
+    let _ = vm.command("job-cancel", json!({"id": JOB})).await;
+    let _ = tokio::time::timeout(CANCEL, finish(vm)).await;
+    let _ = vm.command("blockdev-del", json!({"node-name": NODE})).await;
+    let _ = vm.command("remove-fd", json!({"fdset-id": SET})).await;
 }
 
 async fn copy(vm: &QemuRunning, to: &Path) -> Result<SnapshotInfo, VmmError> {
@@ -50,18 +61,25 @@ async fn copy(vm: &QemuRunning, to: &Path) -> Result<SnapshotInfo, VmmError> {
     vm.command("blockdev-add", node).await?;
 
     let mut agent = Agent::connect(&vm.spec.dir.join(file::AGENT)).await.ok();
+    if let Some(agent) = &mut agent {
+        // What is written out now need not be while everyone is held. Other agents do not know this.
+        let _ = agent.write_out().await;
+    }
     let held = Instant::now();
     let mut frozen = match &mut agent {
         Some(agent) => agent.freeze().await.is_ok_and(|count| count > 0),
         None => false,
     };
+    let froze = held.elapsed();
     let job = json!({"job-id": JOB, "device": "root", "target": NODE, "sync": "full", "auto-dismiss": false});
     let started = vm.command("blockdev-backup", job).await;
+    let began = held.elapsed();
     if let Some(agent) = &mut agent {
         // Also after a failure. Thawed by itself in between, the guest had written again before the copy began.
         frozen &= agent.thaw().await.is_ok_and(|count| count > 0);
     }
     let held_us = u64::try_from(held.elapsed().as_micros()).unwrap_or(u64::MAX);
+    tracing::debug!(vm = %vm.spec.id, froze = ?froze, began = ?(began - froze), thawed = ?(held.elapsed() - began), "held");
     started?;
     finish(vm).await?;
     Ok(SnapshotInfo { disk_bytes, frozen, held_us, image_recipe })

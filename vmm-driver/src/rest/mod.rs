@@ -465,6 +465,10 @@ impl Vmm for ApiDriver {
     fn discard<'a>(&'a self, spec: &'a VmSpec, handle: &'a Handle) -> BoxFuture<'a, Result<(), VmmError>> {
         Box::pin(crate::qemu::discard(self.cgroups.as_deref(), spec, handle))
     }
+
+    fn sweep<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, ()> {
+        Box::pin(crate::qemu::sweep(self.cgroups.as_deref(), spec, spec.id.to_string().replace('_', "-")))
+    }
 }
 
 impl Running for ApiRunning {
@@ -486,6 +490,16 @@ impl Running for ApiRunning {
 
     fn snapshot<'a>(&'a self, to: &'a Path) -> BoxFuture<'a, Result<SnapshotInfo, VmmError>> {
         Box::pin(snapshot::take(self, to))
+    }
+
+    fn check(&self) -> BoxFuture<'_, Result<(), VmmError>> {
+        Box::pin(async {
+            let live = self.live();
+            if live.process.identity().is_stopped() {
+                return Err(VmmError::Control("its process was stopped by a signal".into()));
+            }
+            self.driver.state(&self.spec, &live).await.map(drop)
+        })
     }
 
     fn kill(&self) -> BoxFuture<'_, Result<Exit, VmmError>> {

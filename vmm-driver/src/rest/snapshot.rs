@@ -52,6 +52,8 @@ async fn copy_and_pack(vm: &ApiRunning, copy: &Path, to: &Path) -> Result<Snapsh
 /// A copy while the guest's file systems are frozen; `false` if they were not, or not for all of it.
 async fn frozen_copy(vm: &ApiRunning, to: &Path) -> Result<bool, VmmError> {
     let Ok(mut agent) = agent(&vm.live()).await else { return Ok(false) };
+    // What is written out now need not be while everyone is held.
+    let _ = agent.write_out().await;
     if !agent.freeze().await.is_ok_and(|count| count > 0) {
         return Ok(false);
     }

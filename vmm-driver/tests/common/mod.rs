@@ -200,7 +200,7 @@ impl Drop for Reap {
 /// The guest service as the daemon's: answers `user-data` with a tag, and holds a question that has that tag.
 pub struct Service {
     pub answer: Arc<std::sync::Mutex<String>>,
-    _others: Vec<Socket>,
+    sockets: [Socket; 4],
 }
 
 impl Service {
@@ -222,9 +222,7 @@ impl Service {
                 (tcp(port::TCP), udp, tcp(port::DNS_TCP), tcp(port::SERVICE))
             })
             .unwrap();
-        datapath
-            .set_listeners(false, tcp.as_fd(), dns_udp.as_fd(), dns_tcp.as_fd(), service.as_fd())
-            .unwrap();
+        let sockets = [tcp, dns_udp, dns_tcp, service.try_clone().unwrap()];
         let answer = Arc::new(std::sync::Mutex::new(first));
         let (shown, listener) = (answer.clone(), std::net::TcpListener::from(service));
         std::thread::spawn(move || {
@@ -233,7 +231,17 @@ impl Service {
                 std::thread::spawn(move || serve(stream, &shown));
             }
         });
-        Self { answer, _others: vec![tcp, dns_udp, dns_tcp] }
+        let started = Self { answer, sockets };
+        started.hand_over(datapath);
+        started
+    }
+
+    /// To another datapath of the same instance, as a daemon does that comes after one.
+    pub fn hand_over(&self, datapath: &Datapath) {
+        let [tcp, dns_udp, dns_tcp, service] = &self.sockets;
+        datapath
+            .set_listeners(false, tcp.as_fd(), dns_udp.as_fd(), dns_tcp.as_fd(), service.as_fd())
+            .unwrap();
     }
 }
 

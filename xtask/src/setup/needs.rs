@@ -89,6 +89,7 @@ pub const NEEDS: &[Need] = &[
             Sign::Program("nghttp"),
             Sign::Program("h2load"),
             Sign::Program("python3"),
+            Sign::File("/usr/share/doc/python3-venv"),
             Sign::Program("node"),
             Sign::Program("javac"),
             Sign::Program("keytool"),
@@ -99,6 +100,7 @@ pub const NEEDS: &[Need] = &[
             "wget",
             "nghttp2-client",
             "python3",
+            "python3-venv",
             "nodejs",
             "default-jdk-headless",
             "procps",
@@ -117,6 +119,20 @@ pub const NEEDS: &[Need] = &[
     },
 ];
 
+/// What only `bench proxy` needs: the proxies that ours is measured beside.
+pub const PEERS: &[Need] = &[Need {
+    what: "other proxies",
+    why: "bench",
+    signs: &[
+        Sign::Program("haproxy"),
+        Sign::Program("nginx"),
+        Sign::Program("squid"),
+        Sign::File("/usr/lib/squid/security_file_certgen"),
+        Sign::File("/usr/lib/nginx/modules/ngx_stream_module.so"),
+    ],
+    packages: &["haproxy", "squid-openssl", "nginx-light", "libnginx-mod-stream"],
+}];
+
 /// The packages of these needs, each once.
 pub fn packages(needs: &[&Need]) -> Vec<&'static str> {
     let mut packages: Vec<&str> = needs.iter().flat_map(|need| need.packages).copied().collect();
@@ -131,7 +147,7 @@ mod tests {
 
     #[test]
     fn every_need_can_be_seen_and_satisfied() {
-        for need in NEEDS {
+        for need in NEEDS.iter().chain(PEERS) {
             assert!(!need.signs.is_empty() && !need.packages.is_empty(), "{}", need.what);
         }
     }

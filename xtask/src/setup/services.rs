@@ -15,7 +15,7 @@ const POLICY: &str = "/usr/sbin/policy-rc.d";
 const FORBID: &str =
     "#!/bin/sh\n# While `cargo xtask setup` installs packages, none of their services starts.\nexit 101\n";
 /// Services that the packages of the table bring and enable.
-const SERVICES: &[&str] = &["ssh.service", "ssh.socket"];
+const SERVICES: &[&str] = &["ssh.service", "ssh.socket", "haproxy.service", "squid.service", "nginx.service"];
 
 /// While it lives no package starts a service.
 pub struct Guard {

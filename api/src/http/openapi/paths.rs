@@ -114,6 +114,7 @@ fn operations() -> Vec<Operation> {
     let follow = parameter("follow", json!({ "type": "boolean", "description": "Answer with server-sent events, as they are written" }));
     let listed = with(events(), with(vec![follow], with(paging(50, 500, &[]), vec![order()])));
     let exported = events();
+    let lines = vec![parameter("tail", json!({ "type": "integer", "minimum": 1, "maximum": 10000, "default": 200 }))];
     let code = json!({ "name": "code", "in": "query", "required": true, "schema": { "type": "string" } });
     table! {
         get "/v1/vms" listVms "VMs" "List VMs", vms, None => 200 Some("VmList"), [];
@@ -151,8 +152,9 @@ fn operations() -> Vec<Operation> {
         put "/v1/env/{key}" setEnv "Environment" "Set an environment variable", none(), Some("EnvValue") => 200 Some("Env"), [409];
         delete "/v1/env/{key}" deleteEnv "Environment" "Delete an environment variable", none(), None => 204 None, [404];
         get "/v1/agents" listAgents "Agents" "List active agents", agents, None => 200 Some("AgentList"), [];
-        post "/v1/agents" createAgent "Agents" "Create an agent and its VM", none(), Some("NewAgent") => 201 Some("Agent"), [409];
+        post "/v1/agents" createAgent "Agents" "Create an agent and its VM", none(), Some("NewAgent") => 201 Some("Agent"), [404, 409];
         get "/v1/agents/{agent_id}" getAgent "Agents" "Get an agent", none(), None => 200 Some("Agent"), [404];
+        get "/v1/agents/{agent_id}/log" getAgentLog "Agents" "Get the end of what an agent's harness shows", lines, None => 200 Some("AgentLog"), [404];
         delete "/v1/agents/{agent_id}" destroyAgent "Agents" "Destroy an agent and its VM", none(), None => 204 None, [404];
         post "/v1/users" createUser "Accounts" "Create an account", none(), Some("NewUser") => 201 Some("SignedUp"), [403, 409];
         post "/v1/auth/login" login "Accounts" "Get an API key by password", none(), Some("Login") => 201 Some("SignedUp"), [401];

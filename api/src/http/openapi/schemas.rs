@@ -289,15 +289,23 @@ pub(super) fn schemas() -> Value {
         ),
     );
     put("AgentList", list("Agent"));
+    put("AgentLog", object(json!({ "log": text(), "truncated": { "type": "boolean" } }), json!({})));
+    let repo = r"^([A-Za-z0-9][A-Za-z0-9_-]{0,38}/[A-Za-z0-9_-]{1,60}|(https://)?[a-z][a-z0-9]{0,30}\.[a-z]{2,10}(/[A-Za-z0-9_-]{1,60}){1,4})$";
+    let repo = json!({ "type": "string", "pattern": repo, "maxLength": 2048 });
     let word = |max: u32| json!({ "type": "string", "pattern": r"^[^\s\u0000-\u001f\u007f-\u009f-][^\s\u0000-\u001f\u007f-\u009f]*$", "maxLength": max });
     let mut optional = resources;
     optional["branch"] = or_null(word(255));
-    optional["harness"] = or_null(word(64));
-    optional["agent_args"] = or_null(plain(4096, false));
+    // The operator's configuration may have others.
+    optional["harness"] = or_null(words(&["claude", "codex"]));
+    // Words and quotes as in a shell are taken too.
+    let plain_words =
+        json!({ "type": "string", "pattern": r#"^[^\u0000-\u001f\u007f-\u009f'"\\#]*$"#, "maxLength": 4096 });
+    optional["agent_args"] = or_null(plain_words);
     optional["public_key"] = or_null(text());
+    optional["snapshot_id"] = or_null(text());
     put(
         "NewAgent",
-        object(json!({ "name": visible(64), "repo": word(2048), "prompt": bounded(1, 65536) }), optional),
+        object(json!({ "name": visible(64), "repo": repo, "prompt": bounded(1, 65536) }), optional),
     );
 
     put(

@@ -38,6 +38,7 @@ pub fn new_vm(user: &UserId, name: &str) -> NewVm {
         ssh_ports: 2200..=2299,
         slots: 100,
         quota: 50,
+        capacity: Capacity::default(),
     }
 }
 

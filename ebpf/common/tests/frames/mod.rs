@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use tapgate_ebpf_common::{
     Reason, Verdict,
     judge::{self, Tables},
-    maps::{Listener, VM_IPV6, VM_SECRETS, VM_WARN, Vm, mapped},
+    maps::{Address, Listener, NO_RULES, VM_IPV6, VM_SECRETS, VM_WARN, Vm, halves, mapped},
     net::GATEWAY_MAC,
     packet::Header,
 };
@@ -57,7 +57,18 @@ impl Setup {
             Self::V4Only => 0,
             _ => VM_IPV6,
         };
-        Vm { slot: 0, policy, rules: policy, flags, mac: MAC, pad: [0; 2], v4: v4(OWN), v6: v6(OWN_V6) }
+        // Rules of the account's or of the VM's own: it makes no difference.
+        let rules = if self == Self::Rules { [NO_RULES, policy] } else { [policy, NO_RULES] };
+        Vm {
+            slot: 0,
+            policy,
+            rules,
+            flags,
+            mac: halves(MAC),
+            pad: 0,
+            v4: u32::from_ne_bytes(v4(OWN)),
+            v6: Address::new(v6(OWN_V6)),
+        }
     }
 }
 
@@ -94,7 +105,7 @@ impl Tables for Book {
         let (network, length) = if v6 { GUESTS_V6 } else { GUESTS };
         within(address, network, length)
     }
-    fn has_rule(&self, _rules: u32, v6: bool, address: &[u8; 16]) -> bool {
+    fn has_rule(&self, _rules: &[u32; 2], v6: bool, address: &[u8; 16]) -> bool {
         self.0.rules().iter().any(|rule| {
             let (network, length) = rule.split_once('/').unwrap();
             network.contains(':') == v6 && within(address, network, length.parse().unwrap())

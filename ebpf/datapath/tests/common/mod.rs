@@ -396,7 +396,16 @@ impl Wire {
 
     /// With the header that says what is left to the host: checksum, segmentation.
     pub fn send_with(&mut self, header: &[u8; tapgate_netns::tap::VNET_HEADER], frame: &[u8]) {
-        self.0.write_all(&[header, frame].concat()).unwrap();
+        self.try_send_with(header, frame).unwrap();
+    }
+
+    /// The same where the kernel may refuse the header.
+    pub fn try_send_with(
+        &mut self,
+        header: &[u8; tapgate_netns::tap::VNET_HEADER],
+        frame: &[u8],
+    ) -> io::Result<()> {
+        self.0.write_all(&[header, frame].concat())
     }
 
     /// The next frame that the condition holds for, if one comes in time.

@@ -1,0 +1,117 @@
+//! What VMs go on trying: the programs tell the first time of it and count the others; here the counts become events, one
+//! for each thing that is tried and each interval.
+//!
+//! What was told is kept in a map of its own, so that neither this daemon's death nor the next one's start tells anything
+//! twice or not at all. An attempt at the very moment when its entry is forgotten is in the VM's drop counters alone.
+
+use crate::{DatapathError, bpffs, error::map_error, objects::absent};
+use aya::maps::{HashMap, Map, MapData, MapError, PerCpuHashMap};
+use std::{collections, path::Path};
+use tapgate_ebpf_common::maps::{AttemptKey, Attempts};
+
+/// Looks without anything new after which an entry is forgotten.
+const SILENT: u8 = 3;
+
+/// One thing that was tried since the last look.
+pub(crate) struct Repeated {
+    pub key: AttemptKey,
+    /// How often.
+    pub count: u64,
+    /// The last time: nanoseconds of the monotonic clock.
+    pub seen: u64,
+}
+
+/// What this daemon knows of an entry.
+#[derive(Clone, Copy)]
+struct Known {
+    told: u64,
+    silent: u8,
+}
+
+/// The counts, and what of them was told.
+pub(crate) struct Counts {
+    attempts: PerCpuHashMap<MapData, AttemptKey, Attempts>,
+    told: HashMap<MapData, AttemptKey, u64>,
+    gone: HashMap<MapData, u32, u32>,
+    known: collections::HashMap<AttemptKey, Known>,
+}
+
+impl Counts {
+    pub(crate) fn open(pins: &Path) -> Result<Self, DatapathError> {
+        let open = |name| MapData::from_pin(bpffs::maps(pins).join(name)).and_then(Map::from_map_data);
+        let failed = |name| map_error("open", name);
+        Ok(Self {
+            attempts: open("ATTEMPTS").and_then(PerCpuHashMap::try_from).map_err(failed("ATTEMPTS"))?,
+            told: open("ATTEMPTS_TOLD").and_then(HashMap::try_from).map_err(failed("ATTEMPTS_TOLD"))?,
+            gone: open("ATTEMPTS_GONE").and_then(HashMap::try_from).map_err(failed("ATTEMPTS_GONE"))?,
+            known: collections::HashMap::new(),
+        })
+    }
+
+    /// What was tried since the last look.
+    pub(crate) fn look(&mut self) -> Result<Vec<Repeated>, DatapathError> {
+        let keys: Vec<AttemptKey> = self.attempts.keys().filter_map(Result::ok).collect();
+        let before = std::mem::take(&mut self.known);
+        let mut found = Vec::new();
+        for key in keys {
+            let Some((count, seen)) = self.count(&key)? else { continue };
+            let known = match before.get(&key) {
+                Some(known) => *known,
+                // Told by an earlier daemon, or new.
+                None => Known { told: self.told.get(&key, 0).unwrap_or(0), silent: 0 },
+            };
+            // An entry that counts less than was told is a new one of the same name.
+            let more = count.checked_sub(known.told).unwrap_or(count);
+            if more > 0 {
+                self.told.insert(key, count, 0).map_err(map_error("put", "ATTEMPTS_TOLD"))?;
+                self.known.insert(key, Known { told: count, silent: 0 });
+                found.push(Repeated { key, count: more, seen });
+            } else if known.silent < SILENT {
+                self.known.insert(key, Known { told: count, silent: known.silent + 1 });
+            } else {
+                found.extend(self.forget(key, count)?);
+            }
+        }
+        Ok(found)
+    }
+
+    /// How often in all, and when last; `None` if the VM went meanwhile.
+    fn count(&self, key: &AttemptKey) -> Result<Option<(u64, u64)>, DatapathError> {
+        match self.attempts.get(key, 0) {
+            Ok(values) => {
+                let count = values.iter().map(|one| one.count).sum();
+                Ok(Some((count, values.iter().map(|one| one.seen).max().unwrap_or(0))))
+            }
+            Err(error) if absent(&error) => Ok(None),
+            Err(error) => Err(map_error("read", "ATTEMPTS")(error)),
+        }
+    }
+
+    /// Forgets an entry that has been silent. Answers what came in the last moment.
+    fn forget(&mut self, key: AttemptKey, told: u64) -> Result<Option<Repeated>, DatapathError> {
+        let last = self.count(&key)?;
+        if !gone(self.attempts.remove(&key)).map_err(map_error("remove", "ATTEMPTS"))? {
+            return Ok(None);
+        }
+        gone(self.told.remove(&key)).map_err(map_error("remove", "ATTEMPTS_TOLD"))?;
+        // Its VM has room for one more.
+        if let Ok(number) = self.gone.get(&key.slot, 0) {
+            let put = self.gone.insert(key.slot, number.wrapping_add(1), 0);
+            put.map_err(map_error("put", "ATTEMPTS_GONE"))?;
+        }
+        Ok(last.filter(|(count, _)| *count > told).map(|(count, seen)| Repeated {
+            key,
+            count: count - told,
+            seen,
+        }))
+    }
+}
+
+/// Whether it was there and is gone.
+fn gone(removed: Result<(), MapError>) -> Result<bool, MapError> {
+    match removed {
+        Ok(()) => Ok(true),
+        Err(error) if absent(&error) => Ok(false),
+        Err(error) => Err(error),
+    }
+}

@@ -1,0 +1,131 @@
+//! WebSocket, the one protocol that may follow HTTP on a connection: asked for by `Upgrade` (RFC 6455) or, over HTTP/2, by
+//! an extended CONNECT (RFC 8441), and always asked of the upstream by `Upgrade`.
+//!
+//! What is said after the switch is counted, held to the VM's rate and cut with its rule, and not looked into.
+
+use super::body::{self, Body};
+use crate::{audit::Record, io::Prefixed, registry::Ticket, secret::clean::Patterns, table::VmEntry};
+use aws_lc_rs::{digest, rand};
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, Version, header, request::Parts};
+use hyper::{ext::Protocol, upgrade::OnUpgrade};
+use hyper_util::rt::TokioIo;
+use std::sync::Arc;
+use tapgate_model::{Reason, Verdict};
+
+/// What a server mixes into a client's key (RFC 6455 §1.3).
+const MIX: &[u8] = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
+
+/// A guest's wish to speak WebSocket.
+pub(super) struct Wish {
+    on: OnUpgrade,
+    /// Over HTTP/2: the key that the upstream was given in the guest's stead, and has to answer to.
+    key: Option<HeaderValue>,
+}
+
+/// Whether the request is an extended CONNECT for WebSocket; every other CONNECT wants a tunnel.
+pub(super) fn is_extended(parts: &Parts) -> bool {
+    let protocol = parts.extensions.get::<Protocol>();
+    parts.version == Version::HTTP_2
+        && parts.method == Method::CONNECT
+        && protocol.is_some_and(|protocol| protocol.as_ref().eq_ignore_ascii_case(b"websocket"))
+}
+
+/// The guest's side of the switch, if it asks for one that may be; the request is then one that asks by `Upgrade`.
+pub(super) fn take(parts: &mut Parts) -> Option<Wish> {
+    let on = parts.extensions.remove::<OnUpgrade>();
+    if is_extended(parts) {
+        let mut nonce = [0u8; 16];
+        rand::fill(&mut nonce).ok()?;
+        let key = HeaderValue::from_str(&STANDARD.encode(nonce)).ok()?;
+        parts.extensions.remove::<Protocol>();
+        parts.method = Method::GET;
+        parts.headers.insert(header::SEC_WEBSOCKET_KEY, key.clone());
+        return on.map(|on| Wish { on, key: Some(key) });
+    }
+    let asks = parts.headers.get(header::UPGRADE)?.as_bytes().eq_ignore_ascii_case(b"websocket");
+    on.filter(|_| asks && parts.version == Version::HTTP_11).map(|on| Wish { on, key: None })
+}
+
+/// Writes the wish on a request that goes out on HTTP/1.1.
+pub(super) fn ask(headers: &mut HeaderMap) {
+    headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
+    headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+}
+
+fn accept_of(key: &HeaderValue) -> String {
+    // The protocol's own choice; it proves that the server knows WebSocket, not who it is.
+    let mut sha1 = digest::Context::new(&digest::SHA1_FOR_LEGACY_USE_ONLY);
+    sha1.update(key.as_bytes());
+    sha1.update(MIX);
+    STANDARD.encode(sha1.finish())
+}
+
+impl Wish {
+    /// Whether it came over HTTP/2, where success is said by a 2xx.
+    pub(super) fn is_extended(&self) -> bool {
+        self.key.is_some()
+    }
+
+    /// Whether what the upstream says is the answer to what it was asked.
+    pub(super) fn is_answered(&self, response: &HeaderMap) -> bool {
+        let Some(key) = &self.key else { return true };
+        let accept = response.get(header::SEC_WEBSOCKET_ACCEPT);
+        accept.is_some_and(|accept| accept.as_bytes() == accept_of(key).as_bytes())
+    }
+
+    /// Lets both sides speak from here on, until one ends or the rules cut it.
+    pub(super) fn grant(
+        self,
+        mut response: Response<hyper::body::Incoming>,
+        mut record: Record,
+        ticket: Ticket,
+        patterns: Option<Arc<Patterns>>,
+        entry: Arc<VmEntry>,
+    ) -> Response<Body> {
+        let upstream = hyper::upgrade::on(&mut response);
+        let (mut parts, _) = response.into_parts();
+        super::headers::strip_hop_by_hop(&mut parts.headers);
+        if let Some(patterns) = &patterns {
+            super::response::clean_headers(&mut parts.headers, patterns);
+        }
+        if self.is_extended() {
+            parts.status = StatusCode::OK;
+            parts.version = Version::HTTP_2;
+            parts.headers.remove(header::SEC_WEBSOCKET_ACCEPT);
+        } else {
+            ask(&mut parts.headers);
+        }
+        record.status(parts.status.as_u16());
+        let guest = self.on;
+        tokio::spawn(async move {
+            let talk = async {
+                let (guest, upstream) = tokio::try_join!(guest, upstream).ok()?;
+                let mut guest = Prefixed::new(Bytes::new(), TokioIo::new(guest))
+                    .counted(record.counters.clone())
+                    .throttled(entry.clone());
+                let mut upstream = Prefixed::new(Bytes::new(), TokioIo::new(upstream)).throttled(entry);
+                tokio::io::copy_bidirectional_with_sizes(&mut guest, &mut upstream, 16 * 1024, 16 * 1024)
+                    .await
+                    .ok()
+            };
+            tokio::select! {
+                _ = talk => {}
+                () = ticket.revoked.cancelled() => record.verdict(Verdict::Deny { reason: Reason::Revoked }),
+            }
+        });
+        Response::from_parts(parts, body::full(Bytes::new()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_key_of_the_rfc_has_the_accept_of_the_rfc() {
+        let key = HeaderValue::from_static("dGhlIHNhbXBsZSBub25jZQ==");
+        assert_eq!(accept_of(&key), "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=");
+    }
+}
