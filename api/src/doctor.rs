@@ -55,6 +55,12 @@ pub fn checks(config: &Config) -> Vec<Check> {
         checks.push(image(config));
         checks.push(kvm(config));
     }
+    if let DriverKind::Firecracker | DriverKind::CloudHypervisor = config.driver {
+        checks.push(vmm(config));
+        checks.push(program("qemu-img", "qemu-utils"));
+        checks.push(image(config));
+        checks.push(kvm_opens());
+    }
     checks.push(data_dir(&config.data_dir));
     checks.push(listen(config));
     checks
@@ -191,6 +197,37 @@ fn kvm(config: &Config) -> Check {
     match probe.accel {
         Accel::Kvm => Check::ok("kvm", probe.reason),
         Accel::Tcg => Check::bad(Outcome::Warn, "kvm", probe.reason, remedy),
+    }
+}
+
+/// The program of a driver that no package brings.
+fn vmm(config: &Config) -> Check {
+    let usual = match config.driver {
+        DriverKind::Firecracker => "/usr/local/bin/firecracker",
+        _ => "/usr/local/bin/cloud-hypervisor",
+    };
+    let path = config.vmm_program.clone().unwrap_or_else(|| usual.into());
+    match path.is_file() {
+        true => Check::ok("vmm", path.display().to_string()),
+        false => Check::bad(
+            Outcome::Fail,
+            "vmm",
+            format!("there is no {}", path.display()),
+            "take the program from its project's releases and set `vmm_program`",
+        ),
+    }
+}
+
+/// For a driver that has no emulation, and may be on a host without QEMU to try more with.
+fn kvm_opens() -> Check {
+    match accel::open_kvm() {
+        Ok(_) => Check::ok("kvm", "/dev/kvm opens"),
+        Err(error) => Check::bad(
+            Outcome::Fail,
+            "kvm",
+            format!("/dev/kvm: {error}"),
+            "turn on virtualisation in the firmware and `modprobe kvm_amd` or `kvm_intel`, or set driver = \"qemu\"",
+        ),
     }
 }
 

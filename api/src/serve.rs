@@ -20,7 +20,7 @@ use tapgate_model::VmId;
 use tapgate_proxy::{Listeners, PolicyTable, Proxy, ProxyConfig, VmCa};
 use tapgate_store::{AuditLog, CaPem, Resources, SealKey, Store};
 use tapgate_vmm::{
-    NetnsDriver, QemuDriver, Vmm,
+    ApiDriver, ApiKind, NetnsDriver, QemuDriver, Vmm,
     accel::{self, Accel},
     image::Image,
 };
@@ -209,14 +209,44 @@ async fn open_driver(config: &Config) -> anyhow::Result<(Option<Image>, Arc<dyn 
         return Ok((None, Arc::new(NetnsDriver::new())));
     }
     let image = images::find(&config.image_dir, &config.image)?;
+    let driver: Arc<dyn Vmm> = match config.driver {
+        DriverKind::Firecracker => {
+            Arc::new(api_driver(config, ApiKind::Firecracker, "/usr/local/bin/firecracker")?)
+        }
+        DriverKind::CloudHypervisor => {
+            Arc::new(api_driver(config, ApiKind::CloudHypervisor, "/usr/local/bin/cloud-hypervisor")?)
+        }
+        DriverKind::Netns | DriverKind::Qemu => Arc::new(qemu_driver(config, &image).await?),
+    };
+    tracing::info!(image = %image.dir().display(), driver = driver.name(), "serve.driver");
+    Ok((Some(image), driver))
+}
+
+/// A driver that needs KVM and a program that no package brings: both are looked at before a VM is.
+fn api_driver(config: &Config, kind: ApiKind, usual: &str) -> anyhow::Result<ApiDriver> {
+    if config.accel == AccelChoice::Tcg {
+        bail!("this driver has no emulation; set accel = \"auto\" or driver = \"qemu\"");
+    }
+    accel::open_kvm()
+        .context("this driver needs /dev/kvm; load kvm_intel or kvm_amd, or set driver = \"qemu\"")?;
+    let program = config.vmm_program.clone().unwrap_or_else(|| usual.into());
+    if !program.is_file() {
+        bail!(
+            "there is no {}; take the program from its project's releases and set vmm_program",
+            program.display()
+        );
+    }
+    Ok(ApiDriver::new(kind, program))
+}
+
+async fn qemu_driver(config: &Config, image: &Image) -> anyhow::Result<QemuDriver> {
+    let program = config.vmm_program.clone().unwrap_or_else(tapgate_vmm::default_program);
     let accel = match config.accel {
         AccelChoice::Tcg => Accel::Tcg,
         choice => {
-            let (tried, data_dir) = (image.clone(), config.data_dir.clone());
-            let probe = tokio::task::spawn_blocking(move || {
-                accel::probe(&tried, &tapgate_vmm::default_program(), &data_dir)
-            })
-            .await?;
+            let (tried, data_dir, program) = (image.clone(), config.data_dir.clone(), program.clone());
+            let probe =
+                tokio::task::spawn_blocking(move || accel::probe(&tried, &program, &data_dir)).await?;
             if choice == AccelChoice::Kvm && probe.accel == Accel::Tcg {
                 bail!(
                     "accel = \"kvm\", but KVM runs no guest here ({}); set accel = \"auto\" or \"tcg\"",
@@ -226,8 +256,8 @@ async fn open_driver(config: &Config) -> anyhow::Result<(Option<Image>, Arc<dyn 
             probe.accel
         }
     };
-    tracing::info!(image = %image.dir().display(), ?accel, "serve.driver");
-    Ok((Some(image), Arc::new(QemuDriver::new(accel))))
+    tracing::info!(?accel, program = %program.display(), "serve.qemu");
+    Ok(QemuDriver { program, ..QemuDriver::new(accel) })
 }
 
 /// Hands the listeners of both families to the programs.

@@ -140,9 +140,16 @@ fn real_vm_guest_reboot_shutdown_crash_and_vmm_hang() {
     let vm = stage.vm().unwrap().to_owned();
     let pid = stage.daemon().vmm(&vm).unwrap();
     // A kernel that panics restarts (panic=-1), as a guest that is told to: the VMM goes on, the record follows.
-    let _ = stage.sh("echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger");
+    let panic = "echo 1 > /proc/sys/kernel/sysrq; nohup sh -c 'sleep 1; echo c > /proc/sysrq-trigger' >/dev/null 2>&1 &";
+    stage.guest().unwrap().expect(panic).unwrap();
     stage.guest().unwrap().hang_up();
-    becomes(&stage, &vm, "running");
+    for _ in 0..600 {
+        if stage.daemon().log().contains("vm.rebooted") {
+            break;
+        }
+        thread::sleep(Duration::from_millis(100));
+    }
+    assert!(stage.daemon().log().contains("vm.rebooted"), "the panic was not noticed");
     becomes(&stage, &vm, "ready");
     assert_eq!(stage.daemon().vmm(&vm), Some(pid));
     signal(&stage, &vm, "-STOP");

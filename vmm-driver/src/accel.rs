@@ -1,13 +1,16 @@
 //! Whether this machine's KVM really runs guests. Opening `/dev/kvm` proves nothing: on some machines it opens, makes
 //! virtual CPUs and then never gets a kernel to its first line. So the image's own kernel is run for a moment.
 
+use crate::confine::view::View;
+use crate::confine::{self, Confined, Launch, Network, tool};
 use crate::image::Image;
+use crate::spec::VmmError;
 use serde::{Deserialize, Serialize};
-use std::fs;
-use std::io::Read as _;
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{PipeReader, Read as _};
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// How a guest's CPU is provided.
@@ -83,66 +86,112 @@ fn try_kvm(image: &Image, qemu: &Path, patience: Patience) -> Result<(), String>
             _ => format!("/dev/kvm cannot be opened ({e})"),
         });
     }
-    let child = Command::new(qemu)
-        .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
-        .args(["-M", "microvm,acpi=on", "-accel", "kvm", "-cpu", "host", "-m", "256M", "-serial", "stdio"])
-        .arg("-kernel")
-        .arg(image.kernel())
-        // Its first line, then the end: without a root the kernel panics.
-        .args(["-append", "console=ttyS0 earlyprintk=serial,ttyS0 panic=-1"])
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .map_err(|e| format!("QEMU cannot be started ({e})"))?;
-    if speaks(child, patience) {
-        Ok(())
-    } else {
-        Err("/dev/kvm opens, but a guest kernel started with it never prints a line".into())
+    let (reader, pid) = start(image, qemu).map_err(|e| format!("QEMU cannot be started ({e})"))?;
+    let spoke = speaks(reader, pid, patience);
+    confine::end_child(pid);
+    match spoke {
+        true => Ok(()),
+        false => Err("/dev/kvm opens, but a guest kernel started with it never prints a line".into()),
     }
 }
 
-/// Whether the guest's kernel says its name in time. The process is gone afterwards in any case.
-fn speaks(mut child: Child, patience: Patience) -> bool {
+/// QEMU with the image's kernel, confined like any other: the kernel may be a stranger's.
+fn start(image: &Image, qemu: &Path) -> Result<(PipeReader, i32), VmmError> {
+    const KERNEL: &str = "/vm/kernel";
+    confine::present(qemu, "qemu-system-x86")?;
+    let view = || -> std::io::Result<View> {
+        let mut view = View::new(image.dir(), tool::NOBODY)?;
+        view.program(qemu)?;
+        for folder in crate::qemu::DATA {
+            view.same(Path::new(folder))?;
+        }
+        view.read_only(&image.kernel(), KERNEL)?;
+        view.device("/dev/kvm", 10, 232)?;
+        Ok(view)
+    };
+    let confined = match nix::unistd::geteuid().is_root() {
+        true => Some(Confined {
+            uid: tool::NOBODY,
+            view: view().map_err(VmmError::io("the view of files"))?,
+            network: Network::None,
+        }),
+        false => None,
+    };
+    let kernel = if confined.is_some() { KERNEL.into() } else { image.kernel().into_os_string() };
+    let mut args: Vec<OsString> = [
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-no-reboot",
+        "-M",
+        "microvm,acpi=on",
+        "-accel",
+        "kvm",
+        "-cpu",
+        "host",
+        "-m",
+        "256M",
+        "-serial",
+        "stdio",
+        // Its first line, then the end: without a root the kernel panics.
+        "-append",
+        "console=ttyS0 earlyprintk=serial,ttyS0 panic=-1",
+        "-kernel",
+    ]
+    .map(OsString::from)
+    .to_vec();
+    args.push(kernel);
+    let (reader, writer) = std::io::pipe().map_err(VmmError::io("a pipe"))?;
+    let quiet = File::options().write(true).open("/dev/null").map_err(VmmError::io("/dev/null"))?;
+    let launch = Launch {
+        program: qemu,
+        args,
+        stdout: File::from(OwnedFd::from(writer)),
+        stderr: quiet,
+        confined,
+        descriptors: Vec::new(),
+        cgroup: None,
+    };
+    Ok((reader, launch.spawn()?))
+}
+
+/// Whether the guest's kernel says its name in time.
+fn speaks(mut stdout: PipeReader, pid: i32, patience: Patience) -> bool {
     let (sender, receiver) = std::sync::mpsc::channel();
-    if let Some(mut stdout) = child.stdout.take() {
-        std::thread::spawn(move || {
-            let mut seen = Vec::new();
-            let mut buffer = [0u8; 4096];
-            while let Ok(n @ 1..) = stdout.read(&mut buffer) {
-                seen.extend_from_slice(&buffer[..n]);
-                if seen.windows(13).any(|window| window == b"Linux version") {
-                    let _ = sender.send(());
-                    return;
-                }
-                // Only the kernel's own words are looked for; a firmware that babbles is not remembered.
-                let keep = seen.len().saturating_sub(64);
-                seen.drain(..keep);
+    std::thread::spawn(move || {
+        let mut seen = Vec::new();
+        let mut buffer = [0u8; 4096];
+        while let Ok(n @ 1..) = stdout.read(&mut buffer) {
+            seen.extend_from_slice(&buffer[..n]);
+            if seen.windows(13).any(|window| window == b"Linux version") {
+                let _ = sender.send(());
+                return;
             }
-        });
-    }
+            // Only the kernel's own words are looked for; a firmware that babbles is not remembered.
+            let keep = seen.len().saturating_sub(64);
+            seen.drain(..keep);
+        }
+    });
     let end = Instant::now() + patience.clock;
-    let spoke = loop {
+    loop {
         let wait = Duration::from_millis(50).min(end.saturating_duration_since(Instant::now()));
         match receiver.recv_timeout(wait) {
             Ok(()) => break true,
             Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => break false,
             Err(std::sync::mpsc::RecvTimeoutError::Timeout)
-                if Instant::now() >= end || cpu_time(child.id()) >= patience.cpu =>
+                if Instant::now() >= end || cpu_time(pid) >= patience.cpu =>
             {
                 break false;
             }
             Err(std::sync::mpsc::RecvTimeoutError::Timeout) => {}
         }
-    };
-    let _ = child.kill();
-    let _ = child.wait();
-    spoke
+    }
 }
 
 /// The processor time that a process was given so far; none if it cannot be read. See proc_pid_stat(5): `utime` and `stime`, the
 /// 12th and 13th field behind the name, in ticks.
-fn cpu_time(pid: u32) -> Duration {
+fn cpu_time(pid: i32) -> Duration {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
     let ticks: u64 =
@@ -155,19 +204,22 @@ fn cpu_time(pid: u32) -> Duration {
 mod tests {
     use super::*;
 
-    fn script(text: &str) -> Child {
-        Command::new("sh").args(["-c", text]).stdout(Stdio::piped()).spawn().unwrap()
+    fn script(text: &str, patience: Patience) -> bool {
+        let (reader, writer) = std::io::pipe().unwrap();
+        let mut child = std::process::Command::new("sh").args(["-c", text]).stdout(writer).spawn().unwrap();
+        let spoke = speaks(reader, child.id() as i32, patience);
+        let _ = child.kill();
+        let _ = child.wait();
+        spoke
     }
 
     #[test]
     fn only_a_kernels_first_line_counts() {
-        assert!(speaks(
-            script("printf 'firmware\\n[0.0] Linux ver'; printf 'sion 6.1'; exec sleep 1000"),
-            PATIENCE
-        ));
-        assert!(!speaks(script("echo firmware"), PATIENCE), "it ended without a word");
+        let line = "printf 'firmware\\n[0.0] Linux ver'; printf 'sion 6.1'; exec sleep 1000";
+        assert!(script(line, PATIENCE));
+        assert!(!script("echo firmware", PATIENCE), "it ended without a word");
         let soon = Duration::from_millis(200);
-        assert!(!speaks(script("exec sleep 1000"), Patience { clock: soon, ..PATIENCE }), "it hangs");
-        assert!(!speaks(script("while :; do :; done"), Patience { cpu: soon, ..PATIENCE }), "it spins");
+        assert!(!script("exec sleep 1000", Patience { clock: soon, ..PATIENCE }), "it hangs");
+        assert!(!script("while :; do :; done", Patience { cpu: soon, ..PATIENCE }), "it spins");
     }
 }

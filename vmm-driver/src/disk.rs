@@ -46,17 +46,15 @@ const ORIGIN: &str = "image.json";
 /// without a disk gets the given one, and it is noted before the disk is made.
 pub fn origin(dir: &Path, newest: &Image) -> Result<Image, VmmError> {
     let note = dir.join(ORIGIN);
-    match fs::read(&note) {
-        Ok(bytes) => {
-            let from: PathBuf = serde_json::from_slice(&bytes)
-                .map_err(|e| VmmError::Disk(format!("{}: {e}", note.display())))?;
+    match noted_image(dir)? {
+        Some(from) => {
             if from == newest.dir() {
                 return Ok(newest.clone());
             }
             crate::image::open(&from)
                 .map_err(|e| VmmError::Disk(format!("the image that it was made from cannot be used: {e}")))
         }
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+        None => {
             let text = serde_json::to_vec(newest.dir()).map_err(|e| VmmError::Disk(e.to_string()))?;
             let new = note.with_extension("new");
             fs::write(&new, text)
@@ -64,6 +62,17 @@ pub fn origin(dir: &Path, newest: &Image) -> Result<Image, VmmError> {
                 .map_err(VmmError::io("noting the image"))?;
             Ok(newest.clone())
         }
+    }
+}
+
+/// The folder of the image that a VM's disk was made from, if it is noted.
+pub(crate) fn noted_image(dir: &Path) -> Result<Option<PathBuf>, VmmError> {
+    let note = dir.join(ORIGIN);
+    match fs::read(&note) {
+        Ok(bytes) => serde_json::from_slice(&bytes)
+            .map(Some)
+            .map_err(|e| VmmError::Disk(format!("{}: {e}", note.display()))),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(VmmError::io(note.display().to_string())(e)),
     }
 }
@@ -89,6 +98,98 @@ pub fn prepare(dir: &Path, image: &Image, snapshot: Option<&Path>, bytes: u64) -
     Ok(disk)
 }
 
+/// The same as a raw file, whatever the file system can, for VMMs that are given nothing else: no format's parser is between
+/// them and what a guest writes. It belongs to the VMM's user.
+pub fn prepare_raw(
+    dir: &Path,
+    image: &Image,
+    snapshot: Option<&Path>,
+    bytes: u64,
+    uid: u32,
+) -> Result<PathBuf, VmmError> {
+    let bytes = bytes.max(image.manifest().disk.size).next_multiple_of(1 << 20);
+    let path = dir.join(RAW);
+    match (find(dir), snapshot) {
+        (Some(Disk { format: Format::Raw, .. }), _) => {}
+        (Some(_), _) => {
+            return Err(VmmError::Disk(
+                "it is stored as qcow2, which this driver cannot use; take a snapshot with the qemu driver and create the VM \
+                 anew from it"
+                    .into(),
+            ));
+        }
+        (None, Some(snapshot)) => {
+            unpack(snapshot, &path, uid)?;
+            if snapshot.parent() == Some(dir) {
+                // Brought here for this VM alone.
+                fs::remove_file(snapshot).map_err(VmmError::io("removing the snapshot's copy"))?;
+            }
+        }
+        (None, None) => copy_raw(&image.disk(), &path)?,
+    }
+    grow(&Disk { path: path.clone(), format: Format::Raw }, bytes)?;
+    Ok(path)
+}
+
+/// A copy of a raw disk: sharing its blocks where the file system can, else without its holes.
+pub fn copy_raw(from: &Path, to: &Path) -> Result<(), VmmError> {
+    if reflink(from, to)? {
+        return Ok(());
+    }
+    let new = to.with_extension("new");
+    sparse_copy(from, &new).map_err(VmmError::io(format!("copying {}", from.display())))?;
+    fs::rename(&new, to).map_err(VmmError::io("naming the disk"))
+}
+
+fn sparse_copy(from: &Path, to: &Path) -> std::io::Result<()> {
+    use nix::errno::Errno;
+    use nix::unistd::{Whence, lseek};
+    use std::io::{Seek as _, SeekFrom};
+    let mut source = File::open(from)?;
+    let _ = fs::remove_file(to);
+    let mut target = OpenOptions::new().write(true).create_new(true).mode(0o600).open(to)?;
+    let length = i64::try_from(source.metadata()?.len()).map_err(std::io::Error::other)?;
+    let mut at = 0;
+    while at < length {
+        let start = match lseek(&source, at, Whence::SeekData) {
+            Ok(start) => start,
+            Err(Errno::ENXIO) => break,
+            Err(error) => return Err(error.into()),
+        };
+        let end = lseek(&source, start, Whence::SeekHole)?;
+        let (from, size) = (start.unsigned_abs(), (end - start).unsigned_abs());
+        source.seek(SeekFrom::Start(from))?;
+        target.seek(SeekFrom::Start(from))?;
+        std::io::copy(&mut std::io::Read::take(&mut source, size), &mut target)?;
+        at = end;
+    }
+    target.set_len(length.unsigned_abs())?;
+    target.sync_data()
+}
+
+/// A snapshot's qcow2 file from a raw disk. Compact, and depending on no other file.
+pub fn pack(raw: &Path, to: &Path) -> Result<(), VmmError> {
+    qemu_img(&["convert", "-f", "raw", "-O", "qcow2"].map(AsRef::as_ref), &[raw, to])?;
+    private(to)
+}
+
+/// A raw disk from a snapshot. The reader of the format runs as the VM's user, in a view with nothing but the two files: what
+/// is in the snapshot was written by a VMM that a guest may have taken over.
+fn unpack(snapshot: &Path, to: &Path, uid: u32) -> Result<(), VmmError> {
+    if depends_on_another(snapshot)? {
+        return Err(VmmError::Disk(format!(
+            "{} is not a snapshot: it depends on another file",
+            snapshot.display()
+        )));
+    }
+    let new = to.with_extension("new");
+    let bytes = qcow2_size(snapshot)?;
+    File::create(&new).and_then(|file| file.set_len(bytes)).map_err(VmmError::io("making the disk"))?;
+    private(&new)?;
+    crate::confine::tool::convert(snapshot, "qcow2", &new, uid)?;
+    fs::rename(&new, to).map_err(VmmError::io("naming the disk"))
+}
+
 fn create(dir: &Path, image: &Image) -> Result<Disk, VmmError> {
     let raw = Disk { path: dir.join(RAW), format: Format::Raw };
     if reflink(&image.disk(), &raw.path)? {
@@ -97,17 +198,20 @@ fn create(dir: &Path, image: &Image) -> Result<Disk, VmmError> {
     let disk = Disk { path: dir.join(QCOW2), format: Format::Qcow2 };
     let new = dir.join("disk.new");
     let _ = fs::remove_file(&new);
-    qemu_img(&[
-        "create".as_ref(),
-        "-q".as_ref(),
-        "-f".as_ref(),
-        "qcow2".as_ref(),
-        "-F".as_ref(),
-        "raw".as_ref(),
-        "-b".as_ref(),
-        image.disk().as_os_str(),
-        new.as_os_str(),
-    ])?;
+    qemu_img(
+        &[
+            "create".as_ref(),
+            "-q".as_ref(),
+            "-f".as_ref(),
+            "qcow2".as_ref(),
+            "-F".as_ref(),
+            "raw".as_ref(),
+            "-b".as_ref(),
+            image.disk().as_os_str(),
+            new.as_os_str(),
+        ],
+        &[],
+    )?;
     private(&new)?;
     fs::rename(&new, &disk.path).map_err(VmmError::io("naming the disk"))?;
     Ok(disk)
@@ -139,14 +243,10 @@ fn copy_snapshot(dir: &Path, snapshot: &Path) -> Result<Disk, VmmError> {
 /// An empty qcow2 file of a disk's size, for a snapshot to be written to.
 pub fn create_snapshot(path: &Path, bytes: u64) -> Result<(), VmmError> {
     let size = bytes.to_string();
-    qemu_img(&[
-        "create".as_ref(),
-        "-q".as_ref(),
-        "-f".as_ref(),
-        "qcow2".as_ref(),
-        path.as_os_str(),
-        size.as_ref(),
-    ])?;
+    qemu_img(
+        &["create".as_ref(), "-q".as_ref(), "-f".as_ref(), "qcow2".as_ref(), path.as_os_str(), size.as_ref()],
+        &[],
+    )?;
     private(path)
 }
 
@@ -190,14 +290,17 @@ fn grow(disk: &Disk, bytes: u64) -> Result<(), VmmError> {
                 return Ok(());
             }
             let size = bytes.to_string();
-            qemu_img(&[
-                "resize".as_ref(),
-                "-q".as_ref(),
-                "-f".as_ref(),
-                "qcow2".as_ref(),
-                disk.path.as_os_str(),
-                size.as_ref(),
-            ])
+            qemu_img(
+                &[
+                    "resize".as_ref(),
+                    "-q".as_ref(),
+                    "-f".as_ref(),
+                    "qcow2".as_ref(),
+                    disk.path.as_os_str(),
+                    size.as_ref(),
+                ],
+                &[],
+            )
         }
     }
 }
@@ -270,9 +373,9 @@ fn private(path: &Path) -> Result<(), VmmError> {
         .map_err(VmmError::io(path.display().to_string()))
 }
 
-fn qemu_img(args: &[&std::ffi::OsStr]) -> Result<(), VmmError> {
+fn qemu_img(words: &[&std::ffi::OsStr], files: &[&Path]) -> Result<(), VmmError> {
     let output =
-        Command::new("qemu-img").args(args).stdin(Stdio::null()).output().map_err(|source| {
+        Command::new("qemu-img").args(words).args(files).stdin(Stdio::null()).output().map_err(|source| {
             VmmError::Missing { program: "qemu-img".into(), package: "qemu-utils", source }
         })?;
     if output.status.success() {

@@ -5,7 +5,9 @@
 #![deny(unsafe_code)]
 
 pub mod accel;
+mod agent;
 pub mod cgroup;
+pub mod confine;
 pub mod disk;
 mod driver;
 pub mod image;
@@ -15,11 +17,14 @@ mod qemu;
 mod qmp;
 pub mod quote;
 pub mod ready;
+mod rest;
 pub mod seed;
 mod spec;
 
+pub use confine::uid_of;
 pub use driver::{BoxFuture, Running, Vmm};
 pub use netns_driver::{NetnsDriver, NetnsRunning, exec as netns_exec};
-pub use qemu::{QemuDriver, QemuRunning, default_program, noted_handle, uid_of};
+pub use qemu::{QemuDriver, QemuRunning, default_program, noted_handle};
+pub use rest::{ApiDriver, ApiRunning, Kind as ApiKind};
 pub use seed::Seed;
 pub use spec::{Exit, Handle, Observed, SnapshotInfo, VmSpec, VmmError};

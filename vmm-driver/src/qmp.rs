@@ -149,7 +149,7 @@ async fn send_with(stream: &UnixStream, text: &[u8], descriptor: &OwnedFd) -> st
 }
 
 fn late(what: &str) -> VmmError {
-    VmmError::Control(format!("no answer to {what} within {} s", DEADLINE.as_secs()))
+    VmmError::Silent(format!("no answer to {what} within {} s", DEADLINE.as_secs()))
 }
 
 fn as_event(message: &Value) -> Option<Event> {

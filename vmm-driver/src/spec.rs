@@ -78,12 +78,26 @@ pub enum VmmError {
         #[source]
         source: std::io::Error,
     },
+    /// A program that no package brings is missing.
+    #[error(
+        "{program} cannot be started; take it from its project's releases and set its path in the configuration"
+    )]
+    NoProgram {
+        /// The program.
+        program: String,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
     /// The VMM did not come up.
     #[error("the VMM did not start: {0}")]
     Start(String),
     /// The VMM does not answer on its control socket, or refuses.
     #[error("the VMM does not obey: {0}")]
     Control(String),
+    /// The VMM does not answer at all.
+    #[error("the VMM does not answer: {0}")]
+    Silent(String),
     /// The process of the handle is gone.
     #[error("the VM is not running any more")]
     Gone,

@@ -47,6 +47,8 @@ pub struct Config {
     pub quotas: Quotas,
     /// What runs the guests.
     pub driver: DriverKind,
+    /// The VMM's program, where it is not in its usual place.
+    pub vmm_program: Option<PathBuf>,
     /// What executes guest code.
     pub accel: AccelChoice,
     /// What SSH clients connect to.
@@ -157,6 +159,9 @@ impl Settings {
         };
         if retention.days == 0 || retention.events == 0 {
             return Err(value("audit_days", "and audit_events must be at least 1"));
+        }
+        if self.vmm_program.as_deref().is_some_and(|path| !path.is_absolute()) {
+            return Err(value("vmm_program", "must be an absolute path"));
         }
         if tls.is_none() && !listen.ip().is_loopback() && self.listen_without_tls != Some(true) {
             return Err(value(
@@ -276,6 +281,7 @@ impl Settings {
             mail_from: self.mail_from.unwrap_or_else(|| "tapgate@localhost.localdomain".into()),
             retention,
             driver: self.driver.unwrap_or_default(),
+            vmm_program: self.vmm_program,
             accel: self.accel.unwrap_or_default(),
             public_host,
             uplink: self.uplink,
@@ -400,6 +406,7 @@ mod tests {
             ("image = '../x'", "image"),
             ("public_host = 'a b'", "public_host"),
             ("memory_mib = 1", "memory_mib"),
+            ("vmm_program = 'qemu'", "vmm_program"),
             ("vm_connections = 0", "vm_connections"),
             ("vm_new_connections = 0", "vm_new_connections"),
             ("vm_bytes_per_second = 0", "vm_bytes_per_second"),

@@ -11,6 +11,10 @@ use std::path::{Path, PathBuf};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum DriverKind {
+    /// Cloud Hypervisor, with KVM.
+    CloudHypervisor,
+    /// Firecracker, with KVM.
+    Firecracker,
     /// A network namespace instead of a VM: for tests and trying it out. Isolates nothing but the network.
     Netns,
     /// QEMU's microvm machine, with KVM or TCG.
@@ -83,6 +87,9 @@ pub struct Settings {
     /// What runs the guests [default: qemu]
     #[arg(long, env = "TAPGATE_DRIVER")]
     pub driver: Option<DriverKind>,
+    /// The VMM's program [default: /usr/bin/qemu-system-x86_64, /usr/local/bin/firecracker or /usr/local/bin/cloud-hypervisor]
+    #[arg(long, env = "TAPGATE_VMM_PROGRAM", value_name = "FILE")]
+    pub vmm_program: Option<PathBuf>,
     /// What executes guest code [default: auto]
     #[arg(long, env = "TAPGATE_ACCEL")]
     pub accel: Option<AccelChoice>,
@@ -221,6 +228,7 @@ impl Settings {
             audit_days,
             audit_events,
             driver,
+            vmm_program,
             accel,
             public_host,
             uplink,

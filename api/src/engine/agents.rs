@@ -63,6 +63,18 @@ pub(super) async fn report(
     status: AgentStatus,
     failure: Option<String>,
 ) -> Result<(), AgentError> {
+    // Read first: a guest that repeats itself must not keep the writer busy.
+    let now = shared.store.agent_of(vm).await?.ok_or(AgentError::None)?.status;
+    if now == status {
+        return Ok(());
+    }
+    if !status.may_follow(now) {
+        return Err(AgentError::Order(format!(
+            "an agent that is {} cannot become {}",
+            now.word(),
+            status.word()
+        )));
+    }
     let failure = failure.map(|text| {
         let plain = text.chars().map(|c| if c.is_control() { ' ' } else { c });
         plain.take(MAX_REASON).collect::<String>()
@@ -74,9 +86,7 @@ pub(super) async fn report(
 
 /// Keeps the end of an agent's log.
 pub(super) async fn keep_log(shared: &Shared, vm: &VmId, text: String) -> Result<(), AgentError> {
-    if shared.store.agent_of(vm).await?.is_none() {
-        return Err(AgentError::None);
-    }
+    // First what costs nothing: a guest may ask as fast as it can.
     {
         let mut last = shared.logs.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         last.retain(|_, at| at.elapsed() < LOG_PAUSE);
@@ -84,6 +94,9 @@ pub(super) async fn keep_log(shared: &Shared, vm: &VmId, text: String) -> Result
             return Err(AgentError::Often);
         }
         last.insert(vm.clone(), Instant::now());
+    }
+    if shared.store.agent_of(vm).await?.is_none() {
+        return Err(AgentError::None);
     }
     let path = files::dir(shared, vm).join(LOG);
     let new = path.with_extension("log.new");

@@ -32,6 +32,11 @@ impl AgentStatus {
         }
     }
 
+    /// Whether it may be reported of an agent that is in the other: steps may be left out, none goes back.
+    pub const fn may_follow(self, from: Self) -> bool {
+        self.place() >= from.place()
+    }
+
     /// Its place in an agent's life.
     const fn place(self) -> u8 {
         match self {
@@ -257,7 +262,7 @@ impl Store {
         self.db
             .write(move |tx| {
                 let now = living(tx, &vm)?.ok_or(StoreError::NotFound(Kind::Agent))?;
-                if status.place() < now.status.place() {
+                if !status.may_follow(now.status) {
                     return Err(StoreError::Illegal { from: now.status.word(), to: status.word() });
                 }
                 // What ended it first is what counts.

@@ -6,7 +6,7 @@ use std::{
     fs::{File, OpenOptions},
     io,
     os::{
-        fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
+        fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
         unix::fs::OpenOptionsExt as _,
     },
 };
@@ -23,6 +23,25 @@ nix::ioctl_write_ptr_bad!(
     libc::TUNSETVNETHDRSZ,
     libc::c_int
 );
+
+nix::ioctl_write_int_bad!(
+    /// Lets this user attach to the device without any right.
+    tun_set_owner,
+    libc::TUNSETOWNER
+);
+nix::ioctl_write_int_bad!(
+    /// Keeps the device when nobody is attached to it.
+    tun_set_persist,
+    libc::TUNSETPERSIST
+);
+nix::ioctl_none_bad!(
+    /// The network namespace of the device, as a new descriptor.
+    tun_get_netns,
+    SIOCGSKNS
+);
+
+/// `include/uapi/linux/sockios.h`.
+const SIOCGSKNS: libc::c_ulong = 0x894c;
 
 /// The header that carries checksum and segmentation offloads: `struct virtio_net_hdr_v1`.
 pub const VNET_HEADER: usize = 12;
@@ -51,16 +70,51 @@ impl Tap {
     }
 }
 
-#[expect(unsafe_code, reason = "two ioctls that std and nix have no safe wrapper for")]
-fn configure(file: &File, name: &str) -> io::Result<()> {
+/// Lends a tap to a user whose VMM opens taps by name: that user alone can attach to it, the device stays when it is let go,
+/// and goes when its link is deleted. Answers the network namespace that it is in, where the VMM has to start.
+#[expect(unsafe_code, reason = "three ioctls that std and nix have no safe wrapper for")]
+pub fn lend(tap: OwnedFd, uid: u32) -> io::Result<OwnedFd> {
+    let uid = i32::try_from(uid).map_err(io::Error::other)?;
+    // SAFETY: the descriptor is open; the argument is a number.
+    unsafe { tun_set_owner(tap.as_raw_fd(), uid) }?;
+    // SAFETY: as above.
+    unsafe { tun_set_persist(tap.as_raw_fd(), 1) }?;
+    // SAFETY: the descriptor is open; the call answers a new descriptor or an error.
+    let netns = unsafe { tun_get_netns(tap.as_raw_fd()) }?;
+    // SAFETY: the descriptor is new and nobody else's.
+    let netns = unsafe { OwnedFd::from_raw_fd(netns) };
+    let flags = nix::fcntl::FdFlag::FD_CLOEXEC;
+    nix::fcntl::fcntl(&netns, nix::fcntl::FcntlArg::F_SETFD(flags))?;
+    Ok(netns)
+}
+
+/// Attaches to a tap of this thread's network namespace by its name, as a VMM does that a tap was lent to.
+#[expect(unsafe_code, reason = "an ioctl that std and nix have no safe wrapper for")]
+pub fn attach(name: &str) -> io::Result<OwnedFd> {
+    let file =
+        OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun")?;
+    let request = request(name, 0);
+    // SAFETY: the descriptor is open, `request` is an `ifreq` that outlives the call.
+    unsafe { tun_set_iff(file.as_raw_fd(), &request) }?;
+    Ok(file.into())
+}
+
+#[expect(unsafe_code, reason = "all zeroes have to be said to be valid")]
+fn request(name: &str, more: libc::c_int) -> libc::ifreq {
     // SAFETY: `ifreq` is plain data, for which all zeroes is a valid value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *to = from as libc::c_char;
     }
-    // IFF_TUN_EXCL: taking over a device that is there would hand one VM's tap to another.
-    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_TUN_EXCL;
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | more;
     request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    request
+}
+
+#[expect(unsafe_code, reason = "two ioctls that std and nix have no safe wrapper for")]
+fn configure(file: &File, name: &str) -> io::Result<()> {
+    // IFF_TUN_EXCL: taking over a device that is there would hand one VM's tap to another.
+    let request = request(name, libc::IFF_TUN_EXCL);
     // SAFETY: the descriptor is open, `request` is an `ifreq` that outlives the call.
     unsafe { tun_set_iff(file.as_raw_fd(), &request) }?;
     let size = VNET_HEADER as libc::c_int;

@@ -80,6 +80,8 @@ async fn fetch(
         "GET {path} HTTP/1.1\r\nHost: {NAME}\r\nAuthorization: Bearer IRONSH_PROXY_token\r\n{close}\r\n"
     );
     stream.write_all(ask.as_bytes()).await?;
+    // What TLS has taken is not yet sent: a task that has used up its turn could wait for the answer for ever.
+    stream.flush().await?;
     buffer.clear();
     let body = loop {
         ensure!(stream.read_buf(buffer).await? > 0, "the answer broke off");

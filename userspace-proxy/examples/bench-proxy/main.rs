@@ -10,7 +10,9 @@ mod usage;
 use anyhow::{Context as _, Result};
 use load::{Outcome, Target};
 use stage::{BULK, ORIGIN, OURS, PEERS, PLAIN, Running, SECRET, Stage};
-use std::{fmt::Write as _, net::SocketAddr, time::Duration};
+use std::{
+    fmt::Write as _, net::SocketAddr, os::unix::process::CommandExt as _, process::Command, time::Duration,
+};
 use usage::Usage;
 
 /// One proxy, or none.
@@ -51,6 +53,7 @@ fn main() -> Result<()> {
     {
         return ours::serve(dir.as_ref());
     }
+    enclosed(&args)?;
     let plan = match args.iter().any(|arg| arg == "--long") {
         true => Plan { each: Duration::from_secs(5), rounds: 3, idle: 10_000 },
         false => Plan { each: Duration::from_secs(2), rounds: 1, idle: 2_000 },
@@ -85,6 +88,22 @@ fn main() -> Result<()> {
     let rows: Vec<(Subject, Figures)> = all.into_iter().map(|(s, figures)| (s, median(figures))).collect();
     print!("{}", report(&rows, plan)?);
     Ok(())
+}
+
+/// Goes on in a process namespace of its own, so that whatever ends this ends all that it started: Squid changes its user, and
+/// with it loses the signal that the others get.
+fn enclosed(args: &[String]) -> Result<()> {
+    const INSIDE: &str = "BENCH_PROXY_INSIDE";
+    if std::env::var_os(INSIDE).is_some() {
+        return Ok(());
+    }
+    let error = Command::new("unshare")
+        .args(["--pid", "--fork", "--kill-child", "--mount-proc"])
+        .arg(std::env::current_exe()?)
+        .args(args)
+        .env(INSIDE, "1")
+        .exec();
+    Err(error).context("unshare, of util-linux, could not be started")
 }
 
 fn subjects(stage: &Stage, only: &[&String], plan: Plan) -> Result<(Vec<Running>, Vec<Subject>)> {
@@ -189,6 +208,16 @@ fn measure(runtime: &tokio::runtime::Runtime, subject: &Subject, plan: Plan, mem
     }
     figures.cpu = if bulk.count > 0 { cpu / (bulk.count as f64 / 1e9) } else { 0.0 };
     (figures.bulk, figures.opening, figures.kept) = (bulk, opening, kept);
+    eprintln!(
+        "  {:.0} MB/s, {:.2} CPU s/GB, {:.0} new/s, {:.0} requests/s, p50 {:?}, p99 {:?}, {:.1} KiB/idle",
+        figures.bulk.rate / 1e6,
+        figures.cpu,
+        figures.opening.rate,
+        figures.kept.rate,
+        figures.kept.p50,
+        figures.kept.p99,
+        figures.memory.0
+    );
     for failed in &figures.failed {
         eprintln!("{}: {failed}", subject.name);
     }

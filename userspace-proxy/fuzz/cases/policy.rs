@@ -18,7 +18,6 @@ pub fn secrets() -> Arc<[SecretBinding]> {
         .into()
 }
 
-#[allow(dead_code)]
 pub fn policy() -> VmPolicy {
     VmPolicy {
         vm: VmId::generate(),

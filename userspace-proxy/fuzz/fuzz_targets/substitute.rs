@@ -2,7 +2,7 @@
 #![no_main]
 
 #[path = "../cases/mod.rs"]
-#[allow(dead_code)]
+#[allow(dead_code, reason = "each target runs one")]
 mod cases;
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| cases::substitute(bytes));

@@ -1,5 +1,6 @@
-//! The host's channel into the guest: a virtio port that speaks the part of QEMU's guest agent protocol that snapshots
-//! need: `guest-sync`, `guest-ping`, `guest-fsfreeze-{freeze,status,thaw}`; and `guest-tapgate-sync`, which writes out.
+//! The host's channel into the guest: a virtio port or a vsock port that speaks the part of QEMU's guest agent protocol that
+//! snapshots and a clean end need: `guest-sync`, `guest-ping`, `guest-fsfreeze-{freeze,status,thaw}`, `guest-shutdown`; and
+//! `guest-tapgate-sync`, which writes out.
 //!
 //! A frozen guest must never depend on the host to go on: a freeze ends by itself after a while, and then says so.
 
@@ -14,6 +15,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 const PORT: &str = "org.qemu.guest_agent.0";
+/// Where the VMM has a vsock device instead; below 1024, so that only root may listen there.
+const VSOCK_PORT: u32 = 777;
 const MAX_LINE: usize = 64 << 10;
 /// The longest freeze; a snapshot needs some milliseconds.
 const LONGEST: Duration = Duration::from_secs(20);
@@ -36,7 +39,6 @@ struct Frozen {
 
 /// Serves the port, where there is one, on threads of its own.
 pub fn listen() {
-    let Some(device) = port() else { return };
     let frozen = Arc::new(Mutex::new(Frozen::default()));
     let watched = frozen.clone();
     thread::spawn(move || {
@@ -48,11 +50,42 @@ pub fn listen() {
             }
         }
     });
+    let by_vsock = frozen.clone();
     thread::spawn(move || {
-        if let Err(error) = serve(&device, &frozen) {
-            eprintln!("{device}: {error}");
+        if let Err(error) = listen_vsock(&by_vsock) {
+            eprintln!("vsock: {error}");
         }
     });
+    let Some(device) = port() else { return };
+    let served =
+        OpenOptions::new().read(true).write(true).open(&device).and_then(|port| serve(port, &frozen, true));
+    if let Err(error) = served {
+        eprintln!("{device}: {error}");
+    }
+}
+
+/// Serves the host's connections by vsock, one after the other, for as long as the guest lives.
+fn listen_vsock(frozen: &Mutex<Frozen>) -> std::io::Result<()> {
+    use nix::sys::socket::{
+        AddressFamily, Backlog, SockFlag, SockType, VsockAddr, accept4, bind, getpeername, listen, socket,
+    };
+    let listener = socket(AddressFamily::Vsock, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    bind(listener.as_raw_fd(), &VsockAddr::new(libc::VMADDR_CID_ANY, VSOCK_PORT))?;
+    listen(&listener, Backlog::new(4)?)?;
+    loop {
+        let stream = accepted(accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC)?);
+        // Only the host: another process of this guest could come by the loopback address.
+        if getpeername::<VsockAddr>(stream.as_raw_fd()).is_ok_and(|peer| peer.cid() == libc::VMADDR_CID_HOST)
+        {
+            let _ = serve(stream, frozen, false);
+        }
+    }
+}
+
+#[expect(unsafe_code, reason = "accept answers a number")]
+fn accepted(number: std::os::fd::RawFd) -> File {
+    // SAFETY: the descriptor is new and nobody else's.
+    unsafe { std::os::fd::FromRawFd::from_raw_fd(number) }
 }
 
 fn port() -> Option<String> {
@@ -68,14 +101,16 @@ fn port() -> Option<String> {
     None
 }
 
-fn serve(device: &str, frozen: &Mutex<Frozen>) -> std::io::Result<()> {
-    let mut port = OpenOptions::new().read(true).write(true).open(device)?;
+/// Answers what comes. Where nobody is connected to a `port` it reads as at its end, and somebody may come later.
+fn serve(mut stream: File, frozen: &Mutex<Frozen>, port: bool) -> std::io::Result<()> {
     let mut line = Vec::new();
     let mut buffer = [0u8; 4096];
     loop {
-        let n = port.read(&mut buffer)?;
+        let n = stream.read(&mut buffer)?;
+        if n == 0 && !port {
+            return Ok(());
+        }
         if n == 0 {
-            // Nobody is connected.
             line.clear();
             thread::sleep(IDLE);
             continue;
@@ -85,7 +120,7 @@ fn serve(device: &str, frozen: &Mutex<Frozen>) -> std::io::Result<()> {
                 b'\n' => {
                     let answer = answer(&line, frozen);
                     line.clear();
-                    port.write_all(format!("{answer}\n").as_bytes())?;
+                    stream.write_all(format!("{answer}\n").as_bytes())?;
                 }
                 // 0xff tells a parser to forget what came before.
                 0xff => line.clear(),
@@ -115,6 +150,10 @@ fn answer(line: &[u8], frozen: &Mutex<Frozen>) -> Value {
             Err(error) => refuse(error),
         },
         "guest-fsfreeze-thaw" => json!({"return": thaw(&mut frozen)}),
+        "guest-shutdown" => {
+            crate::power::power_off();
+            json!({"return": {}})
+        }
         other => refuse(format!("unknown command {}", other.chars().take(64).collect::<String>())),
     }
 }

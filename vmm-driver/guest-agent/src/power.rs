@@ -53,7 +53,7 @@ fn is_press(event: &[u8; EVENT]) -> bool {
 
 /// systemd starts `poweroff.target` on the fourth real-time signal.
 #[expect(unsafe_code, reason = "real-time signals are not in nix's enumeration")]
-fn power_off() {
+pub fn power_off() {
     // SAFETY: plain numbers; PID 1 is systemd.
     unsafe { libc::kill(1, libc::SIGRTMIN() + 4) };
 }

@@ -113,8 +113,8 @@ fn packages(cache: &Path, work: &Work) -> Result<PathBuf, ImageError> {
     Ok(tarball)
 }
 
-/// The places of the suite that this machine's apt is set up with, as lines of a sources.list.
-fn sources() -> String {
+/// The places of the suite that this machine's apt is set up with, as lines of a sources.list; empty if it knows none.
+pub fn sources() -> String {
     let output = Command::new("apt-get")
         .args([
             "indextargets",
@@ -231,7 +231,7 @@ fn uuid(hash: &str) -> String {
     format!("{}-{}-4{}-8{}-{}", &hash[..8], &hash[8..12], &hash[13..16], &hash[17..20], &hash[20..32])
 }
 
-fn private_dir(dir: &Path) -> Result<(), ImageError> {
+pub(super) fn private_dir(dir: &Path) -> Result<(), ImageError> {
     use std::os::unix::fs::DirBuilderExt as _;
     // Others may look at images: VMMs run without privileges.
     fs::DirBuilder::new().recursive(true).mode(0o755).create(dir).map_err(ImageError::io(dir))
@@ -257,10 +257,10 @@ pub(super) fn run(name: &str, command: &mut Command) -> Result<(), ImageError> {
 }
 
 /// The build's own folder; goes with all that is in it.
-struct Work(PathBuf);
+pub(super) struct Work(PathBuf);
 
 impl Work {
-    fn new(cache: &Path) -> Result<Self, ImageError> {
+    pub(super) fn new(cache: &Path) -> Result<Self, ImageError> {
         use std::os::unix::fs::DirBuilderExt as _;
         let path = cache.join(format!(".work-{}", std::process::id()));
         let _ = fs::remove_dir_all(&path);
@@ -269,7 +269,7 @@ impl Work {
         Ok(Self(path))
     }
 
-    fn path(&self) -> &Path {
+    pub(super) fn path(&self) -> &Path {
         &self.0
     }
 }

@@ -5,12 +5,19 @@
 
 mod build;
 mod cpio;
+mod import;
 mod manifest;
 mod modules;
+mod partition;
 mod rootfs;
+mod shelf;
+mod vmlinux;
 
-pub use build::{build_debian12, recipe_hash};
+pub use build::{build_debian12, recipe_hash, sources as apt_sources};
+pub use import::{Import, import};
 pub use manifest::{FileSeal, Manifest};
+pub use shelf::{Shelved, is_name, list, prune, remove, users};
+pub(crate) use vmlinux::unpacked;
 
 use std::path::{Path, PathBuf};
 

@@ -1,4 +1,5 @@
-//! QEMU's command line, as data: no shell, no path that the VMM would have to be let into, every file a descriptor.
+//! QEMU's command line, as data: no shell; kernel and initramfs by the names that they have in the VMM's view, every other
+//! file a descriptor.
 //!
 //! Pure: the same plan makes the same arguments. What comes from users (names, keys, variables) is not in it at all.
 
@@ -6,6 +7,7 @@ use crate::accel::Accel;
 use crate::disk::Format;
 use serde_json::json;
 use std::ffi::OsString;
+use std::path::Path;
 use tapgate_model::{GuestNet, VmId};
 
 /// The descriptors that QEMU inherits, by their numbers in its process.
@@ -20,12 +22,6 @@ pub mod fd {
     pub const BASE: i32 = 6;
     /// The seed disk, for reading.
     pub const SEED: i32 = 7;
-    /// The kernel.
-    pub const KERNEL: i32 = 8;
-    /// The initramfs.
-    pub const INITRD: i32 = 9;
-    /// `/dev/kvm`.
-    pub const KVM: i32 = 10;
     /// The listening socket of the guest agent's channel.
     pub const AGENT: i32 = 11;
 }
@@ -40,8 +36,6 @@ pub struct Plan<'a> {
     pub id: &'a VmId,
     /// How the CPU is provided.
     pub accel: Accel,
-    /// Whether this QEMU takes `/dev/kvm` as a descriptor (since 8.2); an older one opens it by its name.
-    pub kvm_descriptor: bool,
     /// Virtual CPUs.
     pub vcpus: u32,
     /// Memory in MiB.
@@ -50,6 +44,10 @@ pub struct Plan<'a> {
     pub disk: Format,
     /// MAC address.
     pub net: GuestNet,
+    /// Where the VMM finds the kernel.
+    pub kernel: &'a Path,
+    /// Where the VMM finds the initramfs.
+    pub initrd: &'a Path,
     /// The image's part of the kernel command line.
     pub cmdline: &'a str,
     /// The rate of the counter that an emulated guest counts time by.
@@ -66,22 +64,13 @@ pub fn build(plan: &Plan<'_>) -> Vec<OsString> {
     add(&["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]);
     add(&["-M", "microvm,acpi=on,pcie=off,rtc=on,usb=off,graphics=off"]);
     match plan.accel {
-        Accel::Kvm if !plan.kvm_descriptor => add(&["-accel", "kvm", "-cpu", "host"]),
-        Accel::Kvm => {
-            add(&[
-                "-add-fd",
-                &format!("fd={},set=9", fd::KVM),
-                "-accel",
-                "kvm,device=/dev/fdset/9",
-                "-cpu",
-                "host",
-            ]);
-        }
+        // By its name: an older QEMU takes no descriptor, and the node in the VMM's view is its own.
+        Accel::Kvm => add(&["-accel", "kvm", "-cpu", "host"]),
         Accel::Tcg => add(&["-accel", "tcg,thread=multi,tb-size=128", "-cpu", "max"]),
     }
     add(&["-smp", &plan.vcpus.to_string(), "-m", &format!("{}M", plan.memory_mib)]);
-    let inherited = |number: i32| format!("/proc/self/fd/{number}");
-    add(&["-kernel", &inherited(fd::KERNEL), "-initrd", &inherited(fd::INITRD)]);
+    let path = |path: &Path| path.display().to_string();
+    add(&["-kernel", &path(plan.kernel), "-initrd", &path(plan.initrd)]);
     let timing = match (plan.accel, plan.tsc_khz) {
         (Accel::Tcg, Some(khz)) => format!("tsc_early_khz={khz} no_timer_check "),
         _ => String::new(),
@@ -139,11 +128,12 @@ mod tests {
         let plan = Plan {
             id: &id,
             accel,
-            kvm_descriptor: true,
             vcpus: 2,
             memory_mib: 512,
             disk,
             net,
+            kernel: Path::new("/vm/kernel"),
+            initrd: Path::new("/vm/initrd"),
             cmdline: "root=/dev/vda rw",
             tsc_khz: Some(2_500_000),
         };

@@ -2,20 +2,21 @@
 //!
 //! A VM's folder belongs to the daemon; the VMM gets open files and cannot go there itself.
 
-mod agent;
 mod args;
-mod launch;
 mod snapshot;
 mod supervise;
 mod tsc;
 
-pub use launch::uid_of;
-pub use supervise::file;
+pub(crate) use supervise::{append, file, words};
 
-use crate::accel::{Accel, open_kvm};
-use crate::cgroup::{Cgroup, Limits};
+use crate::accel::Accel;
+use crate::cgroup::Cgroup;
+use crate::confine::scratch::Scratch;
+use crate::confine::view::View;
+use crate::confine::{self, Confined, Launch, Network, uid_of};
 use crate::disk;
 use crate::driver::{BoxFuture, Running, Vmm};
+use crate::image::Image;
 use crate::process::{Process, ProcessRef};
 use crate::qmp::Qmp;
 use crate::spec::{Exit, Handle, Observed, SnapshotInfo, TapFd, VmSpec, VmmError};
@@ -35,8 +36,11 @@ use tokio::time::timeout;
 /// How long QEMU may take to open its control socket, and to end when it is told to.
 const START: Duration = Duration::from_secs(20);
 const END: Duration = Duration::from_secs(10);
-/// Threads of a VMM beyond its virtual CPUs.
-const THREADS: u32 = 64;
+/// Kernel and initramfs in the VMM's view.
+const KERNEL: &str = "/vm/kernel";
+const INITRD: &str = "/vm/initrd";
+/// What QEMU reads of its own: firmware.
+pub(crate) const DATA: [&str; 3] = ["/usr/share/qemu", "/usr/share/seabios", "/usr/local/share/qemu"];
 
 /// The driver.
 #[derive(Clone, Debug)]
@@ -64,21 +68,25 @@ impl QemuDriver {
             tokio::task::spawn_blocking(move || driver.launch(&spec, tap)).await
         };
         let launched = launched.map_err(|e| VmmError::Start(e.to_string())).and_then(std::convert::identity);
-        let (handle, process) = launched.inspect_err(|_| self.clean(spec))?;
+        let (handle, process, scratch) = launched.inspect_err(|_| clean(self.cgroups.as_deref(), spec))?;
         match connect(&spec.dir, &process).await {
-            Ok(qmp) => Ok(Box::new(QemuRunning::follow(self, spec, handle, process, Some(qmp), false, gate))),
+            Ok(qmp) => {
+                let seen = Seen { process, scratch, qmp, shut_down: false };
+                Ok(Box::new(QemuRunning::follow(self, spec, handle, seen, gate)))
+            }
             Err(error) => {
                 let _ = process.signal(libc::SIGKILL);
                 let _ = timeout(END, process.wait()).await;
-                self.clean(spec);
-                let words = supervise::tail(&spec.dir.join(file::VMM), 1024);
+                clean(self.cgroups.as_deref(), spec);
+                let words = supervise::words(&spec.dir, scratch.as_ref());
                 let last = words.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();
                 Err(VmmError::Start(format!("{error} {last}").trim().to_owned()))
             }
         }
     }
 
-    fn launch(&self, spec: &VmSpec, tap: TapFd) -> Result<(Handle, Process), VmmError> {
+    fn launch(&self, spec: &VmSpec, tap: TapFd) -> Result<(Handle, Process, Option<Scratch>), VmmError> {
+        confine::present(&self.program, "qemu-system-x86")?;
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
@@ -91,72 +99,72 @@ impl QemuDriver {
         spec.seed.write(&seed)?;
         let _ = fs::remove_file(spec.dir.join(file::VMM));
         let control = spec.dir.join(file::CONTROL);
-        let mut descriptors = vec![
+        let descriptors = vec![
             (tap, fd::TAP),
-            (launch::control_socket(&control)?, fd::QMP),
-            (launch::control_socket(&spec.dir.join(file::AGENT))?, fd::AGENT),
-            (launch::open(&disk.path, true)?, fd::DISK),
-            (launch::open(&image.disk(), false)?, fd::BASE),
-            (launch::open(&seed, false)?, fd::SEED),
-            (launch::open(&image.kernel(), false)?, fd::KERNEL),
-            (launch::open(&image.initrd(), false)?, fd::INITRD),
+            (confine::control_socket(&control)?, fd::QMP),
+            (confine::control_socket(&spec.dir.join(file::AGENT))?, fd::AGENT),
+            (confine::open(&disk.path, true)?, fd::DISK),
+            (confine::open(&image.disk(), false)?, fd::BASE),
+            (confine::open(&seed, false)?, fd::SEED),
         ];
-        let kvm_descriptor = self.accel == Accel::Kvm && takes_kvm_descriptor(&self.program);
-        let mut groups = Vec::new();
-        if kvm_descriptor {
-            descriptors.push((open_kvm().map_err(VmmError::io("/dev/kvm"))?, fd::KVM));
-        } else if self.accel == Accel::Kvm {
-            use std::os::unix::fs::MetadataExt as _;
-            let owner = fs::metadata("/dev/kvm").map_err(VmmError::io("/dev/kvm"))?.gid();
-            groups.push(nix::unistd::Gid::from_raw(owner));
-        }
+        let uid = uid_of(spec.net.slot);
+        let scratch = match nix::unistd::geteuid().is_root() {
+            true => Some(Scratch::create(uid).map_err(VmmError::io("the VMM's scratch space"))?),
+            false => None,
+        };
+        let view = |scratch| self.view(spec, image, uid, scratch);
+        let confined =
+            scratch.as_ref().map(view).transpose().map_err(VmmError::io("the VMM's own view of files"))?;
+        let (kernel, initrd) = match &confined {
+            Some(_) => (PathBuf::from(KERNEL), PathBuf::from(INITRD)),
+            None => (image.kernel(), image.initrd()),
+        };
         let plan = Plan {
             id: &spec.id,
             accel: self.accel,
-            kvm_descriptor,
             vcpus: spec.vcpus,
             memory_mib: spec.memory_mib,
             disk: disk.format,
             net: spec.net,
+            kernel: &kernel,
+            initrd: &initrd,
             cmdline: &image.manifest().cmdline,
             tsc_khz: tsc::khz(),
         };
         let mut notes = vec![format!("accel={:?}", self.accel).to_lowercase()];
-        let cgroup = self.enclose(spec, &mut notes);
-        let pid = launch::Launch {
+        let cgroup = confine::enclose(self.cgroups.as_deref(), spec, &mut notes);
+        let log = match &scratch {
+            Some(scratch) => scratch.append("log").map_err(VmmError::io("the VMM's log"))?,
+            None => confine::log(&spec.dir.join(file::VMM))?,
+        };
+        let pid = Launch {
             program: &self.program,
             args: args::build(&plan),
-            log: &spec.dir.join(file::VMM),
-            uid: nix::unistd::geteuid().is_root().then(|| uid_of(spec.net.slot)),
-            groups,
+            stdout: log.try_clone().map_err(VmmError::io("log"))?,
+            stderr: log,
+            confined,
             descriptors,
             cgroup: cgroup.and_then(|group| group.entrance().ok()),
         }
         .spawn()?;
-        noted(spec, pid, control, notes).inspect_err(|_| {
-            // Our own child, not waited for yet, so the number is still its own.
-            let child = nix::unistd::Pid::from_raw(pid);
-            let _ = nix::sys::signal::kill(child, nix::sys::signal::Signal::SIGKILL);
-            let _ = nix::sys::wait::waitpid(child, None);
-        })
+        let (handle, process) = noted(spec, pid, control, notes).inspect_err(|_| confine::end_child(pid))?;
+        Ok((handle, process, scratch))
     }
 
-    fn enclose(&self, spec: &VmSpec, notes: &mut Vec<String>) -> Option<Cgroup> {
-        let limits = Limits { cpus: spec.vcpus, memory_mib: spec.memory_mib, pids: spec.vcpus + THREADS };
-        match Cgroup::create(self.cgroups.as_deref()?, spec.id.as_str(), limits) {
-            Ok((group, missing)) => {
-                if !missing.is_empty() {
-                    notes.push(format!("no limit for {}", missing.join(", ")));
-                    tracing::warn!(vm = %spec.id, ?missing, "the host's control groups do not offer these limits");
-                }
-                Some(group)
-            }
-            Err(error) => {
-                notes.push("no control group".into());
-                tracing::warn!(vm = %spec.id, %error, "no control group for the VMM");
-                None
-            }
+    /// The view with what QEMU opens by name; all else it is handed.
+    fn view(&self, spec: &VmSpec, image: &Image, uid: u32, scratch: &Scratch) -> std::io::Result<Confined> {
+        let mut view = View::new(&spec.dir, uid)?;
+        view.program(&self.program)?;
+        for folder in DATA {
+            view.same(Path::new(folder))?;
         }
+        view.read_only(&image.kernel(), KERNEL)?;
+        view.read_only(&image.initrd(), INITRD)?;
+        view.scratch(scratch)?;
+        if self.accel == Accel::Kvm {
+            view.device("/dev/kvm", 10, 232)?;
+        }
+        Ok(Confined { uid, view, network: Network::None })
     }
 
     async fn take_over(
@@ -170,19 +178,48 @@ impl QemuDriver {
         let mut qmp = connect(&spec.dir, &process).await?;
         let status = qmp.command("query-status", Value::Null).await?;
         let shut_down = status.get("status").and_then(Value::as_str) == Some("shutdown");
-        Ok(Box::new(QemuRunning::follow(self, spec, handle.clone(), process, Some(qmp), shut_down, gate)))
+        let scratch = Scratch::of(handle.process.pid, uid_of(spec.net.slot)).ok();
+        let seen = Seen { process, scratch, qmp, shut_down };
+        Ok(Box::new(QemuRunning::follow(self, spec, handle.clone(), seen, gate)))
     }
+}
 
-    /// Removes what a VMM leaves outside of its folder.
-    fn clean(&self, spec: &VmSpec) {
-        if let Some(group) = self.cgroups.as_deref().and_then(|root| Cgroup::open(root, spec.id.as_str())) {
-            group.kill();
-            let _ = group.remove();
-        }
-        let _ = fs::remove_file(spec.dir.join(file::HANDLE));
-        let _ = fs::remove_file(spec.dir.join(file::CONTROL));
-        let _ = fs::remove_file(spec.dir.join(file::AGENT));
+/// Removes what a VMM leaves outside of its folder.
+pub(crate) fn clean(cgroups: Option<&Path>, spec: &VmSpec) {
+    if let Some(group) = cgroups.and_then(|root| Cgroup::open(root, spec.id.as_str())) {
+        group.kill();
+        let _ = group.remove();
     }
+    for name in [file::HANDLE, file::CONTROL, file::AGENT] {
+        let _ = fs::remove_file(spec.dir.join(name));
+    }
+}
+
+/// Ends the VMM of the handle if it is there.
+pub(crate) async fn discard(cgroups: Option<&Path>, spec: &VmSpec, handle: &Handle) -> Result<(), VmmError> {
+    if let Some(process) = Process::open(&handle.process).map_err(VmmError::io("pidfd"))? {
+        process.signal(libc::SIGKILL).map_err(VmmError::io("signal"))?;
+        timeout(END, process.wait())
+            .await
+            .map_err(|_| VmmError::Control("it does not end, although it was killed".into()))?
+            .map_err(VmmError::io("pidfd"))?;
+    }
+    clean(cgroups, spec);
+    Ok(())
+}
+
+/// Ends VMMs of this VM that nobody noted: of its user, with these words among their arguments.
+pub(crate) async fn sweep(cgroups: Option<&Path>, spec: &VmSpec, wanted: String) {
+    let uid = uid_of(spec.net.slot);
+    let found = tokio::task::spawn_blocking(move || confine::orphans(&wanted, uid)).await;
+    for process in found.unwrap_or_default() {
+        tracing::warn!(vm = %spec.id, pid = process.pid, "a VMM that nobody noted is ended");
+        if let Ok(Some(process)) = Process::open(&process) {
+            let _ = process.signal(libc::SIGKILL);
+            let _ = timeout(END, process.wait()).await;
+        }
+    }
+    clean(cgroups, spec);
 }
 
 /// Opens the new process and notes in the VM's folder how it is found again.
@@ -197,15 +234,6 @@ fn noted(
     remember(&spec.dir, &handle)?;
     let process = Process::open(&handle.process).map_err(VmmError::io("pidfd"))?.ok_or(VmmError::Gone)?;
     Ok((handle, process))
-}
-
-/// Whether this QEMU has the accelerator's property `device`, asked of it with a device that cannot be one. Debian 12's own
-/// (7.2) has not.
-fn takes_kvm_descriptor(program: &Path) -> bool {
-    let asked = std::process::Command::new(program)
-        .args(["-M", "none", "-nodefaults", "-display", "none", "-accel", "kvm,device=/dev/null"])
-        .output();
-    asked.is_ok_and(|answer| !String::from_utf8_lossy(&answer.stderr).contains("kvm-accel.device"))
 }
 
 /// Where Debian puts QEMU.
@@ -246,6 +274,14 @@ async fn connect(dir: &Path, process: &Process) -> Result<Qmp, VmmError> {
     }
 }
 
+/// A QEMU that was started or found.
+struct Seen {
+    process: Process,
+    scratch: Option<Scratch>,
+    qmp: Qmp,
+    shut_down: bool,
+}
+
 /// A VM that QEMU runs.
 pub struct QemuRunning {
     driver: QemuDriver,
@@ -259,15 +295,8 @@ pub struct QemuRunning {
 }
 
 impl QemuRunning {
-    fn follow(
-        driver: &QemuDriver,
-        spec: &VmSpec,
-        handle: Handle,
-        process: Process,
-        qmp: Option<Qmp>,
-        shut_down: bool,
-        gate: Gate,
-    ) -> Self {
+    fn follow(driver: &QemuDriver, spec: &VmSpec, handle: Handle, seen: Seen, gate: Gate) -> Self {
+        let Seen { process, scratch, qmp, shut_down } = seen;
         let process = Arc::new(process);
         let (observe, observed) = watch::channel(Observed::default());
         let (commands, receiver) = mpsc::channel(8);
@@ -275,17 +304,19 @@ impl QemuRunning {
         let supervisor = Supervisor {
             dir: spec.dir.clone(),
             process: process.clone(),
-            qmp,
+            scratch,
+            qmp: Some(qmp),
             commands: receiver,
             observed: observe,
             shut_down,
+            silent: 0,
             intent: intended,
         };
         let cleaner = (driver.clone(), spec.clone());
         let task = supervisor.run();
         tokio::spawn(async move {
             task.await;
-            cleaner.0.clean(&cleaner.1);
+            clean(cleaner.0.cgroups.as_deref(), &cleaner.1);
         });
         Self { driver: driver.clone(), spec: spec.clone(), handle, process, gate, observed, commands, intent }
     }
@@ -313,7 +344,7 @@ impl QemuRunning {
         let exit = timeout(END, self.wait())
             .await
             .map_err(|_| VmmError::Control("it does not end, although it was killed".into()))?;
-        self.driver.clean(&self.spec);
+        clean(self.driver.cgroups.as_deref(), &self.spec);
         Ok(exit)
     }
 
@@ -346,32 +377,11 @@ impl Vmm for QemuDriver {
     }
 
     fn discard<'a>(&'a self, spec: &'a VmSpec, handle: &'a Handle) -> BoxFuture<'a, Result<(), VmmError>> {
-        Box::pin(async move {
-            if let Some(process) = Process::open(&handle.process).map_err(VmmError::io("pidfd"))? {
-                process.signal(libc::SIGKILL).map_err(VmmError::io("signal"))?;
-                timeout(END, process.wait())
-                    .await
-                    .map_err(|_| VmmError::Control("it does not end, although it was killed".into()))?
-                    .map_err(VmmError::io("pidfd"))?;
-            }
-            self.clean(spec);
-            Ok(())
-        })
+        Box::pin(discard(self.cgroups.as_deref(), spec, handle))
     }
 
     fn sweep<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, ()> {
-        Box::pin(async move {
-            let (wanted, uid) = (spec.id.to_string(), uid_of(spec.net.slot));
-            let found = tokio::task::spawn_blocking(move || launch::orphans(&wanted, uid)).await;
-            for process in found.unwrap_or_default() {
-                tracing::warn!(vm = %spec.id, pid = process.pid, "a VMM that nobody noted is ended");
-                if let Ok(Some(process)) = Process::open(&process) {
-                    let _ = process.signal(libc::SIGKILL);
-                    let _ = timeout(END, process.wait()).await;
-                }
-            }
-            self.clean(spec);
-        })
+        Box::pin(sweep(self.cgroups.as_deref(), spec, spec.id.to_string()))
     }
 }
 

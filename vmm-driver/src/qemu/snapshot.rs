@@ -1,8 +1,9 @@
 //! Snapshots of a running VM's disk. The guest is held only while the copy is started: from then on QEMU saves every
 //! block before it is overwritten, so the copy is of that one moment however long it takes.
 
-use super::agent::Agent;
-use super::{QemuRunning, file, launch};
+use super::{QemuRunning, file};
+use crate::agent::Agent;
+use crate::confine;
 use crate::disk;
 use crate::spec::{SnapshotInfo, VmmError};
 use serde_json::{Value, json};
@@ -49,7 +50,7 @@ async fn copy(vm: &QemuRunning, to: &Path) -> Result<SnapshotInfo, VmmError> {
         let bytes = disk::size(&disk)?;
         disk::create_snapshot(&target, bytes)?;
         let recipe = disk::origin(&dir, &image)?.manifest().recipe.clone();
-        Ok::<_, VmmError>((bytes, recipe, launch::open(&target, true)?))
+        Ok::<_, VmmError>((bytes, recipe, confine::open(&target, true)?))
     };
     let (disk_bytes, image_recipe, target) =
         tokio::task::spawn_blocking(prepare).await.map_err(|e| VmmError::Disk(e.to_string()))??;

@@ -2,6 +2,7 @@
 //!
 //! Never decides about a VM's life: it says what happened and carries out single commands.
 
+use crate::confine::scratch::Scratch;
 use crate::process::{Ended, Process};
 use crate::qmp::{Event, Qmp};
 use crate::spec::{Exit, Observed, VmmError};
@@ -20,6 +21,8 @@ use tokio::time::{MissedTickBehavior, interval};
 const TICK: Duration = Duration::from_secs(1);
 /// The console log's size before it is turned over; two are kept.
 const LOG: u64 = 1 << 20;
+/// How often in a row QEMU may leave a question without an answer before it is taken to hang; each takes ten seconds.
+const PATIENCE: u32 = 2;
 const CHUNK: u32 = 64 << 10;
 
 /// A command for QEMU and where its answer goes.
@@ -56,6 +59,8 @@ pub struct Supervisor {
     pub dir: PathBuf,
     /// The process.
     pub process: Arc<Process>,
+    /// Where the VMM writes, if it is confined.
+    pub scratch: Option<Scratch>,
     /// The control connection; `None` after it was lost.
     pub qmp: Option<Qmp>,
     /// Commands from the VM's handle.
@@ -64,6 +69,8 @@ pub struct Supervisor {
     pub observed: watch::Sender<Observed>,
     /// Whether the guest had shut down already when it was adopted.
     pub shut_down: bool,
+    /// How many questions in a row were left without an answer.
+    pub silent: u32,
     /// Set by whoever ends the process on purpose.
     pub intent: watch::Receiver<bool>,
 }
@@ -100,6 +107,9 @@ impl Supervisor {
         let exit = match status {
             _ if self.shut_down => Exit::GuestShutdown,
             _ if *self.intent.borrow() => Exit::Stopped,
+            _ if self.silent >= PATIENCE => {
+                Exit::Crashed("it hung: its control socket did not answer".into())
+            }
             Ended::Code(code) => Exit::Crashed(self.last_words(&format!("exit code {code}"))),
             Ended::Signal(signal) => Exit::Crashed(self.last_words(&format!("signal {signal}"))),
             Ended::Unknown => Exit::Crashed(self.last_words("it is gone")),
@@ -135,9 +145,24 @@ impl Supervisor {
     async fn on_tick(&mut self) {
         if self.qmp.is_none() {
             // QEMU takes one connection at a time and takes the next when the last is closed.
-            self.qmp = Qmp::connect(&self.dir.join(file::CONTROL)).await.ok();
+            match Qmp::connect(&self.dir.join(file::CONTROL)).await {
+                Ok(qmp) => self.qmp = Some(qmp),
+                Err(error) => self.heard(&error),
+            }
         }
         self.fetch_console().await;
+    }
+
+    /// A VMM that hangs is ended: its guest does not run, and nobody else would notice.
+    fn heard(&mut self, error: &VmmError) {
+        match error {
+            VmmError::Silent(_) => self.silent += 1,
+            _ => self.silent = 0,
+        }
+        if self.silent >= PATIENCE {
+            tracing::error!(dir = %self.dir.display(), "QEMU hangs and is ended");
+            let _ = self.process.signal(libc::SIGKILL);
+        }
     }
 
     async fn fetch_console(&mut self) {
@@ -150,19 +175,33 @@ impl Supervisor {
                         tracing::warn!(%error, "the console log cannot be written");
                     }
                 }
-                _ => return,
+                Ok(_) => return self.silent = 0,
+                Err(error) => return self.heard(&error),
             }
         }
     }
 
     fn last_words(&self, how: &str) -> String {
-        let words = tail(&self.dir.join(file::VMM), 1024);
+        let words = words(&self.dir, self.scratch.as_ref());
         let last: Vec<&str> = words.lines().rev().filter(|line| !line.trim().is_empty()).take(3).collect();
         if last.is_empty() {
             return how.to_owned();
         }
         format!("{how}: {}", last.into_iter().rev().collect::<Vec<_>>().join("; "))
     }
+}
+
+/// The VMM's last complaints. Those of a confined one are in memory and are kept in its log from here on.
+pub fn words(dir: &Path, scratch: Option<&Scratch>) -> String {
+    let log = dir.join(file::VMM);
+    if let Some(scratch) = scratch {
+        let words = scratch.tail("log", 1024);
+        if !words.is_empty() {
+            let _ = append(&log, words.as_bytes());
+        }
+        return words;
+    }
+    tail(&log, 1024)
 }
 
 async fn next(qmp: &mut Option<Qmp>) -> Result<Event, VmmError> {
@@ -173,7 +212,7 @@ async fn next(qmp: &mut Option<Qmp>) -> Result<Event, VmmError> {
 }
 
 /// Appends to a log of bounded size.
-fn append(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+pub fn append(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     if fs::metadata(path).is_ok_and(|data| data.len() > LOG) {
         fs::rename(path, path.with_extension("log.1"))?;
     }

@@ -76,7 +76,7 @@ impl World {
             instance: self.instance.clone(),
             pin_root: PathBuf::from(format!("/sys/fs/bpf/tgvm-{}", self.instance)),
             guest_v4: "10.214.0.0/16".parse().unwrap(),
-            guest_v6: None,
+            guest_v6: Some("fd74:6761:7465::/64".parse().unwrap()),
             uplink: None,
         }
     }
@@ -166,19 +166,33 @@ impl Drop for World {
     }
 }
 
-/// Kills a VMM when the test ends, also by a panic.
-pub struct Reap(pub i32);
+/// Kills a VMM when the test ends, also by a panic, and the successor that it got after a restart.
+pub struct Reap(pub Vec<i32>);
+
+impl Reap {
+    pub fn of(pid: i32) -> Self {
+        Self(vec![pid])
+    }
+
+    pub fn also(&mut self, pid: i32) {
+        self.0.push(pid);
+    }
+}
 
 impl Drop for Reap {
     fn drop(&mut self) {
-        let membership = std::fs::read_to_string(format!("/proc/{}/cgroup", self.0)).unwrap_or_default();
-        let pid = nix::unistd::Pid::from_raw(self.0);
-        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
-        let _ = nix::sys::wait::waitpid(pid, None);
-        // With the test its supervisor goes, which would have removed the group.
-        let group = membership.lines().find_map(|line| line.strip_prefix("0::/tapgate/vm_"));
-        if let (Some(root), Some(name)) = (tapgate_vmm::cgroup::Cgroup::root(), group) {
-            let _ = std::fs::remove_dir(root.join(format!("tapgate/vm_{name}")));
+        for pid in &self.0 {
+            let membership = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+            // A number that is another process's by now has no such group.
+            let group = membership.lines().find_map(|line| line.strip_prefix("0::/tapgate/vm_"));
+            let Some(name) = group else { continue };
+            let pid = nix::unistd::Pid::from_raw(*pid);
+            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+            let _ = nix::sys::wait::waitpid(pid, None);
+            // With the test its supervisor goes, which would have removed the group.
+            if let Some(root) = tapgate_vmm::cgroup::Cgroup::root() {
+                let _ = std::fs::remove_dir(root.join(format!("tapgate/vm_{name}")));
+            }
         }
     }
 }
@@ -186,7 +200,7 @@ impl Drop for Reap {
 /// The guest service as the daemon's: answers `user-data` with a tag, and holds a question that has that tag.
 pub struct Service {
     pub answer: Arc<std::sync::Mutex<String>>,
-    _others: Vec<Socket>,
+    sockets: [Socket; 4],
 }
 
 impl Service {
@@ -208,9 +222,7 @@ impl Service {
                 (tcp(port::TCP), udp, tcp(port::DNS_TCP), tcp(port::SERVICE))
             })
             .unwrap();
-        datapath
-            .set_listeners(false, tcp.as_fd(), dns_udp.as_fd(), dns_tcp.as_fd(), service.as_fd())
-            .unwrap();
+        let sockets = [tcp, dns_udp, dns_tcp, service.try_clone().unwrap()];
         let answer = Arc::new(std::sync::Mutex::new(first));
         let (shown, listener) = (answer.clone(), std::net::TcpListener::from(service));
         std::thread::spawn(move || {
@@ -219,7 +231,17 @@ impl Service {
                 std::thread::spawn(move || serve(stream, &shown));
             }
         });
-        Self { answer, _others: vec![tcp, dns_udp, dns_tcp] }
+        let started = Self { answer, sockets };
+        started.hand_over(datapath);
+        started
+    }
+
+    /// To another datapath of the same instance, as a daemon does that comes after one.
+    pub fn hand_over(&self, datapath: &Datapath) {
+        let [tcp, dns_udp, dns_tcp, service] = &self.sockets;
+        datapath
+            .set_listeners(false, tcp.as_fd(), dns_udp.as_fd(), dns_tcp.as_fd(), service.as_fd())
+            .unwrap();
     }
 }
 
@@ -242,7 +264,7 @@ fn serve(mut stream: std::net::TcpStream, shown: &std::sync::Mutex<String>) {
 }
 
 pub fn net(slot: u32) -> GuestNet {
-    GuestNet::new(slot, Ipv4Addr::new(10, 214, 0, 0), None)
+    GuestNet::new(slot, Ipv4Addr::new(10, 214, 0, 0), Some("fd74:6761:7465::".parse().unwrap()))
 }
 
 pub fn policy(vm: &VmId) -> VmPolicy {
@@ -264,12 +286,17 @@ pub async fn gate(datapath: &Datapath, spec: &VmSpec) -> Gate {
 /// Boots and waits until SSH answers; the console is shown if it does not.
 pub async fn boot(datapath: &Datapath, spec: &VmSpec) -> (Box<dyn Running>, Reap) {
     let machine = driver().boot(spec, gate(datapath, spec).await).await.unwrap();
-    let reap = Reap(machine.handle().process.pid);
+    let reap = Reap::of(machine.handle().process.pid);
     ready(datapath, spec, machine.as_ref()).await;
     (machine, reap)
 }
 
 pub async fn ready(datapath: &Datapath, spec: &VmSpec, machine: &dyn Running) {
+    ready_within(datapath, spec, machine, PATIENCE).await;
+}
+
+/// The same for a guest that takes longer.
+pub async fn ready_within(datapath: &Datapath, spec: &VmSpec, machine: &dyn Running, patience: Duration) {
     let started = std::time::Instant::now();
     tokio::select! {
         () = machine.ready(datapath.egress()) => {
@@ -277,7 +304,7 @@ pub async fn ready(datapath: &Datapath, spec: &VmSpec, machine: &dyn Running) {
             eprintln!("ready after {:?}, {cpu:.2} s of CPU time", started.elapsed());
         }
         exit = machine.wait() => panic!("it ended: {exit:?}\n{}", console(&spec.dir)),
-        () = tokio::time::sleep(PATIENCE) => panic!("SSH never answered\n{}", console(&spec.dir)),
+        () = tokio::time::sleep(patience) => panic!("SSH never answered\n{}", console(&spec.dir)),
     }
 }
 

@@ -51,10 +51,10 @@ pub const NEEDS: &[Need] = &[
         packages: &["qemu-system-x86", "qemu-utils"],
     },
     Need {
-        what: "mmdebstrap and mkfs.ext4",
+        what: "mmdebstrap, mkfs.ext4 and sfdisk",
         why: "the base image",
-        signs: &[Sign::Program("mmdebstrap"), Sign::Program("mkfs.ext4")],
-        packages: &["mmdebstrap", "e2fsprogs"],
+        signs: &[Sign::Program("mmdebstrap"), Sign::Program("mkfs.ext4"), Sign::Program("sfdisk")],
+        packages: &["mmdebstrap", "e2fsprogs", "fdisk"],
     },
     Need {
         what: "ip and nft",

@@ -13,7 +13,7 @@ use tapgate_datapath::Datapath;
 use tapgate_model::{
     GuestNet, Mode, Rule, RuleId, RuleLayer, RuleSet, RuleTarget, VmId, VmPolicy, policy::SecretsOverHttp,
 };
-use tapgate_store::{CaPem, Expected, NewRule, NewUser, NewVm, Resources, SealKey, Store};
+use tapgate_store::{CaPem, Capacity, Expected, NewRule, NewUser, NewVm, Resources, SealKey, Store};
 
 const BAR: f64 = 50.0;
 const RULES: u32 = 200;
@@ -197,6 +197,7 @@ async fn records(store: &Store, vms: u32) -> Account {
             ssh_ports: 2200..=9999,
             slots: 4096,
             quota: vms,
+            capacity: Capacity::default(),
         };
         let record = store.vm_create(new).await.unwrap();
         for text in ranges(record.slot, 0) {

@@ -1,11 +1,19 @@
-//! Starts QEMU as a process of its own: a session of its own, no privileges, only the descriptors that it needs.
+//! Starts a VMM as a process that can do nothing but run its VM: a user, a session, a mount view, a network namespace and a
+//! control group of its own, no capabilities, a system call filter, only the descriptors that it needs.
 //!
 //! Owns what happens between fork and exec. Must never leave the child a right or a descriptor that is not listed.
 
+mod filter;
+pub mod scratch;
+pub mod tool;
+pub mod view;
+
+use crate::cgroup::{Cgroup, Limits};
 use crate::process::ProcessRef;
-use crate::spec::VmmError;
+use crate::spec::{VmSpec, VmmError};
+use nix::sched::{CloneFlags, setns, unshare};
 use std::ffi::OsString;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt as _;
@@ -13,6 +21,7 @@ use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use view::View;
 
 /// First of the user ids that VMMs run as: one for each slot, so that no VMM may touch another's process.
 const UID_BASE: u32 = 1_730_000_000;
@@ -23,39 +32,55 @@ pub fn uid_of(slot: u32) -> u32 {
     UID_BASE + slot % UIDS
 }
 
+/// Threads of a VMM beyond its virtual CPUs.
+const THREADS: u32 = 64;
+
+/// Which network a VMM's process is in.
+#[derive(Debug)]
+pub enum Network {
+    /// An empty one of its own: it holds its tap as a descriptor.
+    None,
+    /// This one, where it has to open its tap by name. The filter keeps it from opening any socket there.
+    Inside(OwnedFd),
+}
+
 /// What a process is started with.
 pub struct Launch<'a> {
     /// The program.
     pub program: &'a Path,
     /// Its arguments.
     pub args: Vec<OsString>,
+    /// Where its output goes.
+    pub stdout: File,
     /// Where its complaints go.
-    pub log: &'a Path,
-    /// Its user and group id; `None` where the daemon is not root and has nothing to give up.
-    pub uid: Option<u32>,
-    /// Groups that it is in besides.
-    pub groups: Vec<nix::unistd::Gid>,
+    pub stderr: File,
+    /// Its user and group id, its view and its network; `None` where the daemon is not root and has nothing to give up.
+    pub confined: Option<Confined>,
     /// Descriptors and the numbers they get.
     pub descriptors: Vec<(OwnedFd, RawFd)>,
     /// The entrance of its control group.
     pub cgroup: Option<OwnedFd>,
 }
 
+/// What only root can put around a process.
+pub struct Confined {
+    /// User and group id.
+    pub uid: u32,
+    /// What it sees of the file system.
+    pub view: View,
+    /// What it sees of the network.
+    pub network: Network,
+}
+
 impl Launch<'_> {
     /// Starts it and answers its pid. The caller watches it by pidfd.
     pub fn spawn(self) -> Result<i32, VmmError> {
-        let log = OpenOptions::new()
-            .append(true)
-            .create(true)
-            .mode(0o600)
-            .open(self.log)
-            .map_err(VmmError::io(self.log.display().to_string()))?;
-        let error = log.try_clone().map_err(VmmError::io("log"))?;
         let mut command = Command::new(self.program);
-        command.args(&self.args).env_clear().current_dir("/").stdin(Stdio::null()).stdout(log).stderr(error);
+        command.args(&self.args).env_clear().current_dir("/").stdin(Stdio::null());
+        command.stdout(self.stdout).stderr(self.stderr);
         let descriptors = high(self.descriptors).map_err(VmmError::io("descriptors"))?;
-        let cgroup = self.cgroup;
-        let (uid, groups) = (self.uid, self.groups);
+        let filter = filter::build().map_err(VmmError::io("the system call filter"))?;
+        let (cgroup, confined) = (self.cgroup, self.confined);
         let prepare = move || -> io::Result<()> {
             // A session of its own: no terminal's signal and no daemon's end reaches it.
             nix::unistd::setsid()?;
@@ -66,23 +91,57 @@ impl Launch<'_> {
                 duplicate(from.as_raw_fd(), *to)?;
             }
             limit_core()?;
-            if let Some(uid) = uid {
-                nix::unistd::setgroups(&groups)?;
-                let (user, group) = (nix::unistd::Uid::from_raw(uid), nix::unistd::Gid::from_raw(uid));
+            if let Some(Confined { uid, view, network }) = &confined {
+                match network {
+                    Network::None => unshare(CloneFlags::CLONE_NEWNET)?,
+                    Network::Inside(netns) => setns(netns, CloneFlags::CLONE_NEWNET)?,
+                }
+                view.enter()?;
+                nix::unistd::setgroups(&[])?;
+                let (user, group) = (nix::unistd::Uid::from_raw(*uid), nix::unistd::Gid::from_raw(*uid));
                 nix::unistd::setresgid(group, group, group)?;
                 // From root to another id: the kernel takes every capability away.
                 nix::unistd::setresuid(user, user, user)?;
             }
             nix::sys::prctl::set_no_new_privs()?;
-            Ok(())
+            seccompiler::apply_filter(&filter).map_err(|_| io::Error::from_raw_os_error(libc::ENOSYS))
         };
         before_exec(&mut command, prepare);
-        let child = command.spawn().map_err(|source| VmmError::Missing {
-            program: self.program.display().to_string(),
-            package: "qemu-system-x86",
-            source,
+        let child = command.spawn().map_err(|error| {
+            VmmError::Start(format!("{} cannot be started in its own view: {error}", self.program.display()))
         })?;
         Ok(child.id() as i32)
+    }
+}
+
+/// Whether a program is there at all.
+pub fn present(program: &Path, package: &'static str) -> Result<(), VmmError> {
+    let missing = |source| VmmError::Missing { program: program.display().to_string(), package, source };
+    program.metadata().map(drop).map_err(missing)
+}
+
+/// The VM's control group with its limits. What the host does not offer is noted and said aloud.
+pub fn enclose(root: Option<&Path>, spec: &VmSpec, notes: &mut Vec<String>) -> Option<Cgroup> {
+    let Some(root) = root else {
+        notes.push("no control group".into());
+        tracing::warn!(vm = %spec.id, "this host delegates no control groups of version 2: the VM has no CPU, memory and process \
+            limits of the host's; under systemd set Delegate=yes in the unit, elsewhere mount cgroup2 at /sys/fs/cgroup");
+        return None;
+    };
+    let limits = Limits { cpus: spec.vcpus, memory_mib: spec.memory_mib, pids: spec.vcpus + THREADS };
+    match Cgroup::create(root, spec.id.as_str(), limits) {
+        Ok((group, missing)) => {
+            if !missing.is_empty() {
+                notes.push(format!("no limit for {}", missing.join(", ")));
+                tracing::warn!(vm = %spec.id, ?missing, "the host's control groups do not offer these limits");
+            }
+            Some(group)
+        }
+        Err(error) => {
+            notes.push("no control group".into());
+            tracing::warn!(vm = %spec.id, %error, "no control group for the VMM");
+            None
+        }
     }
 }
 
@@ -130,6 +189,23 @@ fn duplicate(from: RawFd, to: RawFd) -> io::Result<()> {
 fn limit_core() -> io::Result<()> {
     // A core of a VMM is the guest's whole memory.
     Ok(nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_CORE, 0, 0)?)
+}
+
+/// A VMM's log, appended to.
+pub fn log(path: &Path) -> Result<File, VmmError> {
+    File::options()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(VmmError::io(path.display().to_string()))
+}
+
+/// Ends a child that nobody waits for yet, so that its number is still its own.
+pub fn end_child(pid: i32) {
+    let child = nix::unistd::Pid::from_raw(pid);
+    let _ = nix::sys::signal::kill(child, nix::sys::signal::Signal::SIGKILL);
+    let _ = nix::sys::wait::waitpid(child, None);
 }
 
 /// Opens a file for reading, or reading and writing, as a descriptor to be handed on.

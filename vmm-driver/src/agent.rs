@@ -4,6 +4,7 @@
 use crate::qmp::connect_any_length;
 use crate::spec::VmmError;
 use serde_json::{Value, json};
+use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::Path;
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
@@ -16,6 +17,9 @@ const DEADLINE: Duration = Duration::from_secs(5);
 /// Freezing waits for writes under way.
 const FREEZE: Duration = Duration::from_secs(15);
 
+/// The port that the agent listens on where its channel is a vsock device; the guest agent's `channel.rs` has it too.
+pub const VSOCK_PORT: u32 = 777;
+
 /// A connection to a guest's agent that has answered.
 pub struct Agent {
     stream: BufReader<UnixStream>,
@@ -25,11 +29,22 @@ impl Agent {
     /// Connects and makes sure that the agent is there and in step.
     pub async fn connect(path: &Path) -> Result<Self, VmmError> {
         let stream = connect_any_length(path).map_err(VmmError::io("agent channel"))?;
+        Self::through(stream, None).await
+    }
+
+    /// The same over a connection to the VMM; with a port where the VMM wants to be told one.
+    pub async fn through(stream: StdUnixStream, port: Option<u32>) -> Result<Self, VmmError> {
         stream.set_nonblocking(true).map_err(VmmError::io("agent channel"))?;
         let stream = UnixStream::from_std(stream).map_err(VmmError::io("agent channel"))?;
         let mut agent = Self { stream: BufReader::new(stream) };
         let id = u64::from(std::process::id());
         let sync = async {
+            if let Some(port) = port {
+                agent.send(format!("CONNECT {port}\n").as_bytes()).await?;
+                if !agent.text().await?.starts_with(b"OK ") {
+                    return Err(VmmError::Control("the VMM finds no agent in the guest".into()));
+                }
+            }
             // 0xff makes the other side forget half a line of an earlier connection.
             agent.send(b"\xff").await?;
             agent.write(&json!({"execute": "guest-sync", "arguments": {"id": id}})).await?;
@@ -60,6 +75,11 @@ impl Agent {
         self.execute("guest-fsfreeze-thaw", DEADLINE).await
     }
 
+    /// Asks the guest to shut down. An agent answers this with nothing: it is on its way.
+    pub async fn power_off(&mut self) -> Result<(), VmmError> {
+        self.write(&json!({"execute": "guest-shutdown", "arguments": {"mode": "powerdown"}})).await
+    }
+
     async fn execute(&mut self, name: &str, deadline: Duration) -> Result<u64, VmmError> {
         let exchange = async {
             self.write(&json!({"execute": name})).await?;
@@ -83,6 +103,11 @@ impl Agent {
     }
 
     async fn line(&mut self) -> Result<Value, VmmError> {
+        // What is no JSON is an answer to nobody: the caller waits for the next, until its time is up.
+        Ok(serde_json::from_slice(&self.text().await?).unwrap_or(Value::Null))
+    }
+
+    async fn text(&mut self) -> Result<Vec<u8>, VmmError> {
         let mut line = Vec::new();
         (&mut self.stream)
             .take(MAX_LINE)
@@ -92,7 +117,6 @@ impl Agent {
         if !line.ends_with(b"\n") {
             return Err(VmmError::Control("the guest's agent was cut off".into()));
         }
-        // What is no JSON is an answer to nobody: the caller waits for the next, until its time is up.
-        Ok(serde_json::from_slice(&line).unwrap_or(Value::Null))
+        Ok(line)
     }
 }

@@ -1,0 +1,67 @@
+//! `tapgate image` from the command line: taken in, listed, checked, kept while a VM needs it, removed.
+#![allow(missing_docs, clippy::unwrap_used, reason = "tests")]
+
+use serde_json::Value;
+use std::path::Path;
+use std::process::Command;
+
+fn image(folder: &Path, args: &[&str]) -> (bool, String, String) {
+    let output = Command::new(env!("CARGO_BIN_EXE_tapgate"))
+        .arg("image")
+        .args(args)
+        .current_dir(folder)
+        .env("TAPGATE_IMAGE_DIR", folder.join("images"))
+        .env("TAPGATE_DATA_DIR", folder.join("data"))
+        .output()
+        .unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+    (output.status.success(), text(&output.stdout), text(&output.stderr))
+}
+
+#[test]
+fn an_image_comes_is_checked_and_goes_when_no_vm_needs_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    for name in ["kernel", "initrd"] {
+        std::fs::write(folder.join(name), name).unwrap();
+    }
+    std::fs::write(folder.join("disk"), vec![1; 1 << 20]).unwrap();
+    let import = |name: &str, cmdline: &str| {
+        let kernel = ["--kernel", "kernel", "--initrd", "initrd"];
+        image(folder, &[&["import", name, "disk", "--cmdline", cmdline][..], &kernel].concat())
+    };
+    let (ok, path, error) = import("stock", "root=/dev/vda ro");
+    assert!(ok, "{error}");
+    assert_eq!(import("stock", "root=/dev/vda ro").1, path, "the same again is the same image");
+    assert!(import("Stock", "x").2.contains("is not a name"));
+    let (ok, _, error) = image(folder, &["import", "stock", "disk"]);
+    assert!(!ok && error.contains("--cmdline"), "{error}");
+
+    let (_, text, _) = image(folder, &["list", "--json"]);
+    let list: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(list["images"][0]["name"], "stock");
+    assert_eq!(list["images"][0]["disk_bytes"], 1 << 20);
+    assert!(image(folder, &["list"]).1.contains("stock"));
+    assert!(image(folder, &["verify"]).0);
+
+    let vm = folder.join("data/vms/vm_a");
+    std::fs::create_dir_all(&vm).unwrap();
+    std::fs::write(vm.join("image.json"), serde_json::to_vec(&path).unwrap()).unwrap();
+    let (ok, _, error) = image(folder, &["remove", "stock"]);
+    assert!(!ok && error.contains("vm_a"), "{error}");
+    // A newer one of the name: the older is kept for the VM, and goes with it.
+    assert!(import("stock", "root=/dev/vda rw").0);
+    assert_eq!(image(folder, &["prune"]).1, "");
+    std::fs::remove_dir_all(&vm).unwrap();
+    assert_eq!(image(folder, &["prune"]).1, format!("removed {path}"));
+
+    let (_, text, _) = image(folder, &["list", "--json"]);
+    let list: Value = serde_json::from_str(&text).unwrap();
+    let left = list["images"][0]["path"].as_str().unwrap().to_owned();
+    assert_eq!(list["images"].as_array().unwrap().len(), 1);
+    std::fs::write(Path::new(&left).join("disk.raw"), vec![2; 1 << 20]).unwrap();
+    let (ok, text, _) = image(folder, &["verify", "stock"]);
+    assert!(!ok && text.contains("BROKEN"), "{text}");
+    assert!(image(folder, &["remove", "stock"]).0 && !Path::new(&left).exists());
+    assert!(image(folder, &["remove", "stock"]).2.contains("there is no image"));
+}

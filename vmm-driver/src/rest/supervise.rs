@@ -1,0 +1,155 @@
+//! Follows one VM of these drivers: its VMM's end, its guest's console, a VMM that hangs, a guest that restarts itself.
+//!
+//! Never decides about a VM's life but for this: Firecracker ends when its guest restarts, and gets a successor on the same tap
+//! behind the same gate.
+
+use super::judge::{LastWords, Outcome, judge, last_words};
+use super::{ApiDriver, Kind, Live, Tap};
+use crate::process::Ended;
+use crate::qemu::{append, clean, file};
+use crate::spec::{Exit, Observed, VmSpec, VmmError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::watch;
+use tokio::time::{MissedTickBehavior, interval};
+
+/// How often the console is fetched.
+const TICK: Duration = Duration::from_secs(1);
+/// How often the VMM is asked whether it is there.
+const PING: Duration = Duration::from_secs(5);
+/// The most that is fetched at once, and what is kept for looking at.
+const CHUNK: u64 = 256 << 10;
+const KEPT: usize = 8 << 10;
+/// Between two starts of a guest that restarts itself again and again.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// Why a VMM ends, as far as this side knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Intent {
+    /// It is to run.
+    Run,
+    /// Its guest was asked to shut down.
+    ShutDown,
+    /// It was killed.
+    Kill,
+    /// It was killed because its guest is off.
+    Off,
+    /// It was killed because it hung.
+    Hung,
+}
+
+/// What the task works with.
+pub(super) struct Supervisor {
+    pub(super) driver: ApiDriver,
+    pub(super) spec: VmSpec,
+    pub(super) live: Arc<Mutex<Arc<Live>>>,
+    pub(super) observed: watch::Sender<Observed>,
+    pub(super) intent: watch::Receiver<Intent>,
+}
+
+impl Supervisor {
+    /// Runs until the VM has ended.
+    pub(super) async fn run(self) {
+        let mut kept = String::new();
+        let exit = loop {
+            let live = self.live.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            let (ended, why) = self.follow(&live, &mut kept).await;
+            self.fetch(&live, &mut kept);
+            let asked = *self.intent.borrow();
+            let intent = if asked == Intent::Kill { asked } else { why.unwrap_or(asked) };
+            let complaint = live.scratch.tail("log", 300);
+            let words = last_words(&kept);
+            match judge(self.driver.kind, ended, intent, words, complaint.lines().last().unwrap_or_default())
+            {
+                Outcome::Ended(exit) => break exit,
+                Outcome::Restart => match self.restart(&live).await {
+                    Ok(successor) => {
+                        *self.live.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(successor);
+                        self.observed.send_modify(|seen| seen.reboots = seen.reboots.saturating_add(1));
+                    }
+                    Err(error) => match *self.intent.borrow() {
+                        Intent::Kill => break Exit::Stopped,
+                        Intent::ShutDown => break Exit::GuestShutdown,
+                        _ => break Exit::Crashed(format!("it could not be started again: {error}")),
+                    },
+                },
+            }
+        };
+        if let Exit::Crashed(_) = &exit {
+            let live = self.live.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            crate::qemu::words(&self.spec.dir, Some(&live.scratch));
+        }
+        clean(self.driver.cgroups.as_deref(), &self.spec);
+        self.observed.send_modify(|seen| seen.exit = Some(Arc::new(exit)));
+    }
+
+    /// Until this process has ended; the second value is why, if it was ended here.
+    async fn follow(&self, live: &Live, kept: &mut String) -> (Ended, Option<Intent>) {
+        let mut tick = interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut pinged = Instant::now();
+        let mut why = None;
+        loop {
+            tokio::select! {
+                biased;
+                ended = live.process.wait() => return (ended.unwrap_or(Ended::Unknown), why),
+                _ = tick.tick() => {}
+            }
+            self.fetch(live, kept);
+            if self.driver.kind == Kind::Firecracker && last_words(kept) == LastWords::Off {
+                why = Some(Intent::Off);
+                let _ = live.process.signal(libc::SIGKILL);
+            } else if pinged.elapsed() > PING {
+                pinged = Instant::now();
+                let silent = tokio::select! {
+                    ended = live.process.wait() => return (ended.unwrap_or(Ended::Unknown), why),
+                    answer = self.driver.state(&self.spec, live) => matches!(answer, Err(VmmError::Silent(_))),
+                };
+                if silent {
+                    tracing::error!(vm = %self.spec.id, "the VMM hangs and is ended");
+                    why = Some(Intent::Hung);
+                    let _ = live.process.signal(libc::SIGKILL);
+                }
+            }
+        }
+    }
+
+    /// Takes what the guest has printed into the console's log, and keeps the end of it.
+    fn fetch(&self, live: &Live, kept: &mut String) {
+        while let Ok(bytes) = live.scratch.drain("console", CHUNK)
+            && !bytes.is_empty()
+        {
+            if let Err(error) = append(&self.spec.dir.join(file::CONSOLE), &bytes) {
+                tracing::warn!(%error, "the console log cannot be written");
+            }
+            kept.push_str(&String::from_utf8_lossy(&bytes));
+            if kept.len() > KEPT {
+                let cut = kept.ceil_char_boundary(kept.len() - KEPT);
+                kept.drain(..cut);
+            }
+        }
+        if let Ok(bytes) = live.scratch.drain("events", CHUNK)
+            && !bytes.is_empty()
+        {
+            let restarts = String::from_utf8_lossy(&bytes).matches("\"event\": \"rebooted\"").count();
+            if restarts > 0 {
+                let restarts = u32::try_from(restarts).unwrap_or(u32::MAX);
+                self.observed.send_modify(|seen| seen.reboots = seen.reboots.saturating_add(restarts));
+            }
+        }
+    }
+
+    async fn restart(&self, ended: &Live) -> Result<Live, VmmError> {
+        tokio::time::sleep(PAUSE).await;
+        if *self.intent.borrow() != Intent::Run {
+            return Err(VmmError::Gone);
+        }
+        let network = ended.network.as_ref().ok_or(VmmError::Gone)?;
+        let network = network.try_clone().map_err(VmmError::io("its namespace"))?;
+        let (_, live) = self.driver.run(&self.spec, Tap::Lent(network)).await?;
+        if *self.intent.borrow() == Intent::Kill {
+            let _ = live.process.signal(libc::SIGKILL);
+        }
+        Ok(live)
+    }
+}
