@@ -52,6 +52,7 @@ pub struct Folders {
 pub enum Args {
     /// Build the base image debian-12 unless it is there
     Build {
+        /// Where images are kept.
         #[command(flatten)]
         folder: Folder,
     },
@@ -70,6 +71,7 @@ pub enum Args {
         /// Kernel command line [default: root=UUID=… ro]
         #[arg(long)]
         cmdline: Option<String>,
+        /// Where images are kept.
         #[command(flatten)]
         folder: Folder,
     },
@@ -78,6 +80,7 @@ pub enum Args {
         /// Print JSON
         #[arg(long)]
         json: bool,
+        /// Where images are, and who may need them.
         #[command(flatten)]
         folders: Folders,
     },
@@ -85,6 +88,7 @@ pub enum Args {
     Verify {
         /// The image's name
         name: Option<String>,
+        /// Where images are kept.
         #[command(flatten)]
         folder: Folder,
     },
@@ -92,11 +96,13 @@ pub enum Args {
     Remove {
         /// Its name, or its folder's
         name: String,
+        /// Where images are, and who may need them.
         #[command(flatten)]
         folders: Folders,
     },
     /// Remove every image that no VM needs and of which there is a newer one
     Prune {
+        /// Where images are, and who may need them.
         #[command(flatten)]
         folders: Folders,
     },
