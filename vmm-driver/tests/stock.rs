@@ -18,8 +18,9 @@ const PACKAGES: &str = "ca-certificates,cloud-guest-utils,cloud-init,curl,dbus,e
 
 #[test]
 fn real_vm_stock_cloud_image_boots_unmodified() {
+    // Built here: where the test runs, there is no network.
+    let disk = cloud_image(&image::default_cache());
     World::run(|world| async move {
-        let disk = cloud_image(&image::default_cache());
         let cache = world.dir.path().join("images");
         let stock = Import { name: "stock", disk: &disk, kernel: None, cmdline: None };
         let image = image::import(&cache, &stock).unwrap();

@@ -310,6 +310,7 @@ impl QemuRunning {
             observed: observe,
             shut_down,
             silent: 0,
+            hung: false,
             intent: intended,
         };
         let cleaner = (driver.clone(), spec.clone());

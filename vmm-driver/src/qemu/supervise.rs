@@ -71,6 +71,8 @@ pub struct Supervisor {
     pub shut_down: bool,
     /// How many questions in a row were left without an answer.
     pub silent: u32,
+    /// Whether it was ended here for that. What its socket says afterwards changes nothing about it.
+    pub hung: bool,
     /// Set by whoever ends the process on purpose.
     pub intent: watch::Receiver<bool>,
 }
@@ -107,9 +109,7 @@ impl Supervisor {
         let exit = match status {
             _ if self.shut_down => Exit::GuestShutdown,
             _ if *self.intent.borrow() => Exit::Stopped,
-            _ if self.silent >= PATIENCE => {
-                Exit::Crashed("it hung: its control socket did not answer".into())
-            }
+            _ if self.hung => Exit::Crashed("it hung: its control socket did not answer".into()),
             Ended::Code(code) => Exit::Crashed(self.last_words(&format!("exit code {code}"))),
             Ended::Signal(signal) => Exit::Crashed(self.last_words(&format!("signal {signal}"))),
             Ended::Unknown => Exit::Crashed(self.last_words("it is gone")),
@@ -159,7 +159,8 @@ impl Supervisor {
             VmmError::Silent(_) => self.silent += 1,
             _ => self.silent = 0,
         }
-        if self.silent >= PATIENCE {
+        if self.silent >= PATIENCE && !self.hung {
+            self.hung = true;
             tracing::error!(dir = %self.dir.display(), "QEMU hangs and is ended");
             let _ = self.process.signal(libc::SIGKILL);
         }
