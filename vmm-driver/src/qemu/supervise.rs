@@ -78,8 +78,9 @@ pub struct Supervisor {
 }
 
 impl Supervisor {
-    /// Runs until the process has ended.
-    pub async fn run(mut self) {
+    /// Runs until the process has ended. `clean` removes what it left, before anyone learns of its end: after that the VM may
+    /// have another VMM in the same places.
+    pub async fn run(mut self, clean: impl FnOnce()) {
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let process = self.process.clone();
@@ -114,6 +115,7 @@ impl Supervisor {
             Ended::Signal(signal) => Exit::Crashed(self.last_words(&format!("signal {signal}"))),
             Ended::Unknown => Exit::Crashed(self.last_words("it is gone")),
         };
+        clean();
         self.observed.send_modify(|seen| seen.exit = Some(Arc::new(exit)));
     }
 
