@@ -5,7 +5,11 @@
 
 use crate::{Cidr, HostName, HostPattern, Reason, RuleId, SecretBinding, UserId, VmId};
 use serde::{Deserialize, Serialize};
-use std::{collections::HashMap, net::IpAddr, sync::Arc};
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    sync::{Arc, LazyLock},
+};
 use tapgate_ebpf_common::range::{Class, classify_v4, classify_v6};
 
 /// What happens to traffic that no rule allows.
@@ -114,6 +118,12 @@ pub struct RuleLayer {
 }
 
 impl RuleLayer {
+    /// No rules: one layer, shared by all that have none.
+    pub fn none() -> Arc<Self> {
+        static NONE: LazyLock<Arc<RuleLayer>> = LazyLock::new(Arc::default);
+        Arc::clone(&NONE)
+    }
+
     /// Compiles rules; of several for one target the first stands.
     pub fn new(rules: impl IntoIterator<Item = Rule>) -> Self {
         let mut layer = Self::default();

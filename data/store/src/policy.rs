@@ -193,7 +193,7 @@ impl Store {
                 Some(policy) => Arc::clone(policy.rules.own()),
                 None => Arc::new(RuleLayer::new(rules(db, user, Some(&vm))?)),
             };
-            let inherited = if inherits { Arc::clone(&account.rules) } else { Arc::default() };
+            let inherited = if inherits { Arc::clone(&account.rules) } else { RuleLayer::none() };
             policies.push(VmPolicy {
                 vm,
                 user: user.clone(),
