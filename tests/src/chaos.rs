@@ -4,7 +4,7 @@
 //! The same seed makes the same calls; what the machine makes of their timing is its own.
 
 use crate::{World, api::Client, daemon::Daemon, net, sh, sites, ssh};
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use serde_json::{Value, json};
 use std::{
     collections::BTreeMap,
@@ -305,37 +305,47 @@ impl<'a, 'world> Chaos<'a, 'world> {
         std::path::Path::new("/sys/fs/bpf/tapgate").join(&self.world.names().world)
     }
 
-    /// Waits until every VM rests, and sees that what its record says is true.
+    /// Waits until every VM rests in a state that is true. A daemon that has just started serves the records as they were
+    /// until it has looked at each VM, so what is not true yet is asked again; what stays untrue fails.
     pub fn settle(&self) -> Result<Vec<(String, String)>> {
         let end = Instant::now() + REST;
         let rests = |detail: &str| matches!(detail, "ready" | "stopped" | "failed" | "destroyed");
-        let records = loop {
+        loop {
             let records = self.records()?;
-            if records.iter().all(|(_, detail)| rests(detail)) {
-                break records;
+            let untrue = if records.iter().all(|(_, detail)| rests(detail)) {
+                match records.iter().try_for_each(|(vm, detail)| self.is_true(vm, detail)) {
+                    Ok(()) => return Ok(records),
+                    Err(untrue) => untrue,
+                }
+            } else {
+                anyhow!("these do not come to rest: {records:?}")
+            };
+            if Instant::now() > end {
+                return Err(untrue);
             }
-            ensure!(Instant::now() < end, "these do not come to rest: {records:?}");
             thread::sleep(Duration::from_millis(300));
-        };
-        for (vm, detail) in &records {
-            let alive = self.daemon.vmm(vm).is_some_and(is_alive);
-            ensure!(
-                alive == (detail == "ready"),
-                "{vm} is {detail}, its VMM {}",
-                if alive { "lives" } else { "is gone" }
-            );
-            if detail == "ready" {
-                let port = self.api.get(&format!("/v1/vms/{vm}/ssh"))?.expect(200)?["port"].to_string();
-                let banner =
-                    format!("timeout 20 bash -c 'exec 3<>/dev/tcp/{}/{port}; head -c 4 <&3'", sites::HOST_V4);
-                let said = sh::expect(self.world.from_afar("bash").args(["-c", &banner]), b"")?;
-                ensure!(said == "SSH-", "{vm} is ready, but its SSH says {said:?}");
-            }
-            if detail == "destroyed" {
-                ensure!(!self.daemon.vm_folder(vm).exists(), "{vm} is destroyed, but its folder is there");
-            }
         }
-        Ok(records)
+    }
+
+    /// Whether the VM is what its record says.
+    fn is_true(&self, vm: &str, detail: &str) -> Result<()> {
+        let alive = self.daemon.vmm(vm).is_some_and(is_alive);
+        ensure!(
+            alive == (detail == "ready"),
+            "{vm} is {detail}, its VMM {}",
+            if alive { "lives" } else { "is gone" }
+        );
+        if detail == "ready" {
+            let port = self.api.get(&format!("/v1/vms/{vm}/ssh"))?.expect(200)?["port"].to_string();
+            let banner =
+                format!("timeout 20 bash -c 'exec 3<>/dev/tcp/{}/{port}; head -c 4 <&3'", sites::HOST_V4);
+            let said = sh::expect(self.world.from_afar("bash").args(["-c", &banner]), b"")?;
+            ensure!(said == "SSH-", "{vm} is ready, but its SSH says {said:?}");
+        }
+        if detail == "destroyed" {
+            ensure!(!self.daemon.vm_folder(vm).exists(), "{vm} is destroyed, but its folder is there");
+        }
+        Ok(())
     }
 
     /// Ends every VM; then nothing of any may be left.
