@@ -20,6 +20,8 @@ use std::{
 
 /// VMs at a time.
 const VMS: usize = 5;
+/// How long a death may go unnoticed.
+const NOTICE: Duration = Duration::from_secs(20);
 /// For a VM to come to rest.
 const REST: Duration = Duration::from_secs(240);
 
@@ -135,7 +137,7 @@ impl<'a, 'world> Chaos<'a, 'world> {
         let vms = self.living()?;
         let any = |choices: &mut Choices| (!vms.is_empty()).then(|| vms[choices.below(vms.len())].clone());
         let vm = any(&mut self.choices);
-        match (self.choices.below(12), vm) {
+        match (self.choices.below(14), vm) {
             (0 | 1, _) if vms.len() < VMS => self.create()?,
             (2 | 3, Some(vm)) => self.call("stop", "POST", &format!("/v1/vms/{vm}/stop"), None)?,
             (4 | 5, Some(vm)) => self.start(&vm)?,
@@ -146,7 +148,7 @@ impl<'a, 'world> Chaos<'a, 'world> {
             (8, _) if vms.len() < VMS => self.agent()?,
             (9, _) => self.rules()?,
             (10, _) => self.end_agent()?,
-            (11, Some(vm)) => self.kill_vmm(&vm)?,
+            (11..=13, _) => self.kill_vmm(&vms)?,
             _ => self.create_if_none(vms.is_empty())?,
         }
         match self.choices.below(8) {
@@ -272,8 +274,10 @@ impl<'a, 'world> Chaos<'a, 'world> {
         Ok(())
     }
 
-    fn kill_vmm(&mut self, vm: &str) -> Result<()> {
-        if let Some(pid) = self.daemon.vmm(vm) {
+    fn kill_vmm(&mut self, vms: &[String]) -> Result<()> {
+        let pids: Vec<_> = vms.iter().filter_map(|vm| self.daemon.vmm(vm)).collect();
+        if !pids.is_empty() {
+            let pid = pids[self.choices.below(pids.len())];
             sh::run("kill", ["-KILL", &pid.to_string()])?;
             self.count("vmm killed");
         }
@@ -305,19 +309,24 @@ impl<'a, 'world> Chaos<'a, 'world> {
         std::path::Path::new("/sys/fs/bpf/tapgate").join(&self.world.names().world)
     }
 
-    /// Waits until every VM rests in a state that is true. A daemon that has just started serves the records as they were
-    /// until it has looked at each VM, so what is not true yet is asked again; what stays untrue fails.
+    /// Waits until every VM rests in a state that is true. A VMM's death is noticed a moment after it, so what is not true yet
+    /// is asked again; what stays untrue fails.
     pub fn settle(&self) -> Result<Vec<(String, String)>> {
         let end = Instant::now() + REST;
+        let mut untrue_since = None;
         let rests = |detail: &str| matches!(detail, "ready" | "stopped" | "failed" | "destroyed");
         loop {
             let records = self.records()?;
             let untrue = if records.iter().all(|(_, detail)| rests(detail)) {
                 match records.iter().try_for_each(|(vm, detail)| self.is_true(vm, detail)) {
                     Ok(()) => return Ok(records),
+                    Err(untrue) if untrue_since.get_or_insert_with(Instant::now).elapsed() > NOTICE => {
+                        return Err(untrue);
+                    }
                     Err(untrue) => untrue,
                 }
             } else {
+                untrue_since = None;
                 anyhow!("these do not come to rest: {records:?}")
             };
             if Instant::now() > end {
