@@ -101,7 +101,7 @@ fn page(options: &Options, table: &str) -> String {
         "# Figures: {part}\n\nBy `cargo xtask bench {part}{long}` on {}, kernel {}, {} processors. They compare what ran side by side in one \
          run; as absolute figures they belong to that machine.\n\n{}\n",
         line("date", &["-u", "+%Y-%m-%d"]),
-        line("uname", &["-r"]),
+        line("uname", &["-r"]).split('-').next().unwrap_or_default(),
         line("nproc", &[]),
         table.trim_end()
     )
