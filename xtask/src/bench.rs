@@ -65,7 +65,7 @@ pub fn command(options: &Options) -> Result<()> {
     // Those that run a daemon look for it beside themselves.
     let tapgate = build::binary(true)?;
     let target = format!("bench-{}", part.name());
-    run(cargo().args(["build", "--release", "--package", part.package(), "--example", &target]))?;
+    run(cargo().args(["build", "--release", "--package", part.package(), "--example", &target, "--bins"]))?;
     let mut bench = as_root(build::folder(true).join("examples").join(&target));
     bench.env("TAPGATE_BIN", tapgate).stdout(Stdio::piped());
     if part == Part::Proxy {
