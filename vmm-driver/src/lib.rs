@@ -27,4 +27,4 @@ pub use netns_driver::{NetnsDriver, NetnsRunning, exec as netns_exec};
 pub use qemu::{QemuDriver, QemuRunning, default_program, noted_handle};
 pub use rest::{ApiDriver, ApiRunning, Kind as ApiKind};
 pub use seed::Seed;
-pub use spec::{Exit, Handle, Observed, SnapshotInfo, VmSpec, VmmError};
+pub use spec::{Exit, Handle, Observed, SnapshotInfo, Suspended, VmSpec, VmmError};
