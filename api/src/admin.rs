@@ -92,6 +92,14 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     runtime.block_on(act(args))
 }
 
+/// Checks the audit log in a data directory: `tapgate audit verify`.
+///
+/// # Errors
+/// It was changed, or cannot be read.
+pub(crate) fn verify(data_dir: PathBuf) -> anyhow::Result<()> {
+    run(Args { command: Command::VerifyAudit, data_dir })
+}
+
 async fn act(args: Args) -> anyhow::Result<()> {
     let folder = &args.data_dir;
     let key_file = folder.join("seal.key");

@@ -21,7 +21,7 @@ enum Command {
     Doctor(doctor::Args),
     /// The operator's work on the daemon's data
     Admin(admin::Args),
-    /// Build the images that VMs boot from
+    /// Build, import and look after the images that VMs boot from
     #[command(subcommand)]
     Image(images::Args),
     /// Print the systemd unit: `tapgate unit | sudo tee /etc/systemd/system/tapgate.service`

@@ -26,6 +26,9 @@ use tapgate_vmm::{
 };
 use tokio_util::sync::CancellationToken;
 
+/// How long the API waits for the engine to have looked at each VM that ran; one that hangs holds up no other.
+const FIRST_LOOK: std::time::Duration = std::time::Duration::from_secs(5);
+
 /// How long parts may take to end.
 const DRAIN: std::time::Duration = std::time::Duration::from_secs(10);
 
@@ -120,7 +123,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     );
     let (handle, commands) = engine::Handle::new();
     let notifier = handle.notifier();
-    let engine = Engine::new(Parts {
+    let mut engine = Engine::new(Parts {
         config: config.clone(),
         store: store.clone(),
         datapath,
@@ -136,6 +139,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let state = AppState::try_new(store.clone(), handle, Arc::new(make_ca), api_settings(&config)?)
         .context("cannot set up the API")?;
 
+    let looked = engine.looked();
     let audit = store.audit().clone();
     let mut parts = RunningParts::new(stop.clone());
     parts.spawn("proxy", proxy.serve(listeners, stop.clone()));
@@ -144,6 +148,10 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     parts.spawn("audit log's writer", written(audit.clone(), stop.clone()));
     let trimming = crate::retention::run(store, config.retention, stop.clone());
     parts.spawn("audit log's retention", never_fails(trimming));
+    // Until each VM was looked at, the records say what was; callers wait in the listener's queue meanwhile.
+    if tokio::time::timeout(FIRST_LOOK, looked).await.is_err() {
+        tracing::warn!("serve.first_look_goes_on");
+    }
     parts.spawn("API server", never_fails(server::serve(api, router(state), tls, stop.clone())));
     // Tells systemd (Type=notify), where there is one.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);

@@ -10,6 +10,7 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use tapgate::Settings;
 use tapgate::http::SignUp;
+use tapgate_model::{AuditEvent, AuditSink as _, Mode, Protocol, Reason, UserId, Verdict, VmId, VmPolicy};
 use tapgate_store::{SealKey, Store, now_us};
 
 fn run(folder: &Path, args: &[&str], input: &str) -> Output {
@@ -93,4 +94,41 @@ async fn sign_up_may_be_closed_or_by_invitation() {
     }
     sign_up(&app, Some(&good)).await.is(201);
     assert_eq!(sign_up(&app, Some(&good)).await.error(409), "email_taken", "an invitation makes one account");
+}
+
+#[tokio::test]
+async fn a_changed_audit_log_is_found_from_the_command_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let store = Store::open(folder, SealKey::load_or_create(&folder.join("seal.key")).unwrap()).unwrap();
+    let policy = VmPolicy {
+        vm: VmId::generate(),
+        user: UserId::generate(),
+        generation: 1,
+        mode: Mode::Enforce,
+        rules: Default::default(),
+        secrets: [].into(),
+        secrets_over_http: Default::default(),
+    };
+    for at in 0..10 {
+        let verdict = Verdict::Deny { reason: Reason::NoRule };
+        store.audit().record(AuditEvent::new(&policy, Protocol::Tcp, verdict, at));
+    }
+    store.audit().flush().await;
+    drop(store);
+    let verify = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tapgate"));
+        command.args(["audit", "verify", "--data-dir"]).arg(folder).output().unwrap()
+    };
+    let whole = verify();
+    assert!(whole.status.success(), "{whole:?}");
+    assert!(String::from_utf8_lossy(&whole.stdout).contains("whole: 10 events"), "{whole:?}");
+    let database = rusqlite::Connection::open(folder.join("audit.db")).unwrap();
+    database.execute("UPDATE events SET port = 443 WHERE seq = 4", []).unwrap();
+    let changed = verify();
+    assert!(!changed.status.success(), "{changed:?}");
+    assert!(
+        String::from_utf8_lossy(&changed.stderr).contains("was changed outside of tapgate"),
+        "{changed:?}"
+    );
 }

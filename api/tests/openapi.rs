@@ -93,7 +93,11 @@ async fn the_page_has_every_operation_and_no_script() {
     assert!(!page.contains("<script"));
     for methods in tapgate::http::openapi::document()["paths"].as_object().unwrap().values() {
         for operation in methods.as_object().unwrap().values() {
-            assert!(page.contains(&format!("id=\"{}\"", operation["operationId"].as_str().unwrap())));
+            let id = operation["operationId"].as_str().unwrap();
+            assert!(
+                page.contains(&format!("id=\"{id}\"")) && page.contains(&format!("href=\"#{id}\"")),
+                "{id}"
+            );
         }
     }
 }

@@ -4,7 +4,7 @@
 //! The same seed makes the same calls; what the machine makes of their timing is its own.
 
 use crate::{World, api::Client, daemon::Daemon, net, sh, sites, ssh};
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use serde_json::{Value, json};
 use std::{
     collections::BTreeMap,
@@ -20,6 +20,8 @@ use std::{
 
 /// VMs at a time.
 const VMS: usize = 5;
+/// How long a death may go unnoticed.
+const NOTICE: Duration = Duration::from_secs(20);
 /// For a VM to come to rest.
 const REST: Duration = Duration::from_secs(240);
 
@@ -135,7 +137,7 @@ impl<'a, 'world> Chaos<'a, 'world> {
         let vms = self.living()?;
         let any = |choices: &mut Choices| (!vms.is_empty()).then(|| vms[choices.below(vms.len())].clone());
         let vm = any(&mut self.choices);
-        match (self.choices.below(12), vm) {
+        match (self.choices.below(14), vm) {
             (0 | 1, _) if vms.len() < VMS => self.create()?,
             (2 | 3, Some(vm)) => self.call("stop", "POST", &format!("/v1/vms/{vm}/stop"), None)?,
             (4 | 5, Some(vm)) => self.start(&vm)?,
@@ -146,7 +148,7 @@ impl<'a, 'world> Chaos<'a, 'world> {
             (8, _) if vms.len() < VMS => self.agent()?,
             (9, _) => self.rules()?,
             (10, _) => self.end_agent()?,
-            (11, Some(vm)) => self.kill_vmm(&vm)?,
+            (11..=13, _) => self.kill_vmm(&vms)?,
             _ => self.create_if_none(vms.is_empty())?,
         }
         match self.choices.below(8) {
@@ -272,8 +274,10 @@ impl<'a, 'world> Chaos<'a, 'world> {
         Ok(())
     }
 
-    fn kill_vmm(&mut self, vm: &str) -> Result<()> {
-        if let Some(pid) = self.daemon.vmm(vm) {
+    fn kill_vmm(&mut self, vms: &[String]) -> Result<()> {
+        let pids: Vec<_> = vms.iter().filter_map(|vm| self.daemon.vmm(vm)).collect();
+        if !pids.is_empty() {
+            let pid = pids[self.choices.below(pids.len())];
             sh::run("kill", ["-KILL", &pid.to_string()])?;
             self.count("vmm killed");
         }
@@ -305,37 +309,52 @@ impl<'a, 'world> Chaos<'a, 'world> {
         std::path::Path::new("/sys/fs/bpf/tapgate").join(&self.world.names().world)
     }
 
-    /// Waits until every VM rests, and sees that what its record says is true.
+    /// Waits until every VM rests in a state that is true. A VMM's death is noticed a moment after it, so what is not true yet
+    /// is asked again; what stays untrue fails.
     pub fn settle(&self) -> Result<Vec<(String, String)>> {
         let end = Instant::now() + REST;
+        let mut untrue_since = None;
         let rests = |detail: &str| matches!(detail, "ready" | "stopped" | "failed" | "destroyed");
-        let records = loop {
+        loop {
             let records = self.records()?;
-            if records.iter().all(|(_, detail)| rests(detail)) {
-                break records;
+            let untrue = if records.iter().all(|(_, detail)| rests(detail)) {
+                match records.iter().try_for_each(|(vm, detail)| self.is_true(vm, detail)) {
+                    Ok(()) => return Ok(records),
+                    Err(untrue) if untrue_since.get_or_insert_with(Instant::now).elapsed() > NOTICE => {
+                        return Err(untrue);
+                    }
+                    Err(untrue) => untrue,
+                }
+            } else {
+                untrue_since = None;
+                anyhow!("these do not come to rest: {records:?}")
+            };
+            if Instant::now() > end {
+                return Err(untrue);
             }
-            ensure!(Instant::now() < end, "these do not come to rest: {records:?}");
             thread::sleep(Duration::from_millis(300));
-        };
-        for (vm, detail) in &records {
-            let alive = self.daemon.vmm(vm).is_some_and(is_alive);
-            ensure!(
-                alive == (detail == "ready"),
-                "{vm} is {detail}, its VMM {}",
-                if alive { "lives" } else { "is gone" }
-            );
-            if detail == "ready" {
-                let port = self.api.get(&format!("/v1/vms/{vm}/ssh"))?.expect(200)?["port"].to_string();
-                let banner =
-                    format!("timeout 20 bash -c 'exec 3<>/dev/tcp/{}/{port}; head -c 4 <&3'", sites::HOST_V4);
-                let said = sh::expect(self.world.from_afar("bash").args(["-c", &banner]), b"")?;
-                ensure!(said == "SSH-", "{vm} is ready, but its SSH says {said:?}");
-            }
-            if detail == "destroyed" {
-                ensure!(!self.daemon.vm_folder(vm).exists(), "{vm} is destroyed, but its folder is there");
-            }
         }
-        Ok(records)
+    }
+
+    /// Whether the VM is what its record says.
+    fn is_true(&self, vm: &str, detail: &str) -> Result<()> {
+        let alive = self.daemon.vmm(vm).is_some_and(is_alive);
+        ensure!(
+            alive == (detail == "ready"),
+            "{vm} is {detail}, its VMM {}",
+            if alive { "lives" } else { "is gone" }
+        );
+        if detail == "ready" {
+            let port = self.api.get(&format!("/v1/vms/{vm}/ssh"))?.expect(200)?["port"].to_string();
+            let banner =
+                format!("timeout 20 bash -c 'exec 3<>/dev/tcp/{}/{port}; head -c 4 <&3'", sites::HOST_V4);
+            let said = sh::expect(self.world.from_afar("bash").args(["-c", &banner]), b"")?;
+            ensure!(said == "SSH-", "{vm} is ready, but its SSH says {said:?}");
+        }
+        if detail == "destroyed" {
+            ensure!(!self.daemon.vm_folder(vm).exists(), "{vm} is destroyed, but its folder is there");
+        }
+        Ok(())
     }
 
     /// Ends every VM; then nothing of any may be left.

@@ -24,6 +24,10 @@ fn number(variable: &str, default: u64) -> u64 {
     std::env::var(variable).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
 }
 
+fn long() -> bool {
+    std::env::var_os("TAPGATE_LONG").is_some()
+}
+
 fn campaign(driver: Driver, rounds: u64) {
     let world = World::new().unwrap();
     let mut daemon = Daemon::start(&world, settings(driver)).unwrap();
@@ -57,14 +61,14 @@ fn campaign(driver: Driver, rounds: u64) {
 
 #[test]
 fn random_lives_under_random_deaths_end_in_true_states() {
-    campaign(Driver::Netns, number("TAPGATE_CHAOS_ROUNDS", 25));
+    campaign(Driver::Netns, number("TAPGATE_CHAOS_ROUNDS", if long() { 200 } else { 25 }));
 }
 
 /// Rounds with real guests: only when asked for, because each boot takes seconds.
 #[test]
 fn real_vm_random_lives_under_random_deaths() {
-    match number("TAPGATE_CHAOS_REAL_ROUNDS", 0) {
-        0 => eprintln!("SKIPPED: set TAPGATE_CHAOS_REAL_ROUNDS"),
+    match number("TAPGATE_CHAOS_REAL_ROUNDS", if long() { 20 } else { 0 }) {
+        0 => eprintln!("SKIPPED: set TAPGATE_LONG, or TAPGATE_CHAOS_REAL_ROUNDS"),
         rounds => campaign(Driver::Qemu, rounds),
     }
 }

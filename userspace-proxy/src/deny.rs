@@ -160,6 +160,15 @@ fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
 
+/// Of a request's fields, those that a refusal's form depends on: what is kept until it is known whether there will be one.
+pub(crate) fn accept(headers: &HeaderMap) -> HeaderMap {
+    let mut kept = HeaderMap::new();
+    if let Some(accept) = headers.get(header::ACCEPT) {
+        kept.insert(header::ACCEPT, accept.clone());
+    }
+    kept
+}
+
 enum Form {
     Json,
     Text,

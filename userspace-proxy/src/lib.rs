@@ -6,6 +6,7 @@
 
 mod audit;
 mod config;
+mod confine;
 mod conn;
 mod decide;
 mod deny;

@@ -72,6 +72,44 @@ fn extended(message: &Message) -> (u16, String) {
 
 const HERE: &[Ipv4Addr] = &[SERVER, OTHER, ATTACKER, RESOLVER, PRIVATE];
 
+/// A field of the status of every thread with this name.
+fn of_threads(name: &str, field: &str) -> Vec<String> {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+    let texts = tasks.filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("status")).ok());
+    let of = |text: &str, field: &str| {
+        text.lines().find_map(|line| line.strip_prefix(field)).unwrap_or_default().trim().to_owned()
+    };
+    texts.filter(|text| of(text, "Name:") == name).map(|text| of(&text, field)).collect()
+}
+
+#[test]
+fn threads_that_meet_a_guests_octets_have_no_rights() {
+    world_of(HERE, |mut w| async move {
+        let guest = Guest::new("c");
+        serve(&w);
+        w.zone.set("a.example", &[SERVER]);
+        w.serve((SERVER, 80), None).await;
+        w.rules(Mode::Enforce, &["a.example"], &[]);
+        // It works, so the threads are there.
+        let address = guest.query("a.example.", RecordType::A).await;
+        assert_eq!(addresses(&address), [IpAddr::V4(SERVER)]);
+        let workers = of_threads("proxy", "Seccomp:");
+        assert!(workers.len() > 1 && workers.iter().all(|mode| mode == "2"), "{workers:?}");
+        assert!(of_threads("proxy", "NoNewPrivs:").iter().all(|set| set == "1"));
+        // CAP_SYS_RESOURCE, or nothing: pipes beyond an unprivileged user's share.
+        for field in ["CapEff:", "CapPrm:"] {
+            let rights = of_threads("proxy", field);
+            let few = |text: &String| u64::from_str_radix(text, 16).unwrap() & !(1 << 24) == 0;
+            assert!(!rights.is_empty() && rights.iter().all(few), "{rights:?}");
+        }
+        for field in ["CapInh:", "CapAmb:"] {
+            assert!(
+                of_threads("proxy", field).iter().all(|text| u64::from_str_radix(text, 16).unwrap() == 0)
+            );
+        }
+    });
+}
+
 #[test]
 fn a_guests_connection_is_delivered_and_answered() {
     world_of(HERE, |mut w| async move {
@@ -253,8 +291,9 @@ fn ipv6_is_delivered_decided_and_answered_like_ipv4() {
             loop {
                 let (mut stream, _) = listener.accept().await.unwrap();
                 let answer = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nConnection: close\r\n\r\nsix";
-                tokio::io::AsyncWriteExt::write_all(&mut stream, answer).await.unwrap();
+                // An answer that comes before the question is none.
                 let _ = tokio::io::AsyncReadExt::read(&mut stream, &mut [0; 512]).await;
+                tokio::io::AsyncWriteExt::write_all(&mut stream, answer).await.unwrap();
             }
         });
         let (from, answer) = guest

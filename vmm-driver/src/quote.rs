@@ -95,6 +95,7 @@ pub fn systemd(env: &[(String, String)]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
     use std::process::Command;
 
     const NASTY: &str = r#"a'b"c$(touch /tmp/x)`id` \ %n %% ; # ! é\" \n end "#;
@@ -137,5 +138,37 @@ mod tests {
     fn systemd_specifiers_and_quotes_are_escaped() {
         let text = systemd(&[("A".into(), "50% \"x\" \\y\nz".into()), ("B".into(), "\u{1b}".into())]);
         assert_eq!(text, "[Manager]\nDefaultEnvironment=\"A=50%% \\\"x\\\" \\\\y\\nz\"\n");
+    }
+
+    fn portable(name: &str) -> bool {
+        !name.is_empty()
+            && !name.starts_with(|c: char| c.is_ascii_digit())
+            && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(96))]
+        #[test]
+        fn every_value_that_is_taken_is_read_back_by_a_shell(
+            value in "(\\PC|[\x01-\x1f\x7f '\"\\\\$(){}`;&|<>*?#~%!\n-]){0,40}",
+        ) {
+            prop_assert!(check("X", &value).is_ok());
+            let env = [("X".to_owned(), value.clone())];
+            prop_assert_eq!(sh(&format!("{}printf %s \"$X\"", profile(&env))), value.clone());
+            if is_long(&value) {
+                prop_assert_eq!(sh(&format!("{}printf %s \"$X\"", session(&env))), value);
+                prop_assert_eq!(ssh_environment(&env), "");
+            } else {
+                prop_assert_eq!(ssh_environment(&env), format!("X={value}\n"));
+            }
+            // What is left out there leaves no half of itself behind.
+            let systemd = systemd(&env);
+            prop_assert!(systemd.lines().count() <= 2, "{}", systemd);
+        }
+
+        #[test]
+        fn no_other_name_and_no_nul_is_taken(name in "\\PC{0,8}|[A-Za-z0-9_ =;\n$-]{0,8}", value in "[\x00-\x7f]{0,20}") {
+            prop_assert_eq!(check(&name, &value).is_ok(), portable(&name) && !value.contains('\0'));
+        }
     }
 }

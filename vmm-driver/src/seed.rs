@@ -115,6 +115,8 @@ impl Seed {
             "hostname": self.hostname,
             "preserve_hostname": false,
             "disable_root": false,
+            // The image's own stays: cloud-init would make another, which takes longer than the boot, or fail at it.
+            "locale": "false",
             "ssh_pwauth": false,
             "ssh_authorized_keys": self.ssh_keys,
             "write_files": [

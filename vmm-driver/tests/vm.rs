@@ -79,7 +79,10 @@ fn real_vm_a_guest_is_what_its_seed_says_and_lives_through_a_reboot() {
             ask("ip -6 route show default"),
             "default via fe80::1 dev eth0 metric 1024 onlink pref medium"
         );
-        assert!(ask("ping -6 -c 1 -W 5 fe80::1%eth0").contains("1 received"), "traffic by IPv6");
+        assert!(
+            ask("ping -6 -c 1 -W 5 -I fd74:6761:7465::1 fe80::1%eth0").contains("1 received"),
+            "traffic by IPv6"
+        );
         assert!(ask("cat /etc/resolv.conf").contains("nameserver 169.254.77.1"));
         let size: u64 = ask("df --output=size -B1 / | tail -1").trim().parse().unwrap();
         assert!(size > 3 << 30, "the root file system has grown into its disk: {size}");

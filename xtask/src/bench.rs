@@ -65,7 +65,7 @@ pub fn command(options: &Options) -> Result<()> {
     // Those that run a daemon look for it beside themselves.
     let tapgate = build::binary(true)?;
     let target = format!("bench-{}", part.name());
-    run(cargo().args(["build", "--release", "--package", part.package(), "--example", &target]))?;
+    run(cargo().args(["build", "--release", "--package", part.package(), "--example", &target, "--bins"]))?;
     let mut bench = as_root(build::folder(true).join("examples").join(&target));
     bench.env("TAPGATE_BIN", tapgate).stdout(Stdio::piped());
     if part == Part::Proxy {
@@ -101,7 +101,7 @@ fn page(options: &Options, table: &str) -> String {
         "# Figures: {part}\n\nBy `cargo xtask bench {part}{long}` on {}, kernel {}, {} processors. They compare what ran side by side in one \
          run; as absolute figures they belong to that machine.\n\n{}\n",
         line("date", &["-u", "+%Y-%m-%d"]),
-        line("uname", &["-r"]),
+        line("uname", &["-r"]).split('-').next().unwrap_or_default(),
         line("nproc", &[]),
         table.trim_end()
     )

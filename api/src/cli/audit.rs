@@ -1,10 +1,11 @@
 //! `tapgate audit`: what VMs tried to reach, as a table, JSON, or a stream of lines.
 
-use super::exit::{Done, Failure};
+use super::exit::{Done, Exit, Failure};
 use super::output::{cell, line, rows};
 use super::{Api, Options};
 use serde_json::Value;
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::time::Duration;
 
 const COLUMNS: &[(&str, &str)] = &[
@@ -25,7 +26,10 @@ const OVERLAP: jiff::SignedDuration = jiff::SignedDuration::from_secs(5);
 
 /// `tapgate audit`.
 #[derive(clap::Args, Debug)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct Args {
+    #[command(subcommand)]
+    command: Option<Command>,
     /// Of this VM (ID or name)
     #[arg(long)]
     vm: Option<String>,
@@ -63,8 +67,22 @@ pub struct Args {
     options: Options,
 }
 
+#[derive(clap::Subcommand, Debug)]
+enum Command {
+    /// On the daemon's host: check the log for changes made outside of tapgate
+    Verify {
+        /// Where the daemon's state lives
+        #[arg(long, env = "TAPGATE_DATA_DIR", value_name = "DIR", default_value = "/var/lib/tapgate")]
+        data_dir: PathBuf,
+    },
+}
+
 impl Args {
     pub(super) fn run(self) -> Done {
+        if let Some(Command::Verify { data_dir }) = self.command {
+            let done = crate::admin::verify(data_dir);
+            return done.map_err(|error| Failure::new(Exit::Other, format!("{error:#}")));
+        }
         let api = Api::new(&self.options)?;
         let mut query: Vec<(&str, String)> = Vec::new();
         if let Some(vm) = &self.vm {

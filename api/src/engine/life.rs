@@ -34,8 +34,14 @@ pub(super) struct Live {
     _forward: ssh::Forward,
 }
 
-/// Brings the VM through its states until it is destroyed or the daemon stops.
-pub(super) async fn drive(shared: Arc<Shared>, vm: VmId, waker: Arc<Notify>) {
+/// Brings the VM through its states until it is destroyed or the daemon stops. Lets go of `looking` once the records say
+/// what has become of it.
+pub(super) async fn drive(
+    shared: Arc<Shared>,
+    vm: VmId,
+    waker: Arc<Notify>,
+    mut looking: Option<super::Looking>,
+) {
     let mut live: Option<Live> = None;
     loop {
         let record = match shared.store.vm_any(&vm).await {
@@ -61,6 +67,7 @@ pub(super) async fn drive(shared: Arc<Shared>, vm: VmId, waker: Arc<Notify>) {
                 advance(&shared, &vm, S::Failed, Some(reason)).await;
             }
         }
+        drop(looking.take());
     }
 }
 

@@ -30,7 +30,7 @@ use std::{
     time::Instant,
 };
 use tapgate_datapath::Datapath;
-use tapgate_model::{GuestNet, VmId, VmPolicy};
+use tapgate_model::{GuestNet, StatusDetail, VmId, VmPolicy};
 use tapgate_proxy::PolicyTable;
 use tapgate_store::{Store, StoreError, VmRecord};
 use tapgate_vmm::{Vmm, image::Image};
@@ -109,7 +109,12 @@ pub struct Engine {
     shared: Arc<Shared>,
     tasks: TaskTracker,
     wakers: HashMap<VmId, Arc<Notify>>,
+    /// Held by whoever has not yet looked at a VM that ran under a former daemon.
+    looking: Option<Looking>,
 }
+
+/// What the first look at each VM holds; once all are dropped, the records say what is.
+type Looking = mpsc::Sender<std::convert::Infallible>;
 
 impl Engine {
     /// Takes the opened parts.
@@ -135,7 +140,7 @@ impl Engine {
         };
         let shared = Arc::new(shared);
         shared.notifier.meters.connect(&shared);
-        Self { shared, tasks: TaskTracker::new(), wakers: HashMap::new() }
+        Self { shared, tasks: TaskTracker::new(), wakers: HashMap::new(), looking: None }
     }
 
     /// Adopts what a former daemon left, then serves commands until told to stop. VMs keep running afterwards.
@@ -152,9 +157,12 @@ impl Engine {
         }
         self.tasks.spawn(events::pump(self.shared.clone()));
         self.tasks.spawn(snapshots::keep_store(self.shared.clone()));
+        let looking = self.looking.take();
         for record in living {
-            self.wake(record.id);
+            let ran = matches!(record.detail, StatusDetail::Running | StatusDetail::Ready);
+            self.wake(record.id, looking.clone().filter(|_| ran));
         }
+        drop(looking);
         let stop = self.shared.stop.clone();
         loop {
             let command = tokio::select! {
@@ -162,7 +170,7 @@ impl Engine {
                 command = commands.recv() => match command { Some(command) => command, None => break },
             };
             match command {
-                Command::Vm(vm) => self.wake(vm),
+                Command::Vm(vm) => self.wake(vm, None),
                 Command::Policy(scope) => {
                     policy::refresh(&self.shared, &scope).await;
                     self.shared.notifier.policy_in_force();
@@ -194,12 +202,22 @@ impl Engine {
         Ok(())
     }
 
-    fn wake(&mut self, vm: VmId) {
+    /// Ends when each VM that ran under a former daemon was looked at: adopted, or its record says that it is started anew.
+    /// To be asked for before the engine runs.
+    pub fn looked(&mut self) -> impl Future<Output = ()> + use<> {
+        let (looking, mut done) = mpsc::channel(1);
+        self.looking = Some(looking);
+        async move {
+            let _ = done.recv().await;
+        }
+    }
+
+    fn wake(&mut self, vm: VmId, looking: Option<Looking>) {
         // A waker that only this map still holds belonged to a task that has ended.
         self.wakers.retain(|_, waker| Arc::strong_count(waker) > 1);
         let waker = self.wakers.entry(vm.clone()).or_insert_with(|| {
             let waker = Arc::new(Notify::new());
-            self.tasks.spawn(life::drive(self.shared.clone(), vm, waker.clone()));
+            self.tasks.spawn(life::drive(self.shared.clone(), vm, waker.clone(), looking));
             waker
         });
         waker.notify_one();

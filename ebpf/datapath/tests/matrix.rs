@@ -8,7 +8,7 @@ mod frames;
 use aya::{
     TestRun as _, TestRunOptions,
     maps::{HashMap, Map, MapData, lpm_trie::LpmTrie},
-    programs::{SchedClassifier, TcAttachType},
+    programs::SchedClassifier,
 };
 use common::*;
 use frames::{SETUPS, Setup, cases, verdict};
@@ -49,17 +49,14 @@ fn map(pins: &Path, name: &str) -> Map {
 }
 
 impl Programs {
-    fn find(datapath: &Datapath, pins: &Path) -> Self {
-        let attached = |kind| {
-            let query = || SchedClassifier::query_tcx("tg0", kind).unwrap().1.remove(0);
-            let info = datapath.egress().run(query).unwrap();
-            SchedClassifier::from_program_info(info, "program".into()).unwrap()
-        };
+    fn find(world: &World) -> Self {
+        let attached =
+            |name| SchedClassifier::from_program_info(world.program(name), "program".into()).unwrap();
         Self {
-            from_guest: attached(TcAttachType::Ingress),
-            to_guest: attached(TcAttachType::Egress),
-            vms: HashMap::try_from(map(pins, "VMS")).unwrap(),
-            flows: HashMap::try_from(map(pins, "FLOWS")).unwrap(),
+            from_guest: attached("from_guest"),
+            to_guest: attached("to_guest"),
+            vms: HashMap::try_from(map(&world.pins(), "VMS")).unwrap(),
+            flows: HashMap::try_from(map(&world.pins(), "FLOWS")).unwrap(),
         }
     }
 
@@ -140,7 +137,7 @@ fn the_programs_judge_every_crafted_frame_as_the_table_does() {
         let datapath = Datapath::open(config).await.unwrap();
         datapath.set_host_addresses(&frames::HOST.map(ip)).unwrap();
         let _tap = quiet_tap(&datapath).await;
-        let mut programs = Programs::find(&datapath, &world.pins());
+        let mut programs = Programs::find(&world);
         let mut rules: LpmTrie<_, RuleKey, u8> = LpmTrie::try_from(map(&world.pins(), "RULES")).unwrap();
 
         let cases = cases();
@@ -188,7 +185,7 @@ fn arbitrary_frames_never_get_the_uplinks_mark_without_a_rule() {
     in_world(|world| async move {
         let datapath = world.open().await;
         let _tap = quiet_tap(&datapath).await;
-        let mut programs = Programs::find(&datapath, &world.pins());
+        let mut programs = Programs::find(&world);
         programs.set_up(Setup::Closed, 999);
         let cases = cases();
         let mut state = 0x9e37_79b9_7f4a_7c15u64;
@@ -225,7 +222,7 @@ fn only_answers_to_the_guests_own_flows_come_back() {
     in_world(|world| async move {
         let datapath = world.open().await;
         let _tap = quiet_tap(&datapath).await;
-        let mut programs = Programs::find(&datapath, &world.pins());
+        let mut programs = Programs::find(&world);
         let mut rules: LpmTrie<_, RuleKey, u8> = LpmTrie::try_from(map(&world.pins(), "RULES")).unwrap();
         for policy in [500, 501] {
             let key = RuleKey::new(policy, false, octets("198.51.100.0"));
@@ -319,13 +316,11 @@ fn the_verifier_accepts_both_programs_with_room_to_spare() {
     in_world(|world| async move {
         let datapath = world.open().await;
         let _tap = quiet_tap(&datapath).await;
-        for kind in [TcAttachType::Ingress, TcAttachType::Egress] {
-            let query = || SchedClassifier::query_tcx("tg0", kind).unwrap().1.remove(0);
-            let info = datapath.egress().run(query).unwrap();
+        for name in ["from_guest", "to_guest"] {
+            let info = world.program(name);
             let verified = info.verified_instruction_count().unwrap();
             println!(
-                "{}: {verified} instructions verified (limit 1,000,000), {} octets of machine code",
-                info.name_as_str().unwrap_or("?"),
+                "{name}: {verified} instructions verified (limit 1,000,000), {} octets of machine code",
                 info.size_jitted()
             );
             assert!(verified < VERIFIED, "{verified}");

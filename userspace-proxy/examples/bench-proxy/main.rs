@@ -39,6 +39,9 @@ struct Figures {
     failed: Vec<String>,
 }
 
+/// What can be asked for alone, in the order in which it is measured.
+const MEASURES: [&str; 4] = ["bulk", "new", "kept", "idle"];
+
 #[derive(Clone, Copy)]
 struct Plan {
     each: Duration,
@@ -58,7 +61,10 @@ fn main() -> Result<()> {
         true => Plan { each: Duration::from_secs(5), rounds: 3, idle: 10_000 },
         false => Plan { each: Duration::from_secs(2), rounds: 1, idle: 2_000 },
     };
-    let only: Vec<&String> = args.iter().filter(|arg| !arg.starts_with("--")).collect();
+    // Peers and measures by name; without any, all.
+    let (measures, only): (Vec<&String>, Vec<&String>) =
+        args.iter().filter(|arg| !arg.starts_with("--")).partition(|arg| MEASURES.contains(&arg.as_str()));
+    let wanted = MEASURES.map(|name| measures.is_empty() || measures.iter().any(|measure| *measure == name));
     let most = nix::sys::resource::Resource::RLIMIT_NOFILE;
     let (_, descriptors) = nix::sys::resource::getrlimit(most)?;
     nix::sys::resource::setrlimit(most, descriptors, descriptors)?;
@@ -75,7 +81,8 @@ fn main() -> Result<()> {
     for round in 0..plan.rounds {
         for (subject, figures) in &mut all {
             eprintln!("round {} of {}: {}", round + 1, plan.rounds, subject.name);
-            figures.push(measure(&runtime, subject, plan, round == 0));
+            let [.., idle] = wanted;
+            figures.push(measure(&runtime, subject, plan, wanted, idle && round == 0));
         }
     }
     if std::env::var_os("BENCH_KEEP_LOGS").is_some() {
@@ -169,7 +176,13 @@ fn subjects(stage: &Stage, only: &[&String], plan: Plan) -> Result<(Vec<Running>
     Ok((running, subjects))
 }
 
-fn measure(runtime: &tokio::runtime::Runtime, subject: &Subject, plan: Plan, memory: bool) -> Figures {
+fn measure(
+    runtime: &tokio::runtime::Runtime,
+    subject: &Subject,
+    plan: Plan,
+    wanted: [bool; 4],
+    memory: bool,
+) -> Figures {
     let mut figures = Figures::default();
     let usage = || subject.pid.map(Usage::of).unwrap_or_default();
     let mut take = |what: &str, outcome: Result<Outcome>| {
@@ -178,20 +191,20 @@ fn measure(runtime: &tokio::runtime::Runtime, subject: &Subject, plan: Plan, mem
             Outcome::default()
         })
     };
+    let mut run = |what: usize| match wanted[what] {
+        false => Outcome::default(),
+        true => take(
+            MEASURES[what],
+            runtime.block_on(async { tokio::spawn(spawned(subject.target.clone(), plan.each, what)).await? }),
+        ),
+    };
     let before = usage();
-    let bulk = take(
-        "bulk",
-        runtime.block_on(async { tokio::spawn(spawned(subject.target.clone(), plan.each, 0)).await? }),
-    );
+    let bulk = run(0);
     let cpu = usage().cpu - before.cpu;
-    let opening = take(
-        "new connections",
-        runtime.block_on(async { tokio::spawn(spawned(subject.target.clone(), plan.each, 1)).await? }),
-    );
-    let kept = take(
-        "keep-alive",
-        runtime.block_on(async { tokio::spawn(spawned(subject.target.clone(), plan.each, 2)).await? }),
-    );
+    let opening = run(1);
+    let before = usage();
+    let kept = run(2);
+    let each = (usage().cpu - before.cpu) * 1e6 / kept.count.max(1) as f64;
     if memory {
         let before = usage();
         let target = subject.target.clone();
@@ -209,7 +222,7 @@ fn measure(runtime: &tokio::runtime::Runtime, subject: &Subject, plan: Plan, mem
     figures.cpu = if bulk.count > 0 { cpu / (bulk.count as f64 / 1e9) } else { 0.0 };
     (figures.bulk, figures.opening, figures.kept) = (bulk, opening, kept);
     eprintln!(
-        "  {:.0} MB/s, {:.2} CPU s/GB, {:.0} new/s, {:.0} requests/s, p50 {:?}, p99 {:?}, {:.1} KiB/idle",
+        "  {:.0} MB/s, {:.2} CPU s/GB, {:.0} new/s, {:.0} requests/s ({each:.1} CPU us), p50 {:?}, p99 {:?}, {:.1} KiB/idle",
         figures.bulk.rate / 1e6,
         figures.cpu,
         figures.opening.rate,
@@ -225,7 +238,7 @@ fn measure(runtime: &tokio::runtime::Runtime, subject: &Subject, plan: Plan, mem
 }
 
 /// On a thread of the load, which is in the guest's namespace.
-async fn spawned(target: Target, each: Duration, what: u8) -> Result<Outcome> {
+async fn spawned(target: Target, each: Duration, what: usize) -> Result<Outcome> {
     match what {
         0 => load::bulk(&target, each).await,
         1 => load::opening(&target, each).await,

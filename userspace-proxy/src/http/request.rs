@@ -16,7 +16,7 @@ use super::{
 use crate::{
     audit::Record,
     decide::{self, Decision, Route},
-    deny::Denial,
+    deny::{self, Denial},
     intercept::leaf::Alpn,
     proxy::Shared,
     secret::{
@@ -186,7 +186,7 @@ impl HttpConn {
     async fn forward(self: &Arc<Self>, passed: Passed) -> Response<Body> {
         let Passed { policy, decision, mut parts, body, mut record } = passed;
         let host = decision.name.as_ref();
-        let asked = parts.headers.clone();
+        let asked = deny::accept(&parts.headers);
         let ticket = self.entry.enter(decision.subject.clone());
         let wish = upgrade::take(&mut parts);
         let channel = self.channel(&policy, &decision).await;

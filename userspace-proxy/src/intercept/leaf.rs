@@ -82,6 +82,7 @@ impl Leaves {
             .with_no_client_auth()
             .with_single_cert(chain, key)
             .map_err(parse)?;
+        config.ignore_client_order = true;
         config.alpn_protocols = match alpn {
             Alpn::Http1 => vec![Alpn::Http1.word().to_vec()],
             Alpn::Http2 => vec![Alpn::Http2.word().to_vec(), Alpn::Http1.word().to_vec()],

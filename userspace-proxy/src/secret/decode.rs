@@ -33,6 +33,11 @@ pub(crate) fn restrict(headers: &mut HeaderMap) {
         headers.insert("grpc-accept-encoding", HeaderValue::from_static("identity"));
     }
     headers.remove(header::SEC_WEBSOCKET_EXTENSIONS);
+    if !headers.contains_key(header::ACCEPT_ENCODING) {
+        // Without the field, any coding would be acceptable.
+        headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+        return;
+    }
     let offers: Vec<String> = headers
         .get_all(header::ACCEPT_ENCODING)
         .iter()
@@ -45,7 +50,6 @@ pub(crate) fn restrict(headers: &mut HeaderMap) {
         .map(|offer| offer.trim().to_owned())
         .collect();
     let offers = if offers.is_empty() { "identity".to_owned() } else { offers.join(", ") };
-    // Without the field, any coding would be acceptable.
     if let Ok(value) = HeaderValue::from_str(&offers) {
         headers.insert(header::ACCEPT_ENCODING, value);
     }

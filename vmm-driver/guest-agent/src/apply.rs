@@ -30,6 +30,7 @@ pub fn run() -> Result<(), String> {
     }
     step("ssh host keys", identity::host_keys());
     step("disk", identity::grow_root());
+    step("writing out", identity::settle(seed.instance_id()));
     if let Err(error) = fs::write(DONE, b"") {
         failures.push(format!("{DONE}: {error}"));
     }

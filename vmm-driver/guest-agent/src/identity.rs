@@ -30,13 +30,31 @@ pub fn apply(instance: Option<&str>) -> Result<(), String> {
     files::write(Path::new("/etc/machine-id"), format!("{id}\n").as_bytes(), 0o444)?;
     // A seed kept on disk would be the same randomness twice.
     let _ = fs::remove_file("/var/lib/systemd/random-seed");
-    files::write(Path::new(INSTANCE), instance.as_bytes(), 0o644)
+    Ok(())
 }
 
-/// Makes the one host key that every current client takes, if there is none.
+/// Has the disk keep all that was written, and only then notes whose it is: a machine that loses its power at any moment of
+/// its first boot begins anew, and one that lost it later has what it needs to be reached.
+pub fn settle(instance: Option<&str>) -> Result<(), String> {
+    let root = File::open("/").map_err(|e| format!("/: {e}"))?;
+    let keep =
+        || nix::unistd::syncfs(&root).map_err(|e| format!("cannot write the root file system out: {e}"));
+    keep()?;
+    let Some(instance) = instance else { return Ok(()) };
+    files::write(Path::new(INSTANCE), instance.as_bytes(), 0o644)?;
+    keep()
+}
+
+/// Makes the one host key that every current client takes, if there is none that is whole.
 pub fn host_keys() -> Result<(), String> {
-    if Path::new(HOST_KEY).exists() {
+    let public = format!("{HOST_KEY}.pub");
+    let paths = [Path::new(HOST_KEY), Path::new(&public)];
+    // A file without content is what a crash leaves of one that was never written out.
+    if paths.iter().all(|path| path.metadata().is_ok_and(|data| data.len() > 0)) {
         return Ok(());
+    }
+    for path in paths.iter().filter(|path| path.exists()) {
+        fs::remove_file(path).map_err(|e| format!("{}: {e}", path.display()))?;
     }
     let status = Command::new("/usr/bin/ssh-keygen")
         .args(["-q", "-t", "ed25519", "-N", "", "-C", "", "-f", HOST_KEY])

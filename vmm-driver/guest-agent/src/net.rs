@@ -55,8 +55,9 @@ fn batch(link: &str, nic: &Value) -> Result<String, String> {
             .and_then(Value::as_str)
             .and_then(|text| text.parse().ok())
             .ok_or_else(|| format!("{route} is not a route"))?;
-        let family = if via.is_ipv6() { "-6 " } else { "" };
-        line(format_args!("{family}route replace default via {via} dev {link} onlink"));
+        // A batch takes no `-6`: the destination says which family it is.
+        let everywhere = if via.is_ipv6() { "::/0" } else { "0.0.0.0/0" };
+        line(format_args!("route replace {everywhere} via {via} dev {link} onlink"));
     }
     Ok(text)
 }
@@ -97,7 +98,7 @@ mod tests {
         assert!(text.contains("link set dev eth0 mtu 1400 up\n"));
         assert!(text.contains("address replace 192.0.2.7/32 dev eth0\n"));
         assert!(text.contains("address replace 2001:db8::7/128 dev eth0 nodad\n"));
-        assert!(text.contains("-6 route replace default via fe80::1 dev eth0 onlink\n"));
+        assert!(text.contains("\nroute replace ::/0 via fe80::1 dev eth0 onlink\n"));
         for bad in ["192.0.2.7", "192.0.2.7/32 dev lo", "x/1", "192.0.2.7/32\nlink set lo down"] {
             assert!(batch("eth0", &json!({"addresses": [bad]})).is_err(), "{bad:?}");
         }

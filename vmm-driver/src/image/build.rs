@@ -19,6 +19,8 @@ const VERSION: &str = "1";
 /// The root file system's size; a VM's disk is larger and the agent grows it.
 const DISK: u64 = 2 << 30;
 const CMDLINE: &str = "root=/dev/vda rw net.ifnames=0 8250.nr_uarts=1 apparmor=0 systemd.show_status=false";
+/// Held by whoever builds.
+const LOCK: &str = ".build.lock";
 /// Reference time of every file that the build makes.
 const EPOCH: &str = "1700000000";
 
@@ -52,6 +54,17 @@ fn base_hash() -> String {
 pub fn build_debian12(cache: &Path) -> Result<Image, ImageError> {
     let recipe = recipe_hash();
     let dir = cache.join(format!("{NAME}-{}", &recipe[..16]));
+    if let Ok(image) = open(&dir) {
+        return Ok(image);
+    }
+    if !nix::unistd::geteuid().is_root() {
+        return Err(ImageError::Build("it needs root, for the owners of the files in it".into()));
+    }
+    private_dir(cache)?;
+    // One builds; whoever else wants it waits and finds it built.
+    let place = cache.join(LOCK);
+    let lock = File::create(&place).map_err(ImageError::io(&place))?;
+    lock.lock().map_err(ImageError::io(&place))?;
     match open(&dir) {
         Ok(image) => return Ok(image),
         Err(error) if dir.exists() => {
@@ -60,10 +73,6 @@ pub fn build_debian12(cache: &Path) -> Result<Image, ImageError> {
         }
         Err(_) => {}
     }
-    if !nix::unistd::geteuid().is_root() {
-        return Err(ImageError::Build("it needs root, for the owners of the files in it".into()));
-    }
-    private_dir(cache)?;
     let work = Work::new(cache)?;
     let tarball = packages(cache, &work)?;
     let root = work.path().join("root");

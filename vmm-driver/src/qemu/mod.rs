@@ -320,7 +320,6 @@ struct Seen {
 
 /// A VM that QEMU runs.
 pub struct QemuRunning {
-    driver: QemuDriver,
     spec: VmSpec,
     handle: Handle,
     process: Arc<Process>,
@@ -346,15 +345,12 @@ impl QemuRunning {
             observed: observe,
             shut_down,
             silent: 0,
+            hung: false,
             intent: intended,
         };
-        let cleaner = (driver.clone(), spec.clone());
-        let task = supervisor.run();
-        tokio::spawn(async move {
-            task.await;
-            clean(cleaner.0.cgroups.as_deref(), &cleaner.1);
-        });
-        Self { driver: driver.clone(), spec: spec.clone(), handle, process, gate, observed, commands, intent }
+        let (cgroups, of) = (driver.cgroups.clone(), spec.clone());
+        tokio::spawn(supervisor.run(move || clean(cgroups.as_deref(), &of)));
+        Self { spec: spec.clone(), handle, process, gate, observed, commands, intent }
     }
 
     /// Sends QEMU a command.
@@ -377,11 +373,9 @@ impl QemuRunning {
     async fn end(&self) -> Result<Exit, VmmError> {
         self.intent.send_replace(true);
         self.process.signal(libc::SIGKILL).map_err(VmmError::io("signal"))?;
-        let exit = timeout(END, self.wait())
+        timeout(END, self.wait())
             .await
-            .map_err(|_| VmmError::Control("it does not end, although it was killed".into()))?;
-        clean(self.driver.cgroups.as_deref(), &self.spec);
-        Ok(exit)
+            .map_err(|_| VmmError::Control("it does not end, although it was killed".into()))
     }
 
     async fn ask(&self, grace: Duration) -> Result<Exit, VmmError> {

@@ -71,13 +71,16 @@ pub struct Supervisor {
     pub shut_down: bool,
     /// How many questions in a row were left without an answer.
     pub silent: u32,
+    /// Whether it was ended here for that. What its socket says afterwards changes nothing about it.
+    pub hung: bool,
     /// Set by whoever ends the process on purpose.
     pub intent: watch::Receiver<bool>,
 }
 
 impl Supervisor {
-    /// Runs until the process has ended.
-    pub async fn run(mut self) {
+    /// Runs until the process has ended. `clean` removes what it left, before anyone learns of its end: after that the VM may
+    /// have another VMM in the same places.
+    pub async fn run(mut self, clean: impl FnOnce()) {
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let process = self.process.clone();
@@ -107,13 +110,12 @@ impl Supervisor {
         let exit = match status {
             _ if self.shut_down => Exit::GuestShutdown,
             _ if *self.intent.borrow() => Exit::Stopped,
-            _ if self.silent >= PATIENCE => {
-                Exit::Crashed("it hung: its control socket did not answer".into())
-            }
+            _ if self.hung => Exit::Crashed("it hung: its control socket did not answer".into()),
             Ended::Code(code) => Exit::Crashed(self.last_words(&format!("exit code {code}"))),
             Ended::Signal(signal) => Exit::Crashed(self.last_words(&format!("signal {signal}"))),
             Ended::Unknown => Exit::Crashed(self.last_words("it is gone")),
         };
+        clean();
         self.observed.send_modify(|seen| seen.exit = Some(Arc::new(exit)));
     }
 
@@ -159,7 +161,8 @@ impl Supervisor {
             VmmError::Silent(_) => self.silent += 1,
             _ => self.silent = 0,
         }
-        if self.silent >= PATIENCE {
+        if self.silent >= PATIENCE && !self.hung {
+            self.hung = true;
             tracing::error!(dir = %self.dir.display(), "QEMU hangs and is ended");
             let _ = self.process.signal(libc::SIGKILL);
         }

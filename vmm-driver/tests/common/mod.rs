@@ -31,6 +31,44 @@ pub fn debian() -> Image {
     image::build_debian12(&image::default_cache()).unwrap()
 }
 
+/// The stand-in with another disk.
+pub fn reseal(dir: &Path, disk: &[u8]) -> Image {
+    use tapgate_vmm::image::{FileSeal, Manifest};
+    std::fs::write(dir.join("disk.raw"), disk).unwrap();
+    let manifest = dir.join("manifest.json");
+    let old: Manifest = serde_json::from_slice(&std::fs::read(&manifest).unwrap()).unwrap();
+    let new = Manifest { disk: FileSeal::of(dir, "disk.raw").unwrap(), ..old };
+    std::fs::write(manifest, serde_json::to_vec(&new).unwrap()).unwrap();
+    image::open(dir).unwrap()
+}
+
+/// An image for a VMM that runs no guest: files of the right kinds.
+pub fn stand_in(dir: &Path) -> Image {
+    use tapgate_vmm::image::{FileSeal, Manifest};
+    if !dir.exists() {
+        std::fs::create_dir(dir).unwrap();
+        std::fs::write(dir.join("kernel"), b"\x7fELF and so on").unwrap();
+        std::fs::write(dir.join("initrd"), b"070701").unwrap();
+        let disk = std::fs::File::create(dir.join("disk.raw")).unwrap();
+        disk.set_len(16 << 20).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&disk, &[7; 4096], 8 << 20).unwrap();
+        let seal = |name: &str| FileSeal::of(dir, name).unwrap();
+        let manifest = Manifest {
+            format: 1,
+            name: "stand-in".into(),
+            recipe: "none".into(),
+            kernel: seal("kernel"),
+            initrd: seal("initrd"),
+            disk: seal("disk.raw"),
+            kernel_version: "0".into(),
+            cmdline: "root=/dev/vda rw".into(),
+            packages: Vec::new(),
+        };
+        std::fs::write(dir.join("manifest.json"), serde_json::to_vec(&manifest).unwrap()).unwrap();
+    }
+    image::open(dir).unwrap()
+}
+
 /// A VM is emulated here, whatever the machine offers: the tests are about the driver.
 pub fn driver() -> QemuDriver {
     QemuDriver::new(Accel::Tcg)
@@ -57,6 +95,10 @@ impl World {
 
     /// Runs the test on threads of the host's namespace.
     pub fn run<F: Future<Output = ()>>(test: impl FnOnce(Arc<Self>) -> F + Send) {
+        // The image is built out here: in the host's namespace is no network to fetch packages by.
+        if std::thread::current().name().is_some_and(|test| test.contains("real_vm")) {
+            drop(debian());
+        }
         let world = Arc::new(Self::new());
         let host = world.host.clone();
         host.run(|| {
@@ -249,7 +291,11 @@ fn serve(mut stream: std::net::TcpStream, shown: &std::sync::Mutex<String>) {
     let mut request = vec![0u8; 4096];
     let n = stream.read(&mut request).unwrap_or(0);
     let request = String::from_utf8_lossy(&request[..n]).into_owned();
-    assert!(request.starts_with("GET /v1/user-data HTTP/1.1\r\n"), "{request}");
+    if !request.starts_with("GET /v1/user-data HTTP/1.1\r\n") {
+        // The guest's agent asks for its task too: there is none.
+        let _ = stream.write_all(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n");
+        return;
+    }
     loop {
         let text = shown.lock().unwrap().clone();
         let tag =

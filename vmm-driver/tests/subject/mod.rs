@@ -1,5 +1,7 @@
 //! What the suite runs on: a driver, how its guest is spoken to, and how it is seen that nothing gets out.
 
+mod inside;
+
 use crate::common::{self, PATIENCE, World};
 use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 use std::os::unix::fs::MetadataExt as _;
@@ -7,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use tapgate_datapath::Datapath;
-use tapgate_vmm::image::{self, FileSeal, Image, Manifest};
+use tapgate_vmm::image::Image;
 use tapgate_vmm::{ApiDriver, ApiKind, Running, VmSpec, Vmm};
 
 /// A port that only a breach reaches.
@@ -43,7 +45,7 @@ impl Subject {
         let program = PathBuf::from(env!("CARGO_BIN_EXE_tapgate-vmm-sim"));
         Self {
             driver: Box::new(ApiDriver::new(kind, program)),
-            image: stand_in(world),
+            image: common::stand_in(&world.dir.path().join("image")),
             simulated: Some(kind),
         }
     }
@@ -156,7 +158,8 @@ impl Subject {
         seen.retain(|name| !name.starts_with("lib"));
         seen.sort();
         let expected: &[&str] = match self.driver.name() {
-            "qemu" => &["etc", "run", "usr", "vm"],
+            // Under KVM with a `dev` that holds nothing else.
+            "qemu" => &["dev", "etc", "run", "usr", "vm"],
             _ => &["dev", "run", "vm"],
         };
         for name in &seen {
@@ -170,6 +173,8 @@ impl Subject {
             let of = |pid: &str| std::fs::metadata(format!("/proc/{pid}/ns/{link}")).unwrap().ino();
             assert_ne!(of("self"), of(&pid.to_string()), "{link} namespace");
         }
+        let worked = inside::attempts(pid, uid, &spec.dir);
+        assert!(worked.is_empty(), "from inside its view: {worked:?}");
         let group = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
         if let Some(cgroups) = tapgate_vmm::cgroup::Cgroup::root() {
             assert!(group.contains(&format!("/tapgate/{}", spec.id)), "{group}");
@@ -247,31 +252,4 @@ impl Outside {
     pub fn reached(&self) -> u32 {
         self.reached.load(Ordering::SeqCst)
     }
-}
-
-/// An image for a VMM that runs no guest: files of the right kinds.
-fn stand_in(world: &World) -> Image {
-    let dir = world.dir.path().join("image");
-    if !dir.exists() {
-        std::fs::create_dir(&dir).unwrap();
-        std::fs::write(dir.join("kernel"), b"\x7fELF and so on").unwrap();
-        std::fs::write(dir.join("initrd"), b"070701").unwrap();
-        let disk = std::fs::File::create(dir.join("disk.raw")).unwrap();
-        disk.set_len(16 << 20).unwrap();
-        std::os::unix::fs::FileExt::write_all_at(&disk, &[7; 4096], 8 << 20).unwrap();
-        let seal = |name: &str| FileSeal::of(&dir, name).unwrap();
-        let manifest = Manifest {
-            format: 1,
-            name: "stand-in".into(),
-            recipe: "none".into(),
-            kernel: seal("kernel"),
-            initrd: seal("initrd"),
-            disk: seal("disk.raw"),
-            kernel_version: "0".into(),
-            cmdline: "root=/dev/vda rw".into(),
-            packages: Vec::new(),
-        };
-        std::fs::write(dir.join("manifest.json"), serde_json::to_vec(&manifest).unwrap()).unwrap();
-    }
-    image::open(&dir).unwrap()
 }

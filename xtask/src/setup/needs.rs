@@ -76,9 +76,14 @@ pub const NEEDS: &[Need] = &[
     },
     Need {
         what: "tools that look at images",
-        why: "the image's and the seed's tests",
-        signs: &[Sign::Program("fsck.vfat"), Sign::Program("debugfs"), Sign::Program("cpio")],
-        packages: &["dosfstools", "e2fsprogs", "cpio"],
+        why: "the image's, the disks' and the seed's tests",
+        signs: &[
+            Sign::Program("fsck.vfat"),
+            Sign::Program("debugfs"),
+            Sign::Program("cpio"),
+            Sign::Program("mkfs.btrfs"),
+        ],
+        packages: &["dosfstools", "e2fsprogs", "cpio", "btrfs-progs"],
     },
     Need {
         what: "clients and a server",

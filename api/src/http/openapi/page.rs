@@ -28,6 +28,9 @@ fn kind(schema: &Value) -> String {
         return words.iter().map(|word| word.as_str().unwrap_or("null")).collect::<Vec<_>>().join(" | ");
     }
     match &schema["type"] {
+        Value::String(kind) if kind == "integer" && schema["maximum"].is_u64() => {
+            format!("integer, {} to {}", schema["minimum"].as_u64().unwrap_or(0), schema["maximum"])
+        }
         Value::String(kind) if kind == "array" => format!("array of {}", self::kind(&schema["items"])),
         Value::String(kind) => kind.clone(),
         Value::Array(kinds) => kinds.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(" | "),
@@ -111,15 +114,35 @@ pub(super) fn render(document: &Value) -> String {
          <code>Authorization: Bearer &lt;api_key&gt;</code>. Errors are \
          <code>{\"error\": {\"code\", \"message\"}}</code>.</p>",
     );
-    for tag in document["tags"].as_array().into_iter().flatten() {
-        let _ = write!(out, "<h2>{}</h2>", escape(tag["name"].as_str().unwrap_or_default()));
-        for (path, methods) in document["paths"].as_object().into_iter().flatten() {
-            for (method, described) in methods.as_object().into_iter().flatten() {
-                if described["tags"][0] == tag["name"] {
-                    operation(&mut out, document, path, method, described);
-                }
-            }
+    out.push_str("<nav>");
+    for (name, operations) in tags(document) {
+        let _ = write!(out, "<p><b>{name}:</b> ");
+        for (at, (_, _, described)) in operations.iter().enumerate() {
+            let text = |name: &str| escape(described[name].as_str().unwrap_or_default());
+            let glue = if at == 0 { "" } else { " · " };
+            let _ = write!(out, "{glue}<a href=\"#{}\">{}</a>", text("operationId"), text("summary"));
+        }
+    }
+    out.push_str("</nav>");
+    for (name, operations) in tags(document) {
+        let _ = write!(out, "<h2>{name}</h2>");
+        for (path, method, described) in operations {
+            operation(&mut out, document, path, method, described);
         }
     }
     out
+}
+
+/// Each tag with its operations: path, method, description.
+fn tags(document: &Value) -> impl Iterator<Item = (String, Vec<(&str, &str, &Value)>)> {
+    let tags = document["tags"].as_array().into_iter().flatten();
+    tags.map(|tag| {
+        let paths = document["paths"].as_object().into_iter().flatten();
+        let all = paths.flat_map(|(path, methods)| {
+            let methods = methods.as_object().into_iter().flatten();
+            methods.map(move |(method, described)| (path.as_str(), method.as_str(), described))
+        });
+        let ours = all.filter(|(_, _, described)| described["tags"][0] == tag["name"]).collect();
+        (escape(tag["name"].as_str().unwrap_or_default()), ours)
+    })
 }

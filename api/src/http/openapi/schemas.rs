@@ -34,10 +34,6 @@ pub(super) fn id(prefix: &str) -> Value {
     json!({ "type": "string", "pattern": format!("^{prefix}[a-z0-9]+$") })
 }
 
-fn bounded(min: u32, max: u32) -> Value {
-    json!({ "type": "string", "minLength": min, "maxLength": max })
-}
-
 /// An object that holds exactly these fields, apart from optional ones.
 fn object(required: Value, optional: Value) -> Value {
     let mut names: Vec<String> = Vec::new();
@@ -89,6 +85,9 @@ const PROTOCOLS: &[&str] = &["dns", "http", "icmp", "tcp", "tls", "udp"];
 /// A text with a character that is not white space, and no control characters.
 const VISIBLE: &str =
     r"^[^\u0000-\u001f\u007f-\u009f]*[^\s\u0000-\u001f\u007f-\u009f][^\u0000-\u001f\u007f-\u009f]*$";
+
+/// The same, but with line breaks and tabs.
+const PROMPT: &str = r"^[^\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f]*[^\s\u0000-\u001f\u007f-\u009f][^\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f]*$";
 
 /// An address in ASCII; a domain in Unicode is taken too.
 const EMAIL: &str = r"^[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{1,64}@([A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?$";
@@ -342,10 +341,9 @@ pub(super) fn schemas() -> Value {
     optional["agent_args"] = or_null(plain_words);
     optional["public_key"] = or_null(public_key());
     optional["snapshot_id"] = or_null(text());
-    put(
-        "NewAgent",
-        object(json!({ "name": visible(64), "repo": repo, "prompt": bounded(1, 65536) }), optional),
-    );
+    let mut prompt = plain(65_536, true);
+    prompt["pattern"] = PROMPT.into();
+    put("NewAgent", object(json!({ "name": visible(64), "repo": repo, "prompt": prompt }), optional));
 
     put(
         "User",

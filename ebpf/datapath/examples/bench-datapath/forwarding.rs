@@ -133,6 +133,8 @@ impl Plain {
             let full = [32, 128][family];
             let ranges = [("10.213.0.0", 16), ("fd74:6761:aaaa::", 64)];
             leaf.add_address(eth0, ip(own), full).await.unwrap();
+            // Without an address a namespace has no local table, and then the kernel takes no gateway for one (EINVAL).
+            inner.add_address(up, ip(below[family]), full).await.unwrap();
             for (rtnl, link, to, via, mac) in [
                 (&leaf, eth0, (ip(any[family]), 0), gateway[family], GATEWAY_MAC),
                 (&inner, up, (ip(any[family]), 0), above[family], HOST_MAC),

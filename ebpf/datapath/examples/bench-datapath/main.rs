@@ -10,6 +10,7 @@ mod common;
 mod frames;
 
 mod changes;
+mod empty;
 mod forwarding;
 mod packets;
 

@@ -1,13 +1,12 @@
 //! Nanoseconds a frame by the kernel's own clock (`run_time_ns`), on frames that go through a real tap.
 
-use crate::{common::*, frames, median};
+use crate::{common::*, empty::Empty, frames, median};
 use aya::{
-    programs::{ProgramInfo, SchedClassifier, TcAttachType},
+    programs::ProgramInfo,
     sys::{Stats, enable_stats},
 };
 use socket2::Domain;
 use std::{net::UdpSocket, time::Duration};
-use tapgate_datapath::Datapath;
 use tapgate_model::{GuestNet, Mode, VmId};
 
 const BAR: f64 = 150.0;
@@ -26,15 +25,15 @@ pub fn measure(long: bool) {
         let rules: Vec<&str> = rules.iter().map(String::as_str).collect();
         let mut gate = datapath.attach_tap(&vm, net, &policy(&vm, Mode::Enforce, &rules)).await.unwrap();
         let mut wire = Wire::new(gate.take_tap().unwrap());
-        let from_guest = Program { datapath: &datapath, kind: TcAttachType::Ingress };
-        let to_guest = Program { datapath: &datapath, kind: TcAttachType::Egress };
+        let from_guest = Program { world: &world, name: "from_guest" };
+        let to_guest = Program { world: &world, name: "to_guest" };
 
         println!("## What a frame costs\n");
         println!("| program | instructions verified | octets of machine code |\n| --- | ---: | ---: |");
         for program in [&from_guest, &to_guest] {
             let info = program.info();
             let verified = info.verified_instruction_count().unwrap_or(0);
-            println!("| `{}` | {verified} | {} |", info.name_as_str().unwrap_or("?"), info.size_jitted());
+            println!("| `{}` | {verified} | {} |", program.name, info.size_jitted());
         }
         println!(
             "\nNanoseconds a frame by `run_time_ns`, which includes reading the clock twice; the middle of {rounds} rounds of \
@@ -42,6 +41,17 @@ pub fn measure(long: bool) {
         );
         println!("| frame | ns | bar |\n| --- | ---: | --- |");
         let stats = enable_stats(Stats::RunTime).unwrap();
+        let empty = {
+            let empty = Empty::attach(&datapath, "tg0", &world.pins().join("empty"));
+            let frame = frames::ethernet([2; 6], [4; 6], 0x0800, &[0; 60]);
+            let times = (0..rounds).map(|_| {
+                let before = empty.info();
+                (0..frames_each).for_each(|_| wire.send(&frame));
+                cost(&before, &empty.info(), frames_each as u64)
+            });
+            median(times.collect())
+        };
+        row("an empty program, for comparison", empty, false);
         let (udp, tcp) = (|port| frames::udp(port, b"x"), |port| frames::tcp(port, frames::ACK));
         let v4 = |protocol, body: &[u8]| frames::ip("198.51.100.1", protocol, body);
         let v6 = |protocol, body: &[u8]| frames::ip("2001:db8:1::1", protocol, body);
@@ -108,14 +118,13 @@ pub fn measure(long: bool) {
 }
 
 struct Program<'a> {
-    datapath: &'a Datapath,
-    kind: TcAttachType,
+    world: &'a World,
+    name: &'static str,
 }
 
 impl Program<'_> {
     fn info(&self) -> ProgramInfo {
-        let query = || SchedClassifier::query_tcx("tg0", self.kind).unwrap().1.remove(0);
-        self.datapath.egress().run(query).unwrap()
+        self.world.program(self.name)
     }
 }
 

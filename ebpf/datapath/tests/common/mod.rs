@@ -3,7 +3,10 @@
 #![allow(dead_code, reason = "each test file uses its own part")]
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
-use aya::programs::{SchedClassifier, TcAttachType};
+use aya::{
+    maps::MapData,
+    programs::{ProgramInfo, SchedClassifier, TcAttachType, loaded_programs},
+};
 use socket2::{Domain, Protocol, Socket, Type};
 use std::{
     future::Future,
@@ -11,14 +14,15 @@ use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::{AsFd as _, OwnedFd},
     path::PathBuf,
+    process::Command,
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
     },
     time::Duration,
 };
-use tapgate_datapath::{Datapath, DatapathConfig, Gate};
-use tapgate_ebpf_common::net::port;
+use tapgate_datapath::{Attachment, Datapath, DatapathConfig, Gate};
+use tapgate_ebpf_common::{maps::VERSION, net::port};
 use tapgate_model::{GuestNet, Mode, Rule, RuleId, RuleSet, RuleTarget, UserId, VmId, VmPolicy};
 use tapgate_netns::{Netns, Route, RouteKind, Rtnl, Veth, nft};
 
@@ -222,6 +226,14 @@ impl World {
 
     /// Takes the programs off the taps, and waits until the kernel has done so.
     pub fn remove_programs(&self, datapath: &Datapath, links: &[&str]) {
+        if datapath.attachment() == Attachment::Clsact {
+            for link in links {
+                let tc =
+                    || Command::new("tc").args(["qdisc", "del", "dev", link, "clsact"]).status().unwrap();
+                assert!(datapath.egress().run(tc).unwrap().success());
+            }
+            return;
+        }
         for entry in std::fs::read_dir(self.pins().join("links")).unwrap() {
             std::fs::remove_file(entry.unwrap().path()).unwrap();
         }
@@ -234,6 +246,18 @@ impl World {
                 std::thread::sleep(Duration::from_millis(5));
             }
         }
+    }
+
+    /// The newest program of this name that works on this world's maps: the one on its taps. Kernels before TCX do not say
+    /// what is on a link.
+    pub fn program(&self, name: &str) -> ProgramInfo {
+        let map = self.pins().join(format!("maps-{VERSION}/VMS"));
+        let map = MapData::from_pin(map).unwrap().info().unwrap().id();
+        let own = |info: &ProgramInfo| {
+            info.name_as_str() == Some(name)
+                && info.map_ids().is_ok_and(|ids| ids.is_some_and(|ids| ids.contains(&map)))
+        };
+        loaded_programs().filter_map(Result::ok).filter(own).max_by_key(ProgramInfo::id).unwrap()
     }
 
     /// Where the instance's pins are.
