@@ -24,7 +24,7 @@ mod spec;
 pub use confine::uid_of;
 pub use driver::{BoxFuture, Running, Vmm};
 pub use netns_driver::{NetnsDriver, NetnsRunning, exec as netns_exec};
-pub use qemu::{QemuDriver, QemuRunning, default_program, noted_handle};
+pub use qemu::{QemuDriver, QemuRunning, default_program, keeps_memory, noted_handle};
 pub use rest::{ApiDriver, ApiRunning, Kind as ApiKind};
 pub use seed::Seed;
 pub use spec::{Exit, Handle, Observed, SnapshotInfo, Suspended, VmSpec, VmmError};

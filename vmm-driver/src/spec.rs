@@ -31,6 +31,8 @@ pub struct VmSpec {
     pub seed: Seed,
     /// The file of a snapshot that its disk is made from, if it has none yet; not needed any more afterwards.
     pub snapshot: Option<PathBuf>,
+    /// Whether it goes on with the memory that its folder holds of a suspension. Otherwise such a memory is removed unread.
+    pub resume: bool,
     /// For the namespace driver: where the guest's processes run. Other drivers ignore it.
     pub guest_ns: Option<Netns>,
 }

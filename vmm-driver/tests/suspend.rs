@@ -28,7 +28,7 @@ async fn again(
 fn real_vm_a_suspended_vm_goes_on_where_it_was_and_only_once() {
     World::run(|world| async move {
         let datapath = world.datapath().await;
-        let spec = world.spec(&VmId::generate(), 0, Vec::new());
+        let spec = VmSpec { resume: true, ..world.spec(&VmId::generate(), 0, Vec::new()) };
         let (machine, _reap) = common::boot(&datapath, &spec).await;
         let ask = |command: &str| world.ask(datapath.egress(), spec.net, command);
         ask("systemd-run --unit=count bash -c 'n=0; while sleep 0.2; do echo $((++n)) > /run/count; done'");

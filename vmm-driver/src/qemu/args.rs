@@ -94,7 +94,8 @@ pub fn build(plan: &Plan<'_>) -> Vec<OsString> {
     // After a guest's shutdown QEMU waits for the daemon, which learns by this that it was one, even if it was away.
     add(&["-action", "shutdown=pause"]);
     if plan.incoming {
-        add(&["-incoming", "defer"]);
+        // Held until all of it is there and the daemon says so.
+        add(&["-incoming", "defer", "-S"]);
     }
     args
 }

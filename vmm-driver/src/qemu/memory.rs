@@ -9,7 +9,7 @@
 //! It is gone before a VMM reads the memory: used twice with one disk, it would destroy the disk's file systems. The VMM is
 //! handed one end of a socket pair, never a name or a file (`fd:` to anything but a socket is deprecated in QEMU).
 
-use super::{QemuDriver, QemuRunning};
+use super::{QemuDriver, QemuRunning, snapshot};
 use crate::accel::Accel;
 use crate::agent::Agent;
 use crate::disk;
@@ -35,6 +35,10 @@ const NAME: &str = "memory";
 const POLL: Duration = Duration::from_millis(20);
 /// For the memory to be written or read: sixteen GiB at 60 MB a second.
 const PATIENCE: Duration = Duration::from_secs(300);
+/// For QEMU to give up writing a memory that is not wanted any more.
+const CANCEL: Duration = Duration::from_secs(15);
+/// For a resumed guest to be told the time: it is asked again, and then left to find out by itself.
+const CLOCK: Duration = Duration::from_secs(10);
 
 /// What the machine must be, to go on with a memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -89,28 +93,72 @@ pub struct Taken {
 
 /// Holds the guest, writes its memory and ends the VMM. If that fails, the guest goes on.
 pub async fn save(vm: &QemuRunning) -> Result<Suspended, VmmError> {
+    let _turn = vm.turn.lock().await;
+    // A copy of the disk that nobody waits for any more would keep the memory from being written.
+    snapshot::clear(vm).await;
     let began = Instant::now();
     vm.command("stop", Value::Null).await?;
-    match write(vm).await {
+    let error = match write(vm).await {
         Ok((memory_bytes, stored_bytes)) => {
             vm.end().await?;
             let took_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
-            Ok(Suspended { memory_bytes, stored_bytes, took_us })
+            return Ok(Suspended { memory_bytes, stored_bytes, took_us });
         }
-        Err(error) => {
-            let _ = vm.command("migrate_cancel", Value::Null).await;
-            let _ = vm.command("closefd", json!({"fdname": NAME})).await;
-            forget(&vm.spec.dir);
-            vm.command("cont", Value::Null).await?;
-            Err(error)
-        }
+        Err(error) => error,
+    };
+    // The guest may go on only when no memory of it can come back, not even after a power cut.
+    let went_on = match forget_for_good(&vm.spec.dir) {
+        Ok(()) => go_on(vm).await,
+        Err(error) => Err(VmmError::io("the VM's folder")(error)),
+    };
+    if let Err(held) = went_on {
+        tracing::error!(vm = %vm.spec.id, %held, "a VM that could not be suspended does not go on and is ended");
+        vm.end().await?;
     }
+    Err(error)
+}
+
+/// What takes commands for QEMU.
+pub trait Commands {
+    /// Carries one out.
+    async fn run(&mut self, name: &'static str, arguments: Value) -> Result<Value, VmmError>;
+}
+
+impl Commands for &mut Qmp {
+    async fn run(&mut self, name: &'static str, arguments: Value) -> Result<Value, VmmError> {
+        self.command(name, arguments).await
+    }
+}
+
+impl Commands for &QemuRunning {
+    async fn run(&mut self, name: &'static str, arguments: Value) -> Result<Value, VmmError> {
+        self.command(name, arguments).await
+    }
+}
+
+/// Lets a guest go on that was held while its memory was written, whatever became of that.
+pub async fn go_on(mut qemu: impl Commands) -> Result<(), VmmError> {
+    let _ = qemu.run("migrate_cancel", Value::Null).await;
+    let ended = async {
+        loop {
+            let state = qemu.run("query-migrate", Value::Null).await?;
+            // None, or one that has ended some way: QEMU refuses to go on before.
+            let ended = ["", "none", "completed", "failed", "cancelled"];
+            if ended.contains(&state["status"].as_str().unwrap_or_default()) {
+                return Ok::<(), VmmError>(());
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    };
+    tokio::time::timeout(CANCEL, ended).await.map_err(|_| late("given up", CANCEL))??;
+    let _ = qemu.run("closefd", json!({"fdname": NAME})).await;
+    qemu.run("cont", Value::Null).await.map(drop)
 }
 
 async fn write(vm: &QemuRunning) -> Result<(u64, u64), VmmError> {
     let dir = vm.spec.dir.clone();
     forget(&dir);
-    let machine = Machine::of(vm.driver.accel, &vm.spec).map_err(VmmError::io("this host's CPU"))?;
+    let machine = Machine::of(vm.accel, &vm.spec).map_err(VmmError::io("this host's CPU"))?;
     let qemu = vm.command("query-version", Value::Null).await?;
     let (reader, writer) = UnixStream::pair().map_err(VmmError::io("socket pair"))?;
     let limit = (u64::from(vm.spec.memory_mib) << 20) + DEVICES;
@@ -129,10 +177,13 @@ async fn write(vm: &QemuRunning) -> Result<(u64, u64), VmmError> {
             tokio::time::sleep(POLL).await;
         }
     };
-    tokio::time::timeout(PATIENCE, migrated).await.map_err(|_| late("written"))??;
-    let packed = tokio::time::timeout(PATIENCE, packing).await.map_err(|_| late("written"))?;
+    let both = async { tokio::join!(packing, migrated) };
+    let (packed, migrated) =
+        tokio::time::timeout(PATIENCE, both).await.map_err(|_| late("written", PATIENCE))?;
+    // A full disk ends both: what the packing says of it is the reason.
     let packed = packed.map_err(|e| VmmError::Memory(e.to_string()))?;
     let (sha256, memory_bytes, stored_bytes) = packed.map_err(VmmError::io("the VM's memory"))?;
+    migrated?;
     let note = Note { machine, qemu, sha256, stored_bytes, memory_bytes };
     let commit = move || commit(&dir, &note);
     let committed = tokio::task::spawn_blocking(commit).await.map_err(|e| VmmError::Memory(e.to_string()))?;
@@ -140,8 +191,8 @@ async fn write(vm: &QemuRunning) -> Result<(u64, u64), VmmError> {
     Ok((memory_bytes, stored_bytes))
 }
 
-fn late(what: &str) -> VmmError {
-    VmmError::Memory(format!("it was not {what} within {} s", PATIENCE.as_secs()))
+fn late(what: &str, limit: Duration) -> VmmError {
+    VmmError::Memory(format!("it was not {what} within {} s", limit.as_secs()))
 }
 
 /// Whether the transfer is done; its failure is an error.
@@ -207,8 +258,8 @@ fn commit(dir: &Path, note: &Note) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
 
-/// Whether the folder holds a memory that counts.
-pub fn is_there(dir: &Path) -> bool {
+/// Whether a VM's folder holds a memory that counts.
+pub fn keeps_memory(dir: &Path) -> bool {
     dir.join(NOTE).exists()
 }
 
@@ -219,12 +270,27 @@ fn forget(dir: &Path) {
     }
 }
 
+/// The same, so that not even a power cut brings it back.
+fn forget_for_good(dir: &Path) -> io::Result<()> {
+    forget(dir);
+    if keeps_memory(dir) {
+        return Err(io::Error::other("a VM's memory cannot be removed"));
+    }
+    File::open(dir)?.sync_all()
+}
+
 /// Takes the folder's memory out of it, so that it is used once at most. `None` if there is none; an error if it is not
 /// what was stored or not of this machine: it is gone then too, and the disk is what is left.
 pub fn take(dir: &Path, driver: &QemuDriver, spec: &VmSpec) -> Result<Option<Taken>, VmmError> {
-    if !is_there(dir) {
+    let gone = VmmError::io("the VM's folder");
+    if !keeps_memory(dir) {
         // What a suspension that was cut off left.
         forget(dir);
+        return Ok(None);
+    }
+    if !spec.resume {
+        tracing::warn!(vm = %spec.id, "a memory that is not asked for is removed");
+        forget_for_good(dir).map_err(gone)?;
         return Ok(None);
     }
     let read = || -> io::Result<(Note, File)> {
@@ -232,8 +298,7 @@ pub fn take(dir: &Path, driver: &QemuDriver, spec: &VmSpec) -> Result<Option<Tak
         Ok((note, File::open(dir.join(DATA))?))
     };
     let read = read();
-    forget(dir);
-    File::open(dir).and_then(|dir| dir.sync_all()).map_err(VmmError::io("the VM's folder"))?;
+    forget_for_good(dir).map_err(gone)?;
     let (note, mut file) = read.map_err(VmmError::io("the VM's memory"))?;
     let here = Machine::of(driver.accel, spec).map_err(VmmError::io("this host's CPU"))?;
     if note.machine != here {
@@ -278,16 +343,25 @@ pub async fn load(qmp: &mut Qmp, memory: Taken) -> Result<(), VmmError> {
         }
         Ok::<(), VmmError>(())
     };
-    tokio::time::timeout(PATIENCE, loaded).await.map_err(|_| late("read"))??;
+    tokio::time::timeout(PATIENCE, loaded).await.map_err(|_| late("read", PATIENCE))??;
     drop(unpacking);
     qmp.command("cont", Value::Null).await.map(drop)
 }
 
 /// Tells the guest what time it is; one without the agent finds out by itself.
 pub async fn set_clock(channel: &Path) {
-    let set = async { Agent::connect(channel).await?.set_time().await };
-    if let Err(error) = set.await {
-        tracing::warn!(%error, "the resumed guest's clock is not set");
+    let set = async {
+        loop {
+            let set = async { Agent::connect(channel).await?.set_time().await };
+            match set.await {
+                Ok(()) => return,
+                Err(error) => tracing::debug!(%error, "the resumed guest's clock is not set yet"),
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    };
+    if tokio::time::timeout(CLOCK, set).await.is_err() {
+        tracing::warn!(channel = %channel.display(), "no agent sets the resumed guest's clock");
     }
 }
 
@@ -320,6 +394,7 @@ mod tests {
             net,
             seed,
             snapshot: None,
+            resume: true,
             guest_ns: None,
         }
     }
@@ -354,6 +429,15 @@ mod tests {
         zstd::stream::read::Decoder::new(memory.file).unwrap().read_to_end(&mut text).unwrap();
         assert_eq!(text, [7; 50_000]);
         assert!(taken(dir.path()).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_memory_that_is_not_asked_for_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        suspended(dir.path());
+        let other = VmSpec { resume: false, ..spec(dir.path()) };
+        assert!(take(dir.path(), &QemuDriver::new(Accel::Tcg), &other).unwrap().is_none());
+        assert!(!dir.path().join(DATA).exists() && taken(dir.path()).unwrap().is_none());
     }
 
     #[test]

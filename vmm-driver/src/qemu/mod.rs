@@ -8,6 +8,7 @@ mod snapshot;
 mod supervise;
 mod tsc;
 
+pub use memory::keeps_memory;
 pub(crate) use supervise::{append, file, words};
 
 use crate::accel::Accel;
@@ -79,8 +80,7 @@ impl QemuDriver {
         match filled(&spec.dir, &process, memory).await {
             Ok(qmp) => {
                 if resumes {
-                    let channel = spec.dir.join(file::AGENT);
-                    tokio::spawn(async move { memory::set_clock(&channel).await });
+                    memory::set_clock(&spec.dir.join(file::AGENT)).await;
                 }
                 let seen = Seen { process, scratch, qmp, shut_down: false };
                 Ok(Box::new(QemuRunning::follow(self, spec, handle, seen, gate)))
@@ -196,14 +196,13 @@ impl QemuDriver {
         let status = qmp.command("query-status", Value::Null).await?;
         let status = status.get("status").and_then(Value::as_str).unwrap_or_default();
         let shut_down = status == "shutdown";
+        if keeps_memory(&spec.dir) {
+            // A daemon was lost when this memory counted already: it must have no second user.
+            return Err(VmmError::Gone);
+        }
         if matches!(status, "paused" | "finish-migrate" | "postmigrate") {
-            // A daemon was lost while it suspended this VM.
-            if memory::is_there(&spec.dir) {
-                // Its memory counts already and must have no second user.
-                return Err(VmmError::Gone);
-            }
-            let _ = qmp.command("migrate_cancel", Value::Null).await;
-            qmp.command("cont", Value::Null).await?;
+            // A daemon was lost while it held this VM.
+            memory::go_on(&mut qmp).await?;
         }
         let scratch = Scratch::of(handle.process.pid, uid_of(spec.net.slot)).ok();
         let seen = Seen { process, scratch, qmp, shut_down };
@@ -321,12 +320,15 @@ struct Seen {
 /// A VM that QEMU runs.
 pub struct QemuRunning {
     spec: VmSpec,
+    accel: Accel,
     handle: Handle,
     process: Arc<Process>,
     gate: Gate,
     observed: watch::Receiver<Observed>,
     commands: mpsc::Sender<Command>,
     intent: watch::Sender<bool>,
+    /// Held by what needs the disk and the guest for itself: a snapshot's copy, a suspension.
+    turn: tokio::sync::Mutex<()>,
 }
 
 impl QemuRunning {
@@ -350,7 +352,17 @@ impl QemuRunning {
         };
         let (cgroups, of) = (driver.cgroups.clone(), spec.clone());
         tokio::spawn(supervisor.run(move || clean(cgroups.as_deref(), &of)));
-        Self { spec: spec.clone(), handle, process, gate, observed, commands, intent }
+        Self {
+            spec: spec.clone(),
+            accel: driver.accel,
+            handle,
+            process,
+            gate,
+            observed,
+            commands,
+            intent,
+            turn: tokio::sync::Mutex::default(),
+        }
     }
 
     /// Sends QEMU a command.
