@@ -309,6 +309,7 @@ fn api_settings(config: &Config) -> anyhow::Result<Settings> {
             config.data_dir.clone(),
             config.driver != DriverKind::Netns,
         ),
+        keeps_memory: config.driver == DriverKind::Qemu,
         harnesses: config.harnesses.clone(),
         vms: config.data_dir.join("vms"),
         ..Settings::default()

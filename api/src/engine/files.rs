@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 use tapgate_model::{UserId, VmId};
 use tapgate_netns::Netns;
 use tapgate_proxy::VmCa;
-use tapgate_store::VmRecord;
+use tapgate_store::{Suspension, VmRecord};
 use tapgate_vmm::{Seed, VmSpec};
 
 /// The VM's folder.
@@ -22,6 +22,7 @@ pub(super) async fn spec(shared: &Shared, record: &VmRecord) -> Result<VmSpec, S
         id: record.id.clone(),
         dir: dir(shared, &record.id),
         image: shared.image.clone(),
+        resume: record.suspension == Suspension::Kept,
         snapshot: Some(snapshots::fetched(shared, record)).filter(|file| file.exists()),
         guest_ns: guest_namespace(shared, record)?,
         vcpus: record.resources.vcpus,

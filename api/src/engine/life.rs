@@ -3,7 +3,7 @@
 //! Each state is in the records before it is acted on, so after a crash the task goes on where the records say. What a
 //! user asks comes in by the records too; the waker only says that they changed.
 
-use super::{Shared, files, gates::Gated, policy, snapshots, ssh, watching};
+use super::{Shared, files, gates::Gated, policy, snapshots, ssh, suspend, watching};
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
@@ -53,9 +53,14 @@ pub(super) async fn drive(
                 continue;
             }
         };
-        let step = tokio::select! {
-            () = shared.stop.cancelled() => return,
-            step = step(&shared, &record, &mut live, &waker) => step,
+        let step = if suspend::wanted(&record) {
+            // Cut off in the middle it would leave the guest held until there is a daemon again.
+            step(&shared, &record, &mut live, &waker).await
+        } else {
+            tokio::select! {
+                () = shared.stop.cancelled() => return,
+                step = step(&shared, &record, &mut live, &waker) => step,
+            }
         };
         match step {
             Ok(Next::Again) => {}
@@ -152,6 +157,9 @@ async fn step(
             if live.is_none() {
                 *live = adopt(shared, record).await.ok();
             }
+            if suspend::wanted(record) {
+                return suspend::suspend(shared, record, live).await;
+            }
             if let Some(live) = live.as_mut()
                 && let Err(error) = live.machine.shutdown(SHUTDOWN_GRACE).await
             {
@@ -188,7 +196,8 @@ async fn start(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> 
         };
         // What half was done goes before the next attempt.
         release(shared, record, None).await;
-        if attempt == BOOTS {
+        // Whoever starts a suspended VM is not to find it booted without a word.
+        if attempt == BOOTS || suspend::lost(shared, record).await {
             return Err(reason);
         }
         tracing::warn!(vm = %record.id, %reason, "vm.start_tried_again");
@@ -211,6 +220,9 @@ async fn boot(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> {
     }
     .map_err(|error| format!("cannot attach the gate: {error}"))?;
     serve(shared, record, &gate).await?;
+    // Before the guest: what cannot be opened is not to cost a suspended VM its memory.
+    let forward = forward(shared, record).await?;
+    let resumes = suspend::keeps(shared, record);
     let gated = began.elapsed();
     let machine = shared.driver.boot(&spec, gate).await.map_err(|error| error.to_string())?;
     let started = began.elapsed();
@@ -221,7 +233,8 @@ async fn boot(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> {
         .await
         .map_err(|error| format!("cannot record the VMM: {error}"))?;
     snapshots::drop_fetched(shared, record);
-    let live = Live { machine: machine.into(), _forward: forward(shared, record).await? };
+    suspend::used(shared, record, resumes).await?;
+    let live = Live { machine: machine.into(), _forward: forward };
     tracing::info!(
         vm = %record.id,
         records_us = micros(read),
@@ -306,7 +319,7 @@ async fn discard(shared: &Shared, record: &VmRecord) {
 }
 
 /// Ends the machine, closes its port, takes its place in the proxy and its gate away. What is not there is no error.
-async fn release(shared: &Shared, record: &VmRecord, live: Option<Live>) {
+pub(super) async fn release(shared: &Shared, record: &VmRecord, live: Option<Live>) {
     let vm = &record.id;
     if let Some(Live { machine, _forward }) = live
         && let Err(error) = machine.kill().await

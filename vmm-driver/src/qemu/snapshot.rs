@@ -23,6 +23,7 @@ pub async fn take(vm: &QemuRunning, to: &Path) -> Result<SnapshotInfo, VmmError>
     if to.exists() {
         return Err(VmmError::Disk(format!("{} exists already", to.display())));
     }
+    let _turn = vm.turn.lock().await;
     // A daemon that was lost in the middle left its copy running.
     clear(vm).await;
     let result = copy(vm, to).await;
@@ -35,7 +36,7 @@ pub async fn take(vm: &QemuRunning, to: &Path) -> Result<SnapshotInfo, VmmError>
 
 /// Ends the job if there is one and clears QEMU's side, whatever happened before; what is not there is refused, which is
 /// as good.
-async fn clear(vm: &QemuRunning) {
+pub(super) async fn clear(vm: &QemuRunning) {
     let _ = vm.command("job-cancel", json!({"id": JOB})).await;
     let _ = tokio::time::timeout(CANCEL, finish(vm)).await;
     let _ = vm.command("blockdev-del", json!({"node-name": NODE})).await;

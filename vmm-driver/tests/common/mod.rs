@@ -153,6 +153,7 @@ impl World {
             net,
             seed,
             snapshot: None,
+            resume: false,
             guest_ns: None,
         }
     }
