@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 use tapgate_datapath::Gate;
+use tapgate_fault::point;
 use tapgate_model::{StatusDetail as S, VmId};
 use tapgate_store::{StoreError, VmRecord};
 use tapgate_vmm::{Handle, Running};
@@ -86,6 +87,7 @@ async fn advance(shared: &Shared, vm: &VmId, to: S, failure: Option<String>) {
     loop {
         match shared.store.vm_advance(vm, to, failure.clone()).await {
             Ok(_) => {
+                point(&format!("state.{}", to.word()));
                 tracing::info!(%vm, state = to.word(), "vm.state");
                 break;
             }
@@ -113,6 +115,7 @@ async fn step(
         S::Queued => Ok(Next::Enter(S::Creating)),
         S::Creating => {
             files::create(shared, record).await?;
+            point("create.folder");
             let fetch = tokio::time::timeout(FETCH_TIMEOUT, snapshots::fetch(shared, record)).await;
             fetch
                 .map_err(|_| format!("the snapshot did not come within {} s", FETCH_TIMEOUT.as_secs()))??;
@@ -170,6 +173,7 @@ async fn step(
         S::Destroying => {
             release(shared, record, live.take()).await;
             files::remove(shared, record).await?;
+            point("remove.folder");
             Ok(Next::Enter(S::Destroyed))
         }
         S::Destroyed => Ok(Next::End),
@@ -211,8 +215,10 @@ async fn boot(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> {
     }
     .map_err(|error| format!("cannot attach the gate: {error}"))?;
     serve(shared, record, &gate).await?;
+    point("boot.gated");
     let gated = began.elapsed();
     let machine = shared.driver.boot(&spec, gate).await.map_err(|error| error.to_string())?;
+    point("boot.vmm");
     let started = began.elapsed();
     let handle = serde_json::to_string(machine.handle()).map_err(|error| error.to_string())?;
     shared
@@ -220,6 +226,7 @@ async fn boot(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> {
         .vm_set_handle(&record.id, Some(handle))
         .await
         .map_err(|error| format!("cannot record the VMM: {error}"))?;
+    point("boot.recorded");
     snapshots::drop_fetched(shared, record);
     let live = Live { machine: machine.into(), _forward: forward(shared, record).await? };
     tracing::info!(
@@ -313,12 +320,14 @@ async fn release(shared: &Shared, record: &VmRecord, live: Option<Live>) {
     {
         tracing::warn!(%vm, %error, "vm.kill_failed");
     }
+    point("release.ended");
     discard(shared, record).await;
     shared.table.remove(vm);
     shared.gates().remove(vm);
     if let Err(error) = shared.datapath.detach(shared.net(record)).await {
         tracing::warn!(%vm, %error, "vm.detach_failed");
     }
+    point("release.detached");
     if let Err(error) = shared.store.vm_set_handle(vm, None).await {
         tracing::warn!(%vm, %error, "vm.handle_not_cleared");
     }
