@@ -9,6 +9,7 @@ use crate::spec::{SnapshotInfo, VmmError};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::time::{Duration, Instant};
+use tapgate_fault::point;
 
 const NODE: &str = "snapshot";
 const JOB: &str = "snapshot";
@@ -72,9 +73,11 @@ async fn copy(vm: &QemuRunning, to: &Path) -> Result<SnapshotInfo, VmmError> {
         None => false,
     };
     let froze = held.elapsed();
+    point("snapshot.frozen");
     let job = json!({"job-id": JOB, "device": "root", "target": NODE, "sync": "full", "auto-dismiss": false});
     let started = vm.command("blockdev-backup", job).await;
     let began = held.elapsed();
+    point("snapshot.begun");
     if let Some(agent) = &mut agent {
         // Also after a failure. Thawed by itself in between, the guest had written again before the copy began.
         frozen &= agent.thaw().await.is_ok_and(|count| count > 0);
