@@ -244,7 +244,7 @@ fn api_driver(config: &Config, kind: ApiKind, usual: &str) -> anyhow::Result<Api
             program.display()
         );
     }
-    Ok(ApiDriver::new(kind, program))
+    Ok(ApiDriver { io: config.disk_io, ..ApiDriver::new(kind, program) })
 }
 
 async fn qemu_driver(config: &Config, image: &Image) -> anyhow::Result<QemuDriver> {
@@ -265,7 +265,7 @@ async fn qemu_driver(config: &Config, image: &Image) -> anyhow::Result<QemuDrive
         }
     };
     tracing::info!(?accel, program = %program.display(), "serve.qemu");
-    Ok(QemuDriver { program, ..QemuDriver::new(accel) })
+    Ok(QemuDriver { program, io: config.disk_io, ..QemuDriver::new(accel) })
 }
 
 /// Hands the listeners of both families to the programs.
@@ -309,6 +309,7 @@ fn api_settings(config: &Config) -> anyhow::Result<Settings> {
             config.data_dir.clone(),
             config.driver != DriverKind::Netns,
         ),
+        keeps_memory: config.driver == DriverKind::Qemu,
         harnesses: config.harnesses.clone(),
         vms: config.data_dir.join("vms"),
         ..Settings::default()

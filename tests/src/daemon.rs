@@ -115,6 +115,17 @@ impl<'world> Daemon<'world> {
         Ok(())
     }
 
+    /// Waits until it has ended by itself.
+    pub fn wait_for_death(&mut self) -> Result<()> {
+        for _ in 0..TRIES {
+            if self.child.try_wait()?.is_some() {
+                return Ok(());
+            }
+            thread::sleep(Duration::from_millis(100));
+        }
+        bail!("tapgate does not end")
+    }
+
     /// Starts it again after [`Self::kill`].
     pub fn start_again(&mut self) -> Result<()> {
         self.child = spawn(self.world, &self.settings, &self.environment)?;

@@ -37,8 +37,14 @@ fn campaign(driver: Driver, rounds: u64) {
     let probe = Probe::start(&world);
     let started = Instant::now();
     let mut chaos = Chaos::new(&world, &mut daemon, api, seed);
+    let mut incited = 0;
     for round in 0..rounds {
         chaos.round().unwrap_or_else(|error| panic!("round {round} of seed {seed}: {error:#}"));
+        // Real guests are few and slow: they rest more often, and are set on getting out.
+        if driver == Driver::Qemu && round % 5 == 4 {
+            chaos.settle().unwrap_or_else(|error| panic!("after round {round} of seed {seed}: {error:#}"));
+            incited += chaos.incite().unwrap();
+        }
         if round % 20 == 19 {
             chaos.settle().unwrap_or_else(|error| panic!("after round {round} of seed {seed}: {error:#}"));
         }
@@ -46,8 +52,11 @@ fn campaign(driver: Driver, rounds: u64) {
     chaos.settle().unwrap();
     chaos.reboot().unwrap();
     let after = chaos.settle().unwrap();
+    if driver == Driver::Qemu {
+        incited += chaos.incite().unwrap();
+    }
     chaos.clear().unwrap();
-    let (tries, tally) = (probe.tries(), chaos.tally.clone());
+    let (tries, tally) = (probe.tries() + incited, chaos.tally.clone());
     drop(probe);
     let out = world.counters().unwrap().since(&before).of(sites::EVIL);
     println!(
@@ -56,7 +65,7 @@ fn campaign(driver: Driver, rounds: u64) {
         after.len()
     );
     assert_eq!(out, 0, "something got out");
-    assert!(driver == Driver::Qemu || tries > rounds, "the probe did not run: {tries}");
+    assert!(tries > rounds, "nobody tried to get out: {tries}");
 }
 
 #[test]

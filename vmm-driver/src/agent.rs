@@ -75,6 +75,19 @@ impl Agent {
         self.execute("guest-fsfreeze-thaw", DEADLINE).await
     }
 
+    /// Sets the guest's clock to this host's.
+    pub async fn set_time(&mut self) -> Result<(), VmmError> {
+        let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        let now = u64::try_from(since.as_nanos()).unwrap_or(u64::MAX);
+        self.write(&json!({"execute": "guest-set-time", "arguments": {"time": now}})).await?;
+        let answer = timeout(DEADLINE, self.line()).await;
+        match answer {
+            Ok(Ok(answer)) if answer.get("return").is_some() => Ok(()),
+            Ok(Err(error)) => Err(error),
+            _ => Err(VmmError::Control("the guest's agent does not set the clock".into())),
+        }
+    }
+
     /// Asks the guest to shut down. An agent answers this with nothing: it is on its way.
     pub async fn power_off(&mut self) -> Result<(), VmmError> {
         self.write(&json!({"execute": "guest-shutdown", "arguments": {"mode": "powerdown"}})).await

@@ -1,6 +1,6 @@
 //! The trait that every driver fulfils. No way to boot or adopt a VM leads past a gate.
 
-use crate::spec::{Exit, Handle, Observed, SnapshotInfo, VmSpec, VmmError};
+use crate::spec::{Exit, Handle, Observed, SnapshotInfo, Suspended, VmSpec, VmmError};
 use std::future::Future;
 use std::path::Path;
 use std::pin::Pin;
@@ -52,6 +52,11 @@ pub trait Running: Send + Sync {
     /// Copies the disk, as it is now, to a new file, while the guest runs on. See [`crate::VmSpec::snapshot`].
     fn snapshot<'a>(&'a self, _to: &'a Path) -> BoxFuture<'a, Result<SnapshotInfo, VmmError>> {
         Box::pin(async { Err(VmmError::Unsupported { driver: "this", what: "take snapshots" }) })
+    }
+
+    /// Writes its memory into its folder and ends it: the next boot goes on from there, once. An error leaves it running.
+    fn suspend(&self) -> BoxFuture<'_, Result<Suspended, VmmError>> {
+        Box::pin(async { Err(VmmError::Unsupported { driver: "this", what: "suspend VMs" }) })
     }
 
     /// Whether the VMM still does its work: an error is that it does not. The caller sets the limit.

@@ -6,6 +6,7 @@
 
 pub mod accel;
 mod agent;
+pub mod block;
 pub mod cgroup;
 pub mod confine;
 pub mod disk;
@@ -21,10 +22,11 @@ mod rest;
 pub mod seed;
 mod spec;
 
+pub use cgroup::IoLimits;
 pub use confine::uid_of;
 pub use driver::{BoxFuture, Running, Vmm};
 pub use netns_driver::{NetnsDriver, NetnsRunning, exec as netns_exec};
-pub use qemu::{QemuDriver, QemuRunning, default_program, noted_handle};
+pub use qemu::{QemuDriver, QemuRunning, default_program, keeps_memory, noted_handle};
 pub use rest::{ApiDriver, ApiRunning, Kind as ApiKind};
 pub use seed::Seed;
-pub use spec::{Exit, Handle, Observed, SnapshotInfo, VmSpec, VmmError};
+pub use spec::{Exit, Handle, Observed, SnapshotInfo, Suspended, VmSpec, VmmError};

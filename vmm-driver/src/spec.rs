@@ -31,6 +31,8 @@ pub struct VmSpec {
     pub seed: Seed,
     /// The file of a snapshot that its disk is made from, if it has none yet; not needed any more afterwards.
     pub snapshot: Option<PathBuf>,
+    /// Whether it goes on with the memory that its folder holds of a suspension. Otherwise such a memory is removed unread.
+    pub resume: bool,
     /// For the namespace driver: where the guest's processes run. Other drivers ignore it.
     pub guest_ns: Option<Netns>,
 }
@@ -101,6 +103,9 @@ pub enum VmmError {
     /// The process of the handle is gone.
     #[error("the VM is not running any more")]
     Gone,
+    /// A VM's memory could not be written, or is not to be used. The next boot is from its disk.
+    #[error("the VM's memory: {0}")]
+    Memory(String),
     /// A disk could not be made.
     #[error("the disk cannot be prepared: {0}")]
     Disk(String),
@@ -142,6 +147,17 @@ pub struct SnapshotInfo {
     pub held_us: u64,
     /// The recipe of the image whose kernel the disk belongs to.
     pub image_recipe: String,
+}
+
+/// A VM that was suspended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Suspended {
+    /// Its memory and devices.
+    pub memory_bytes: u64,
+    /// The same as packed in its folder.
+    pub stored_bytes: u64,
+    /// How long it took, in microseconds.
+    pub took_us: u64,
 }
 
 /// A tap that a VMM is handed.

@@ -7,6 +7,7 @@
 #![allow(missing_docs, reason = "tests")]
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
+mod boxed;
 mod common;
 mod subject;
 
@@ -23,14 +24,23 @@ fn real_vm_conformance_of_qemu() {
     World::run(|world| async move { suite(&world, Subject::qemu()).await });
 }
 
+/// With KVM: in a host of its own. The ordinary run takes the newer kernel alone.
+#[test]
+fn real_vm_conformance_of_qemu_with_kvm_in_a_box() {
+    for kernel in boxed::kernels() {
+        boxed::run(*kernel, "real_vm_conformance_of_qemu", &[("TAPGATE_TEST_ACCEL", "kvm")]);
+    }
+}
+
 #[test]
 fn real_vm_conformance_of_firecracker() {
-    given(ApiKind::Firecracker, "TAPGATE_TEST_FIRECRACKER");
+    given(ApiKind::Firecracker, "TAPGATE_TEST_FIRECRACKER", "real_vm_conformance_of_firecracker");
 }
 
 #[test]
 fn real_vm_conformance_of_cloud_hypervisor() {
-    given(ApiKind::CloudHypervisor, "TAPGATE_TEST_CLOUD_HYPERVISOR");
+    let test = "real_vm_conformance_of_cloud_hypervisor";
+    given(ApiKind::CloudHypervisor, "TAPGATE_TEST_CLOUD_HYPERVISOR", test);
 }
 
 #[test]
@@ -45,12 +55,19 @@ fn conformance_of_cloud_hypervisor_simulated() {
     );
 }
 
-fn given(kind: ApiKind, variable: &str) {
+/// Where KVM runs guests: here, else in the box.
+fn given(kind: ApiKind, variable: &str, test: &str) {
     let Some(program) = std::env::var_os(variable) else {
         eprintln!("SKIPPED: no real guest under this VMM: {variable} names no program");
         return;
     };
-    World::run(|world| async move { suite(&world, Subject::given(kind, program.into())).await });
+    if boxed::kvm_is_here() {
+        return World::run(|world| async move { suite(&world, Subject::given(kind, program.into())).await });
+    }
+    let program = program.into_string().unwrap();
+    for kernel in boxed::kernels() {
+        boxed::run(*kernel, test, &[(variable, &program)]);
+    }
 }
 
 async fn suite(world: &Arc<World>, subject: Subject) {
@@ -59,6 +76,8 @@ async fn suite(world: &Arc<World>, subject: Subject) {
     let service = common::Service::start(&datapath, "#cloud-config\n{}".into());
     let other = world.dir.path().join("another-vms-disk");
     std::fs::write(&other, "secret").unwrap();
+    let careless = std::fs::File::create(world.dir.path().join(subject::INHERITABLE)).unwrap();
+    nix::fcntl::fcntl(&careless, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty())).unwrap();
     let env = vec![("PROBE".to_owned(), format!("{}:/var/lib/tapgate", other.display()))];
     let spec = subject.spec(world, 10, env);
     let step = |name: &str| eprintln!("--- {} {name}", subject.name());

@@ -93,6 +93,13 @@ enum Command {
         #[command(flatten)]
         waiting: Waiting,
     },
+    /// Keep a VM's memory and end it; start goes on from there
+    Suspend {
+        /// ID or name
+        vm: String,
+        #[command(flatten)]
+        waiting: Waiting,
+    },
     /// Remove a stopped VM for good
     #[command(visible_alias = "rm")]
     Destroy {
@@ -144,6 +151,10 @@ impl Args {
                 let vm = api.send("POST", &path(&api, &vm, "/stop")?, None)?;
                 show(&api, waiting.until(&api, vm, "stopped")?)
             }
+            Command::Suspend { vm, waiting } => {
+                let vm = api.send("POST", &path(&api, &vm, "/suspend")?, None)?;
+                show(&api, waiting.until(&api, vm, "stopped")?)
+            }
             Command::Destroy { vm, stop, waiting } => {
                 let path = path(&api, &vm, "")?;
                 if stop {
@@ -170,8 +181,12 @@ fn path(api: &Api, vm: &str, rest: &str) -> Done<String> {
 
 fn show(api: &Api, vm: Value) -> Done {
     let mut columns = COLUMNS.to_vec();
-    if vm["failure_reason"].is_string() {
-        columns.push(("REASON", "failure_reason"));
+    for (column, field) in
+        [("REASON", "failure_reason"), ("SUSPENDED", "suspended"), ("NOT SUSPENDED", "suspend_failure")]
+    {
+        if !vm[field].is_null() {
+            columns.push((column, field));
+        }
     }
     one(api.json, &columns, &vm)
 }
@@ -216,6 +231,10 @@ impl Waiting {
             }
             if detail == wanted {
                 return Ok(vm);
+            }
+            if let Some(reason) = vm["suspend_failure"].as_str().filter(|_| wanted == "stopped") {
+                spinner.finish_and_clear();
+                return Err(Failure::new(Exit::NotReady, format!("{id} is not suspended: {reason}")));
             }
             if broken {
                 let reason = vm["failure_reason"].as_str().unwrap_or("no reason was given");

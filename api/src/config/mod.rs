@@ -23,6 +23,7 @@ use std::{
 };
 use tapgate_model::{Cidr, HostName, policy::SecretsOverHttp};
 use tapgate_proxy::{BadResolver, Limits, Resolver};
+use tapgate_vmm::IoLimits;
 
 /// The checked configuration.
 #[derive(Clone, Debug)]
@@ -77,6 +78,8 @@ pub struct Config {
     pub memory_mib: u32,
     /// Default disk size in GiB.
     pub disk_gib: u32,
+    /// What each VM may do with the host's disks.
+    pub disk_io: IoLimits,
     /// Secrets in clear text.
     pub secrets_over_http: SecretsOverHttp,
     /// Where agents' repositories are that are given as owner/repo.
@@ -265,6 +268,7 @@ impl Settings {
             },
             ..usual
         };
+        let io = IoLimits::default();
         let share = Share {
             memory_reserve_mib: self.memory_reserve_mib.unwrap_or(512),
             memory_overcommit: factor("memory_overcommit", self.memory_overcommit, 1.0)?,
@@ -297,6 +301,27 @@ impl Settings {
             vcpus: bounded("vcpus", self.vcpus, 1, 1..=64)?,
             memory_mib: bounded("memory_mib", self.memory_mib, 512, 128..=262_144)?,
             disk_gib: bounded("disk_gib", self.disk_gib, 8, 1..=4096)?,
+            disk_io: IoLimits {
+                mib_per_second: bounded(
+                    "disk_mib_per_second",
+                    self.disk_mib_per_second,
+                    io.mib_per_second,
+                    0..=1 << 20,
+                )?,
+                // Fewer than one hundred and a guest's system does not boot in the time that it is given.
+                operations_per_second: match self
+                    .disk_operations_per_second
+                    .unwrap_or(io.operations_per_second)
+                {
+                    number @ (0 | 100..) => number,
+                    number => {
+                        return Err(value(
+                            "disk_operations_per_second",
+                            format!("{number} is neither 0 nor at least 100"),
+                        ));
+                    }
+                },
+            },
             secrets_over_http: match self.secrets_over_http {
                 Some(OverHttp::Always) => SecretsOverHttp::Always,
                 Some(OverHttp::Explicit) | None => SecretsOverHttp::Explicit,

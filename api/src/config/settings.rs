@@ -142,6 +142,12 @@ pub struct Settings {
     /// Disk of a VM in GiB [default: 8]
     #[arg(long, env = "TAPGATE_DISK_GIB")]
     pub disk_gib: Option<u32>,
+    /// What a VM may read from, and write to, a disk of the host, in MiB a second; 0 for no limit [default: 512]
+    #[arg(long, env = "TAPGATE_DISK_MIB_PER_SECOND")]
+    pub disk_mib_per_second: Option<u32>,
+    /// How often a VM may read from, and write to, a disk of the host each second; 0 for no limit [default: 20000]
+    #[arg(long, env = "TAPGATE_DISK_OPERATIONS_PER_SECOND")]
+    pub disk_operations_per_second: Option<u32>,
     /// When secrets go out in clear-text HTTP [default: explicit]
     #[arg(long, env = "TAPGATE_SECRETS_OVER_HTTP")]
     pub secrets_over_http: Option<OverHttp>,
@@ -249,6 +255,8 @@ impl Settings {
             vcpus,
             memory_mib,
             disk_gib,
+            disk_mib_per_second,
+            disk_operations_per_second,
             secrets_over_http,
             memory_reserve_mib,
             memory_overcommit,

@@ -9,7 +9,7 @@ use axum::http::StatusCode;
 use serde::Serialize;
 use tapgate_model::lifecycle::{Call, Refusal, decide};
 use tapgate_model::{SnapshotId, Status, StatusDetail, UserId, VmId};
-use tapgate_store::{NewVm, Resources, VmFilter, VmRecord, VmSort};
+use tapgate_store::{NewVm, Resources, Suspension, VmFilter, VmRecord, VmSort};
 use tokio::time::Instant;
 
 #[derive(Serialize)]
@@ -20,6 +20,10 @@ pub(crate) struct VmView {
     status_detail: StatusDetail,
     #[serde(skip_serializing_if = "Option::is_none")]
     failure_reason: Option<String>,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    suspended: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    suspend_failure: Option<String>,
     created_at: String,
     updated_at: String,
 }
@@ -32,6 +36,8 @@ impl From<VmRecord> for VmView {
             status: vm.detail.status(),
             status_detail: vm.detail,
             failure_reason: vm.failure,
+            suspended: vm.suspension == Suspension::Kept,
+            suspend_failure: vm.suspend_failure,
             created_at: time(vm.created_at),
             updated_at: time(vm.updated_at),
         }
@@ -236,6 +242,36 @@ pub(crate) async fn stop(
         .map_err(|error| named(&vm, error.into()))?;
     state.engine().wake(vm);
     Ok(Json(record.into()))
+}
+
+pub(crate) async fn suspend(
+    State(state): State<AppState>,
+    account: Account,
+    Id(vm): Id<VmId>,
+    params: Params,
+) -> Result<Json<VmView>, ApiError> {
+    params.finish()?;
+    // Whose it is first: nobody learns of another's VM.
+    find(&state, &account, &vm).await?;
+    keeps_memory(&state)?;
+    let (record, _) = state
+        .store()
+        .vm_call(&account.user, &vm, Call::Suspend)
+        .await
+        .map_err(|error| named(&vm, error.into()))?;
+    state.engine().wake(vm);
+    Ok(Json(record.into()))
+}
+
+/// Refuses what needs a driver that can keep a guest's memory.
+pub(super) fn keeps_memory(state: &AppState) -> Result<(), ApiError> {
+    if state.settings().keeps_memory {
+        return Ok(());
+    }
+    Err(ApiError::new(
+        Code::DriverCannot,
+        "This host's driver cannot keep a VM's memory; the operator may choose driver = \"qemu\"",
+    ))
 }
 
 pub(crate) async fn destroy(

@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 use tapgate_model::{UserId, VmId};
 use tapgate_netns::Netns;
 use tapgate_proxy::VmCa;
-use tapgate_store::VmRecord;
+use tapgate_store::{Suspension, VmRecord};
 use tapgate_vmm::{Seed, VmSpec};
 
 /// The VM's folder.
@@ -22,6 +22,7 @@ pub(super) async fn spec(shared: &Shared, record: &VmRecord) -> Result<VmSpec, S
         id: record.id.clone(),
         dir: dir(shared, &record.id),
         image: shared.image.clone(),
+        resume: record.suspension == Suspension::Kept,
         snapshot: Some(snapshots::fetched(shared, record)).filter(|file| file.exists()),
         guest_ns: guest_namespace(shared, record)?,
         vcpus: record.resources.vcpus,
@@ -87,6 +88,7 @@ pub(super) async fn remove(shared: &Shared, record: &VmRecord) -> Result<(), Str
     if shared.config.driver == DriverKind::Netns {
         Netns::delete(&namespace_name(shared, record)).map_err(|error| error.to_string())?;
     }
+    tapgate_fault::point("remove.namespace");
     let dir = dir(shared, &record.id);
     match tokio::fs::remove_dir_all(&dir).await {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {

@@ -3,13 +3,14 @@
 //! Each state is in the records before it is acted on, so after a crash the task goes on where the records say. What a
 //! user asks comes in by the records too; the waker only says that they changed.
 
-use super::{Shared, files, gates::Gated, policy, snapshots, ssh, watching};
+use super::{Shared, files, gates::Gated, policy, snapshots, ssh, suspend, watching};
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
     time::{Duration, Instant},
 };
 use tapgate_datapath::Gate;
+use tapgate_fault::point;
 use tapgate_model::{StatusDetail as S, VmId};
 use tapgate_store::{StoreError, VmRecord};
 use tapgate_vmm::{Handle, Running};
@@ -53,9 +54,14 @@ pub(super) async fn drive(
                 continue;
             }
         };
-        let step = tokio::select! {
-            () = shared.stop.cancelled() => return,
-            step = step(&shared, &record, &mut live, &waker) => step,
+        let step = if suspend::wanted(&record) {
+            // Cut off in the middle it would leave the guest held until there is a daemon again.
+            step(&shared, &record, &mut live, &waker).await
+        } else {
+            tokio::select! {
+                () = shared.stop.cancelled() => return,
+                step = step(&shared, &record, &mut live, &waker) => step,
+            }
         };
         match step {
             Ok(Next::Again) => {}
@@ -86,6 +92,7 @@ async fn advance(shared: &Shared, vm: &VmId, to: S, failure: Option<String>) {
     loop {
         match shared.store.vm_advance(vm, to, failure.clone()).await {
             Ok(_) => {
+                point(&format!("state.{}", to.word()));
                 tracing::info!(%vm, state = to.word(), "vm.state");
                 break;
             }
@@ -113,6 +120,7 @@ async fn step(
         S::Queued => Ok(Next::Enter(S::Creating)),
         S::Creating => {
             files::create(shared, record).await?;
+            point("create.folder");
             let fetch = tokio::time::timeout(FETCH_TIMEOUT, snapshots::fetch(shared, record)).await;
             fetch
                 .map_err(|_| format!("the snapshot did not come within {} s", FETCH_TIMEOUT.as_secs()))??;
@@ -152,6 +160,9 @@ async fn step(
             if live.is_none() {
                 *live = adopt(shared, record).await.ok();
             }
+            if suspend::wanted(record) {
+                return suspend::suspend(shared, record, live).await;
+            }
             if let Some(live) = live.as_mut()
                 && let Err(error) = live.machine.shutdown(SHUTDOWN_GRACE).await
             {
@@ -170,6 +181,7 @@ async fn step(
         S::Destroying => {
             release(shared, record, live.take()).await;
             files::remove(shared, record).await?;
+            point("remove.folder");
             Ok(Next::Enter(S::Destroyed))
         }
         S::Destroyed => Ok(Next::End),
@@ -188,7 +200,8 @@ async fn start(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> 
         };
         // What half was done goes before the next attempt.
         release(shared, record, None).await;
-        if attempt == BOOTS {
+        // Whoever starts a suspended VM is not to find it booted without a word.
+        if attempt == BOOTS || suspend::lost(shared, record).await {
             return Err(reason);
         }
         tracing::warn!(vm = %record.id, %reason, "vm.start_tried_again");
@@ -211,8 +224,13 @@ async fn boot(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> {
     }
     .map_err(|error| format!("cannot attach the gate: {error}"))?;
     serve(shared, record, &gate).await?;
+    // Before the guest: what cannot be opened is not to cost a suspended VM its memory.
+    let forward = forward(shared, record).await?;
+    let resumes = suspend::keeps(shared, record);
+    point("boot.gated");
     let gated = began.elapsed();
     let machine = shared.driver.boot(&spec, gate).await.map_err(|error| error.to_string())?;
+    point("boot.vmm");
     let started = began.elapsed();
     let handle = serde_json::to_string(machine.handle()).map_err(|error| error.to_string())?;
     shared
@@ -220,8 +238,10 @@ async fn boot(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> {
         .vm_set_handle(&record.id, Some(handle))
         .await
         .map_err(|error| format!("cannot record the VMM: {error}"))?;
+    point("boot.recorded");
     snapshots::drop_fetched(shared, record);
-    let live = Live { machine: machine.into(), _forward: forward(shared, record).await? };
+    suspend::used(shared, record, resumes).await?;
+    let live = Live { machine: machine.into(), _forward: forward };
     tracing::info!(
         vm = %record.id,
         records_us = micros(read),
@@ -306,19 +326,21 @@ async fn discard(shared: &Shared, record: &VmRecord) {
 }
 
 /// Ends the machine, closes its port, takes its place in the proxy and its gate away. What is not there is no error.
-async fn release(shared: &Shared, record: &VmRecord, live: Option<Live>) {
+pub(super) async fn release(shared: &Shared, record: &VmRecord, live: Option<Live>) {
     let vm = &record.id;
     if let Some(Live { machine, _forward }) = live
         && let Err(error) = machine.kill().await
     {
         tracing::warn!(%vm, %error, "vm.kill_failed");
     }
+    point("release.ended");
     discard(shared, record).await;
     shared.table.remove(vm);
     shared.gates().remove(vm);
     if let Err(error) = shared.datapath.detach(shared.net(record)).await {
         tracing::warn!(%vm, %error, "vm.detach_failed");
     }
+    point("release.detached");
     if let Err(error) = shared.store.vm_set_handle(vm, None).await {
         tracing::warn!(%vm, %error, "vm.handle_not_cleared");
     }

@@ -16,6 +16,7 @@ mod meters;
 mod policy;
 mod snapshots;
 mod ssh;
+mod suspend;
 mod watching;
 
 pub(crate) use guests::Guests;

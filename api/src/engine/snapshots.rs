@@ -14,6 +14,7 @@ use std::{
     sync::{Arc, PoisonError},
     time::{Duration, Instant},
 };
+use tapgate_fault::point;
 use tapgate_model::{SnapshotId, VmId};
 use tapgate_store::{SnapshotRecord, SnapshotStatus, StoreError, StoredSnapshot, VmRecord};
 use tapgate_vmm::Running;
@@ -92,9 +93,11 @@ async fn take(shared: &Shared, snapshot: &SnapshotRecord, machine: &dyn Running)
         (staged(&shared.config, &snapshot.id, "part"), staged(&shared.config, &snapshot.id, "qcow2"));
     let _ = tokio::fs::remove_file(&part).await;
     let info = machine.snapshot(&part).await.map_err(|error| error.to_string())?;
+    point("snapshot.copied");
     let file = tokio::fs::File::open(&part).await.map_err(failed("open the snapshot"))?;
     file.sync_all().await.map_err(failed("write the snapshot out"))?;
     tokio::fs::rename(&part, &whole).await.map_err(failed("name the snapshot"))?;
+    point("snapshot.named");
     let bytes = file.metadata().await.map_err(failed("measure the snapshot"))?.len();
     tracing::info!(vm = %snapshot.vm, snapshot = %snapshot.id, held_us = info.held_us, frozen = info.frozen, bytes,
         "snapshot.taken");
@@ -152,6 +155,7 @@ async fn upload_all(shared: &Shared) {
         let file = staged(&shared.config, &snapshot.id, "qcow2");
         let noted = match result {
             Ok(stored) => {
+                point("snapshot.stored");
                 tracing::info!(vm = %snapshot.vm, snapshot = %snapshot.id, stored = stored.stored_bytes, "snapshot.ready");
                 let stored = StoredSnapshot {
                     key: key(&snapshot.id),
@@ -199,6 +203,7 @@ async fn collect(shared: &Shared) -> Result<(), String> {
     let gone = shared.store.snapshots_to_collect().await.map_err(|error| error.to_string())?;
     for snapshot in gone {
         shared.storage.remove(&key(&snapshot)).await.map_err(|error| error.to_string())?;
+        point("snapshot.removed");
         shared.store.snapshot_collected(&snapshot).await.map_err(|error| error.to_string())?;
         tracing::info!(%snapshot, "snapshot.collected");
     }
@@ -222,6 +227,7 @@ pub(super) async fn fetch(shared: &Shared, record: &VmRecord) -> Result<(), Stri
     let began = Instant::now();
     let fetched = shared.storage.fetch(&key(id), &expected, &to).await;
     fetched.map_err(|error| format!("cannot bring {id} back: {error}"))?;
+    point("create.fetched");
     tracing::info!(vm = %record.id, snapshot = %id, fetch_us = began.elapsed().as_micros() as u64, "snapshot.fetched");
     Ok(())
 }

@@ -43,6 +43,7 @@ codes! {
     AgentNotFound = NOT_FOUND "agent_not_found", "No such agent, or it has been destroyed", "list agents";
     ApiKeyNotFound = NOT_FOUND "api_key_not_found", "No such API key, or it was revoked", "list keys";
     CodeNotFound = NOT_FOUND "code_not_found", "The device code is wrong, used or expired (on the page that confirms it)", "ask the program for a new one";
+    DriverCannot = UNPROCESSABLE_ENTITY "driver_cannot", "The host's driver cannot do this", "leave it, or have the operator choose another `driver`";
     EmailTaken = CONFLICT "email_taken", "An account with this address exists", "log in, or reset the password";
     EnvNotFound = NOT_FOUND "env_not_found", "No such environment variable", "list variables";
     EnvVarTaken = CONFLICT "env_var_taken", "Another secret sets this environment variable", "choose another `env_var`, or change that secret";
@@ -85,7 +86,7 @@ codes! {
     VmDestroyed = CONFLICT "vm_destroyed", "The VM has been destroyed", "create another";
     VmNameTaken = CONFLICT "vm_name_taken", "A VM that is not destroyed has this name", "choose another name, or destroy that VM";
     VmNotFound = NOT_FOUND "vm_not_found", "No such VM", "list VMs";
-    VmNotRunning = CONFLICT "vm_not_running", "Stop or snapshot, but the VM does not run", "start it first, or leave it";
+    VmNotRunning = CONFLICT "vm_not_running", "Stop, suspend or snapshot, but the VM does not run", "start it first, or leave it";
     VmNotStopped = CONFLICT "vm_not_stopped", "Destroy, but the VM runs", "stop it first";
     VmStopping = CONFLICT "vm_stopping", "Start, but the VM is still shutting down", "wait until its status_detail is `stopped`";
 }

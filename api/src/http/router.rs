@@ -37,6 +37,7 @@ pub fn router(state: AppState) -> Router {
         .route("/v1/vms/{vm_id}", get(vms::show).delete(vms::destroy))
         .route("/v1/vms/{vm_id}/start", post(vms::start))
         .route("/v1/vms/{vm_id}/stop", post(vms::stop))
+        .route("/v1/vms/{vm_id}/suspend", post(vms::suspend))
         .route("/v1/vms/{vm_id}/ssh", get(vms::ssh))
         .route(
             "/v1/vms/{vm_id}/egress/policy",

@@ -92,6 +92,8 @@ pub struct Settings {
     pub git_host: String,
     /// How much of the host VMs may have.
     pub room: Room,
+    /// Whether the driver can keep a guest's memory.
+    pub keeps_memory: bool,
     /// What runs agents' prompts.
     pub harnesses: Harnesses,
     /// The folder of VMs' folders, for their agents' logs.
@@ -118,6 +120,7 @@ impl Default for Settings {
             follow_for: Duration::from_secs(3600),
             git_host: "github.com".into(),
             room: Room::default(),
+            keeps_memory: true,
             harnesses: Harnesses::default(),
             vms: "/var/lib/tapgate/vms".into(),
         }

@@ -8,6 +8,9 @@
 //!                                                                 destroying → destroyed
 //! ```
 //!
+//! A suspension is a stop that keeps the memory: it enters `stopping` too. Only where it fails does the guest run on, and the
+//! store takes that call back.
+//!
 //! It decides; it never acts, waits or stores. The store asks it inside the transaction that writes the new state,
 //! so a caller and the engine can never both win.
 
@@ -24,6 +27,8 @@ pub enum Call {
     Start,
     /// Shut it down.
     Stop,
+    /// Keep its memory and end it; the next start goes on from there.
+    Suspend,
 }
 
 /// What a legal call does.
@@ -44,7 +49,7 @@ pub enum Refusal {
     /// Anything, but it has been destroyed.
     #[error("VM has been destroyed")]
     Destroyed,
-    /// Stop or snapshot, but it does not run.
+    /// Stop, suspend or snapshot, but it does not run.
     #[error("VM is not running")]
     NotRunning,
     /// Destroy, but it runs.
@@ -74,6 +79,9 @@ pub const fn decide(call: Call, now: S) -> Result<Answer, Refusal> {
             Ok(Answer::Enter(S::Stopping))
         }
         (Call::Stop, _) => Err(Refusal::NotRunning),
+
+        (Call::Suspend, S::Running | S::Ready) => Ok(Answer::Enter(S::Stopping)),
+        (Call::Suspend, _) => Err(Refusal::NotRunning),
 
         (Call::Snapshot, S::Running | S::Ready) => Ok(Answer::Stay),
         (Call::Snapshot, _) => Err(Refusal::NotRunning),
@@ -121,7 +129,7 @@ mod tests {
                 "{state:?}"
             );
         }
-        for call in [Call::Start, Call::Stop, Call::Snapshot] {
+        for call in [Call::Start, Call::Stop, Call::Snapshot, Call::Suspend] {
             assert_eq!(decide(call, S::Destroyed), Err(Refusal::Destroyed));
         }
     }
@@ -135,7 +143,7 @@ mod tests {
 
     #[test]
     fn a_call_enters_states_that_only_calls_enter() {
-        for call in [Call::Destroy, Call::Start, Call::Stop, Call::Snapshot] {
+        for call in [Call::Destroy, Call::Start, Call::Stop, Call::Snapshot, Call::Suspend] {
             for state in S::ALL {
                 if let Ok(Answer::Enter(next)) = decide(call, state) {
                     assert!(matches!(next, S::Destroying | S::Starting | S::Stopping), "{call:?} {state:?}");

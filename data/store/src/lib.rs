@@ -47,4 +47,4 @@ pub use store::Store;
 pub use time::now_us;
 pub use users::{NewUser, UserRecord};
 pub use version::Expected;
-pub use vms::{CaPem, Capacity, Desired, NewVm, Resources, VmFilter, VmRecord, VmSort};
+pub use vms::{CaPem, Capacity, Desired, NewVm, Resources, Suspension, VmFilter, VmRecord, VmSort};

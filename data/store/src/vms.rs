@@ -48,6 +48,32 @@ impl Desired {
     }
 }
 
+/// Whether a VM's memory is kept for its next start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Suspension {
+    /// It is not.
+    #[default]
+    None,
+    /// A user asked for it, and it is not whole yet.
+    Wanted,
+    /// It is whole, and was not used.
+    Kept,
+}
+
+impl Suspension {
+    const fn word(self) -> Option<&'static str> {
+        match self {
+            Self::None => None,
+            Self::Wanted => Some("wanted"),
+            Self::Kept => Some("kept"),
+        }
+    }
+
+    fn from_word(word: Option<&str>) -> Self {
+        [Self::Wanted, Self::Kept].into_iter().find(|it| it.word() == word).unwrap_or_default()
+    }
+}
+
 /// A VM's certificate authority, in PEM. The key is wiped on drop and never printed.
 #[derive(Clone)]
 pub struct CaPem {
@@ -152,6 +178,10 @@ pub struct VmRecord {
     pub desired: Desired,
     /// Why it failed.
     pub failure: Option<String>,
+    /// Whether its memory is kept.
+    pub suspension: Suspension,
+    /// Why it could not be suspended, the last time that it was asked for.
+    pub suspend_failure: Option<String>,
     /// Position in the guest ranges (`GuestNet::new`).
     pub slot: u32,
     /// The host's port that is forwarded to the guest's port 22.
@@ -208,8 +238,8 @@ pub enum VmSort {
     Name,
 }
 
-const SELECT: &str = "SELECT seq, id, user, name, public_key, detail, desired, failure, slot, ssh_port, vcpus, \
-     memory_mib, disk_bytes, snapshot, handle, created_at, updated_at FROM vms";
+const SELECT: &str = "SELECT seq, id, user, name, public_key, detail, desired, failure, suspension, \
+     suspend_failure, slot, ssh_port, vcpus, memory_mib, disk_bytes, snapshot, handle, created_at, updated_at FROM vms";
 
 fn read(row: &Row<'_>) -> rusqlite::Result<VmRecord> {
     let detail: String = row.get("detail")?;
@@ -224,6 +254,8 @@ fn read(row: &Row<'_>) -> rusqlite::Result<VmRecord> {
         detail: StatusDetail::from_word(&detail).ok_or_else(|| bad("detail"))?,
         desired: Desired::from_word(&desired).ok_or_else(|| bad("desired"))?,
         failure: row.get("failure")?,
+        suspension: Suspension::from_word(row.get::<_, Option<String>>("suspension")?.as_deref()),
+        suspend_failure: row.get("suspend_failure")?,
         slot: row.get("slot")?,
         ssh_port: row.get("ssh_port")?,
         resources: Resources {
@@ -339,13 +371,21 @@ pub(crate) fn call(tx: &Transaction<'_>, vm: &VmRecord, call: Call) -> Result<bo
     };
     let desired = match call {
         Call::Destroy => Desired::Destroyed,
-        Call::Stop => Desired::Stopped,
+        Call::Stop | Call::Suspend => Desired::Stopped,
         Call::Start | Call::Snapshot => Desired::Running,
     };
     tx.execute(
         "UPDATE vms SET detail = ?2, desired = ?3, failure = NULL, updated_at = ?4 WHERE id = ?1",
         params![vm.id.as_str(), next.word(), desired.word(), now_us().max(vm.created_at)],
     )?;
+    if call != Call::Start {
+        // A start needs to know whether there is a memory; the engine notes when it was used.
+        let wanted = if call == Call::Suspend { Suspension::Wanted } else { Suspension::None };
+        tx.execute(
+            "UPDATE vms SET suspension = ?2, suspend_failure = NULL WHERE id = ?1",
+            params![vm.id.as_str(), wanted.word()],
+        )?;
+    }
     crate::agents::follow(tx, &vm.id, next, None)?;
     if call == Call::Destroy {
         // Its rules' names are free at once; without them it may reach less, never more.
@@ -490,6 +530,55 @@ impl Store {
                     tx.execute("UPDATE vms SET handle = NULL, ca_key = x'' WHERE id = ?1", [vm.as_str()])?;
                 }
                 find(tx, &vm)
+            })
+            .await
+    }
+
+    /// The engine's report that a VM whose suspension was asked for has ended and its memory is whole. What runs in it goes
+    /// on later, so its agent's state stays.
+    pub async fn vm_suspended(&self, vm: &VmId) -> Result<()> {
+        let vm = vm.clone();
+        self.db
+            .write(move |tx| {
+                let changed = tx.execute(
+                    "UPDATE vms SET detail = 'stopped', suspension = 'kept', updated_at = max(?2, created_at)
+                     WHERE id = ?1 AND detail = 'stopping' AND suspension = 'wanted'",
+                    params![vm.as_str(), now_us()],
+                )?;
+                match changed {
+                    0 => Ok(()),
+                    _ => crate::snapshots::follow(tx, &vm, StatusDetail::Stopped),
+                }
+            })
+            .await
+    }
+
+    /// The engine's report that a VM could not be suspended and runs on: the user's call is taken back.
+    pub async fn vm_not_suspended(&self, vm: &VmId, reason: String) -> Result<()> {
+        let vm = vm.clone();
+        self.db
+            .write(move |tx| {
+                tx.execute(
+                    "UPDATE vms SET detail = 'running', desired = 'running', suspension = NULL, suspend_failure = ?2,
+                            updated_at = max(?3, created_at)
+                     WHERE id = ?1 AND detail = 'stopping' AND suspension = 'wanted'",
+                    params![vm.as_str(), reason, now_us()],
+                )?;
+                Ok(())
+            })
+            .await
+    }
+
+    /// The engine's report that a VM has no memory to go on with any more: used, or lost for this reason.
+    pub async fn vm_memory_gone(&self, vm: &VmId, lost: Option<String>) -> Result<()> {
+        let vm = vm.clone();
+        self.db
+            .write(move |tx| {
+                tx.execute(
+                    "UPDATE vms SET suspension = NULL, suspend_failure = ?2 WHERE id = ?1",
+                    params![vm.as_str(), lost],
+                )?;
+                Ok(())
             })
             .await
     }

@@ -3,6 +3,7 @@
 use crate::{Datapath, DatapathError, State, hook, world};
 use std::os::fd::OwnedFd;
 use tapgate_ebpf_common::net::{GATEWAY_MAC, GATEWAY_V4};
+use tapgate_fault::point;
 use tapgate_model::{GuestNet, VmId, VmPolicy};
 use tapgate_netns::{Netns, Route, RouteKind, Rtnl, Tap, Veth};
 
@@ -45,6 +46,7 @@ impl Datapath {
         let inside = self.free_slot(&net).await?;
         let name = net.link();
         let tap = Tap::create(&self.shared.egress, &name)?;
+        point("gate.link");
         let index = inside.link(&name).await?;
         inside.configure_link(index, Some(GATEWAY_MAC), world::MTU).await?;
         self.close_on_failure(self.gate(&inside, index, &net, policy).await, net).await?;
@@ -70,6 +72,7 @@ impl Datapath {
             peer_netns: guest,
         };
         let index = inside.add_veth(&veth).await?;
+        point("gate.link");
         let done = async {
             inside.configure_link(index, None, world::MTU).await?;
             configure_guest(guest, &net).await?;
@@ -158,9 +161,11 @@ impl Datapath {
             let State { tables, slots, .. } = &mut *state;
             slots.remove(tables, slot)?;
         }
+        point("detach.entries");
         let inside = Rtnl::connect(&self.shared.egress)?;
         // The link goes before its programs: there is no moment with one and without the other.
         inside.delete_link(&format!("tg{slot}")).await?;
+        point("detach.link");
         hook::detach(&self.shared.pins, slot)?;
         self.shared.changed.notify_one();
         Ok(())
@@ -187,6 +192,7 @@ impl Datapath {
             let mut state = self.shared.state();
             let State { programs, tables, slots } = &mut *state;
             slots.add(tables, net, index, policy, true)?;
+            point("gate.entries");
             hook::attach(
                 self.shared.attachment,
                 programs,
@@ -196,11 +202,13 @@ impl Datapath {
                 &net.link(),
             )?;
         }
+        point("gate.programs");
         if net.v6.is_some() {
             let gateway = std::net::Ipv6Addr::from(tapgate_ebpf_common::net::GATEWAY_V6);
             inside.add_address(index, gateway.into(), 64).await?;
         }
         inside.set_up(index).await?;
+        point("gate.up");
         world::route_guest(inside, index, net).await
     }
 

@@ -1,6 +1,6 @@
 //! The host's channel into the guest: a virtio port or a vsock port that speaks the part of QEMU's guest agent protocol that
-//! snapshots and a clean end need: `guest-sync`, `guest-ping`, `guest-fsfreeze-{freeze,status,thaw}`, `guest-shutdown`; and
-//! `guest-tapgate-sync`, which writes out.
+//! snapshots and a clean end need: `guest-sync`, `guest-ping`, `guest-fsfreeze-{freeze,status,thaw}`, `guest-set-time`, `guest-shutdown`;
+//! and `guest-tapgate-sync`, which writes out.
 //!
 //! A frozen guest must never depend on the host to go on: a freeze ends by itself after a while, and then says so.
 
@@ -150,12 +150,23 @@ fn answer(line: &[u8], frozen: &Mutex<Frozen>) -> Value {
             Err(error) => refuse(error),
         },
         "guest-fsfreeze-thaw" => json!({"return": thaw(&mut frozen)}),
+        "guest-set-time" => match set_time(request.pointer("/arguments/time").and_then(Value::as_u64)) {
+            Ok(()) => json!({"return": {}}),
+            Err(error) => refuse(error),
+        },
         "guest-shutdown" => {
             crate::power::power_off();
             json!({"return": {}})
         }
         other => refuse(format!("unknown command {}", other.chars().take(64).collect::<String>())),
     }
+}
+
+/// Sets the clock to nanoseconds since the epoch: after a suspension it is as late as that was long.
+fn set_time(time: Option<u64>) -> Result<(), String> {
+    use nix::sys::time::TimeSpec;
+    let time = TimeSpec::from_duration(Duration::from_nanos(time.ok_or("no time")?));
+    nix::time::clock_settime(nix::time::ClockId::CLOCK_REALTIME, time).map_err(|e| e.to_string())
 }
 
 #[expect(unsafe_code, reason = "the freeze ioctl has no safe form")]
@@ -227,7 +238,13 @@ mod tests {
         assert_eq!(ask(r#"{"execute":"guest-sync","arguments":{"id":7}}"#), json!({"return": 7}));
         assert_eq!(ask(r#"{"execute":"guest-fsfreeze-status"}"#), json!({"return": "thawed"}));
         assert_eq!(ask(r#"{"execute":"guest-fsfreeze-thaw"}"#), json!({"return": 0}));
-        for bad in ["", "rubbish", r#"{"execute":"guest-exec"}"#, r#"{"execute":7}"#] {
+        for bad in [
+            "",
+            "rubbish",
+            r#"{"execute":"guest-set-time"}"#,
+            r#"{"execute":"guest-exec"}"#,
+            r#"{"execute":7}"#,
+        ] {
             assert!(ask(bad).get("error").is_some(), "{bad}");
         }
     }

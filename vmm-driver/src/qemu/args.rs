@@ -52,6 +52,8 @@ pub struct Plan<'a> {
     pub cmdline: &'a str,
     /// The rate of the counter that an emulated guest counts time by.
     pub tsc_khz: Option<u64>,
+    /// Whether it waits for the memory of a suspended VM instead of booting.
+    pub incoming: bool,
 }
 
 /// The arguments after the program's name.
@@ -91,6 +93,10 @@ pub fn build(plan: &Plan<'_>) -> Vec<OsString> {
     add(&["-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"]);
     // After a guest's shutdown QEMU waits for the daemon, which learns by this that it was one, even if it was away.
     add(&["-action", "shutdown=pause"]);
+    if plan.incoming {
+        // Held until all of it is there and the daemon says so.
+        add(&["-incoming", "defer", "-S"]);
+    }
     args
 }
 
@@ -136,6 +142,7 @@ mod tests {
             initrd: Path::new("/vm/initrd"),
             cmdline: "root=/dev/vda rw",
             tsc_khz: Some(2_500_000),
+            incoming: false,
         };
         build(&plan).into_iter().map(|word| word.into_string().unwrap()).collect()
     }

@@ -3,14 +3,16 @@
 //! A VM's folder belongs to the daemon; the VMM gets open files and cannot go there itself.
 
 mod args;
+mod memory;
 mod snapshot;
 mod supervise;
 mod tsc;
 
+pub use memory::keeps_memory;
 pub(crate) use supervise::{append, file, words};
 
 use crate::accel::Accel;
-use crate::cgroup::Cgroup;
+use crate::cgroup::{Cgroup, IoLimits};
 use crate::confine::scratch::Scratch;
 use crate::confine::view::View;
 use crate::confine::{self, Confined, Launch, Network, uid_of};
@@ -19,7 +21,7 @@ use crate::driver::{BoxFuture, Running, Vmm};
 use crate::image::Image;
 use crate::process::{Process, ProcessRef};
 use crate::qmp::Qmp;
-use crate::spec::{Exit, Handle, Observed, SnapshotInfo, TapFd, VmSpec, VmmError};
+use crate::spec::{Exit, Handle, Observed, SnapshotInfo, Suspended, TapFd, VmSpec, VmmError};
 use args::{Plan, fd};
 use serde_json::Value;
 use std::fs;
@@ -30,6 +32,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use supervise::{Command, Supervisor};
 use tapgate_datapath::Gate;
+use tapgate_fault::point;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
 
@@ -51,12 +54,14 @@ pub struct QemuDriver {
     pub accel: Accel,
     /// The host's version-2 control group tree, where there is one.
     pub cgroups: Option<PathBuf>,
+    /// What each VM may do with the host's disks.
+    pub io: IoLimits,
 }
 
 impl QemuDriver {
     /// The driver with the program from the usual place and the host's control groups.
     pub fn new(accel: Accel) -> Self {
-        Self { program: default_program(), accel, cgroups: Cgroup::root() }
+        Self { program: default_program(), accel, cgroups: Cgroup::root(), io: IoLimits::default() }
     }
 
     async fn start(&self, spec: &VmSpec, mut gate: Gate) -> Result<Box<dyn Running>, VmmError> {
@@ -65,12 +70,21 @@ impl QemuDriver {
         let launched = {
             let (driver, spec) = (self.clone(), spec.clone());
             // Files, qemu-img and fork: nothing for a thread that serves others.
-            tokio::task::spawn_blocking(move || driver.launch(&spec, tap)).await
+            tokio::task::spawn_blocking(move || {
+                let memory = memory::take(&spec.dir, &driver, &spec)?;
+                driver.launch(&spec, tap, memory.is_some()).map(|launched| (launched, memory))
+            })
+            .await
         };
         let launched = launched.map_err(|e| VmmError::Start(e.to_string())).and_then(std::convert::identity);
-        let (handle, process, scratch) = launched.inspect_err(|_| clean(self.cgroups.as_deref(), spec))?;
-        match connect(&spec.dir, &process).await {
+        let ((handle, process, scratch), memory) =
+            launched.inspect_err(|_| clean(self.cgroups.as_deref(), spec))?;
+        let resumes = memory.is_some();
+        match filled(&spec.dir, &process, memory).await {
             Ok(qmp) => {
+                if resumes {
+                    memory::set_clock(&spec.dir.join(file::AGENT)).await;
+                }
                 let seen = Seen { process, scratch, qmp, shut_down: false };
                 Ok(Box::new(QemuRunning::follow(self, spec, handle, seen, gate)))
             }
@@ -85,7 +99,12 @@ impl QemuDriver {
         }
     }
 
-    fn launch(&self, spec: &VmSpec, tap: TapFd) -> Result<(Handle, Process, Option<Scratch>), VmmError> {
+    fn launch(
+        &self,
+        spec: &VmSpec,
+        tap: TapFd,
+        incoming: bool,
+    ) -> Result<(Handle, Process, Option<Scratch>), VmmError> {
         confine::present(&self.program, "qemu-system-x86")?;
         fs::DirBuilder::new()
             .recursive(true)
@@ -96,6 +115,7 @@ impl QemuDriver {
         let image = &disk::origin(&spec.dir, image)?;
         let disk = disk::prepare(&spec.dir, image, spec.snapshot.as_deref(), spec.disk_bytes)?;
         let seed = spec.dir.join(file::SEED);
+        point("vmm.disk");
         spec.seed.write(&seed)?;
         let _ = fs::remove_file(spec.dir.join(file::VMM));
         let control = spec.dir.join(file::CONTROL);
@@ -130,9 +150,11 @@ impl QemuDriver {
             initrd: &initrd,
             cmdline: &image.manifest().cmdline,
             tsc_khz: tsc::khz(),
+            incoming,
         };
         let mut notes = vec![format!("accel={:?}", self.accel).to_lowercase()];
-        let cgroup = confine::enclose(self.cgroups.as_deref(), spec, &mut notes);
+        let cgroup = confine::enclose(self.cgroups.as_deref(), spec, self.io, &mut notes);
+        point("vmm.enclosed");
         let log = match &scratch {
             Some(scratch) => scratch.append("log").map_err(VmmError::io("the VMM's log"))?,
             None => confine::log(&spec.dir.join(file::VMM))?,
@@ -147,7 +169,9 @@ impl QemuDriver {
             cgroup: cgroup.and_then(|group| group.entrance().ok()),
         }
         .spawn()?;
+        point("vmm.spawned");
         let (handle, process) = noted(spec, pid, control, notes).inspect_err(|_| confine::end_child(pid))?;
+        point("vmm.noted");
         Ok((handle, process, scratch))
     }
 
@@ -177,7 +201,16 @@ impl QemuDriver {
         let process = Process::open(&handle.process).map_err(VmmError::io("pidfd"))?.ok_or(VmmError::Gone)?;
         let mut qmp = connect(&spec.dir, &process).await?;
         let status = qmp.command("query-status", Value::Null).await?;
-        let shut_down = status.get("status").and_then(Value::as_str) == Some("shutdown");
+        let status = status.get("status").and_then(Value::as_str).unwrap_or_default();
+        let shut_down = status == "shutdown";
+        if keeps_memory(&spec.dir) {
+            // A daemon was lost when this memory counted already: it must have no second user.
+            return Err(VmmError::Gone);
+        }
+        if matches!(status, "paused" | "finish-migrate" | "postmigrate") {
+            // A daemon was lost while it held this VM.
+            memory::go_on(&mut qmp).await?;
+        }
         let scratch = Scratch::of(handle.process.pid, uid_of(spec.net.slot)).ok();
         let seen = Seen { process, scratch, qmp, shut_down };
         Ok(Box::new(QemuRunning::follow(self, spec, handle.clone(), seen, gate)))
@@ -274,6 +307,15 @@ async fn connect(dir: &Path, process: &Process) -> Result<Qmp, VmmError> {
     }
 }
 
+/// Connects, and fills the VMM with the memory that it is to go on with.
+async fn filled(dir: &Path, process: &Process, memory: Option<memory::Taken>) -> Result<Qmp, VmmError> {
+    let mut qmp = connect(dir, process).await?;
+    if let Some(memory) = memory {
+        memory::load(&mut qmp, memory).await?;
+    }
+    Ok(qmp)
+}
+
 /// A QEMU that was started or found.
 struct Seen {
     process: Process,
@@ -285,12 +327,15 @@ struct Seen {
 /// A VM that QEMU runs.
 pub struct QemuRunning {
     spec: VmSpec,
+    accel: Accel,
     handle: Handle,
     process: Arc<Process>,
     gate: Gate,
     observed: watch::Receiver<Observed>,
     commands: mpsc::Sender<Command>,
     intent: watch::Sender<bool>,
+    /// Held by what needs the disk and the guest for itself: a snapshot's copy, a suspension.
+    turn: tokio::sync::Mutex<()>,
 }
 
 impl QemuRunning {
@@ -314,7 +359,17 @@ impl QemuRunning {
         };
         let (cgroups, of) = (driver.cgroups.clone(), spec.clone());
         tokio::spawn(supervisor.run(move || clean(cgroups.as_deref(), &of)));
-        Self { spec: spec.clone(), handle, process, gate, observed, commands, intent }
+        Self {
+            spec: spec.clone(),
+            accel: driver.accel,
+            handle,
+            process,
+            gate,
+            observed,
+            commands,
+            intent,
+            turn: tokio::sync::Mutex::default(),
+        }
     }
 
     /// Sends QEMU a command.
@@ -398,6 +453,10 @@ impl Running for QemuRunning {
 
     fn snapshot<'a>(&'a self, to: &'a Path) -> BoxFuture<'a, Result<SnapshotInfo, VmmError>> {
         Box::pin(snapshot::take(self, to))
+    }
+
+    fn suspend(&self) -> BoxFuture<'_, Result<Suspended, VmmError>> {
+        Box::pin(memory::save(self))
     }
 
     fn check(&self) -> BoxFuture<'_, Result<(), VmmError>> {

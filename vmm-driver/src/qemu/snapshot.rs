@@ -9,6 +9,7 @@ use crate::spec::{SnapshotInfo, VmmError};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::time::{Duration, Instant};
+use tapgate_fault::point;
 
 const NODE: &str = "snapshot";
 const JOB: &str = "snapshot";
@@ -23,6 +24,7 @@ pub async fn take(vm: &QemuRunning, to: &Path) -> Result<SnapshotInfo, VmmError>
     if to.exists() {
         return Err(VmmError::Disk(format!("{} exists already", to.display())));
     }
+    let _turn = vm.turn.lock().await;
     // A daemon that was lost in the middle left its copy running.
     clear(vm).await;
     let result = copy(vm, to).await;
@@ -35,7 +37,7 @@ pub async fn take(vm: &QemuRunning, to: &Path) -> Result<SnapshotInfo, VmmError>
 
 /// Ends the job if there is one and clears QEMU's side, whatever happened before; what is not there is refused, which is
 /// as good.
-async fn clear(vm: &QemuRunning) {
+pub(super) async fn clear(vm: &QemuRunning) {
     let _ = vm.command("job-cancel", json!({"id": JOB})).await;
     let _ = tokio::time::timeout(CANCEL, finish(vm)).await;
     let _ = vm.command("blockdev-del", json!({"node-name": NODE})).await;
@@ -71,9 +73,11 @@ async fn copy(vm: &QemuRunning, to: &Path) -> Result<SnapshotInfo, VmmError> {
         None => false,
     };
     let froze = held.elapsed();
+    point("snapshot.frozen");
     let job = json!({"job-id": JOB, "device": "root", "target": NODE, "sync": "full", "auto-dismiss": false});
     let started = vm.command("blockdev-backup", job).await;
     let began = held.elapsed();
+    point("snapshot.begun");
     if let Some(agent) = &mut agent {
         // Also after a failure. Thawed by itself in between, the guest had written again before the copy began.
         frozen &= agent.thaw().await.is_ok_and(|count| count > 0);

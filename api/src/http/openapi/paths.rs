@@ -125,6 +125,7 @@ fn operations() -> Vec<Operation> {
         delete "/v1/vms/{vm_id}" destroyVm "VMs" "Destroy a stopped VM", none(), None => 204 None, [404, 409];
         post "/v1/vms/{vm_id}/start" startVm "VMs" "Start a VM", none(), None => 200 Some("Vm"), [404, 409];
         post "/v1/vms/{vm_id}/stop" stopVm "VMs" "Stop a VM", none(), None => 200 Some("Vm"), [404, 409];
+        post "/v1/vms/{vm_id}/suspend" suspendVm "VMs" "Keep a VM's memory and end it; start goes on from there", none(), None => 200 Some("Vm"), [404, 409, 422];
         get "/v1/vms/{vm_id}/ssh" getVmSsh "VMs" "Get SSH connection info", none(), None => 200 Some("Ssh"), [404, 409];
         get "/v1/vms/{vm_id}/egress/counters" getVmCounters "Egress" "Get what was counted for a VM", none(), None => 200 Some("Counters"), [404];
         get "/v1/vms/{vm_id}/egress/policy" getVmPolicy "Egress" "Get a VM's policy", none(), None => 200 Some("VmPolicy"), [404];

@@ -163,7 +163,9 @@ pub(super) fn schemas() -> Value {
                 "id": id("vm_"), "name": text(), "status": words(STATUS), "status_detail": words(DETAIL),
                 "created_at": time(), "updated_at": time(),
             }),
-            json!({ "failure_reason": text() }),
+            json!({
+                "failure_reason": text(), "suspended": { "type": "boolean" }, "suspend_failure": text(),
+            }),
         ),
     );
     put("VmList", list("Vm"));
