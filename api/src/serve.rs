@@ -102,6 +102,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         pin_root: "/sys/fs/bpf/tapgate".into(),
         guest_v4: config.guest_v4,
         guest_v6: config.guest_v6,
+        guest_v6_routed: config.guest_v6_routed,
         uplink: config.uplink.clone(),
     })
     .await

@@ -132,6 +132,12 @@ impl<'world> Daemon<'world> {
         self.wait_until_it_answers()
     }
 
+    /// The same by another binary, and from then on.
+    pub fn start_again_as(&mut self, binary: PathBuf) -> Result<()> {
+        self.settings.binary = binary;
+        self.start_again()
+    }
+
     /// Everything that it logged.
     pub fn log(&self) -> String {
         fs::read_to_string(log_file(self.world)).unwrap_or_default()

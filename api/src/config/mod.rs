@@ -60,6 +60,8 @@ pub struct Config {
     pub guest_v4: Cidr,
     /// IPv6 addresses for guests; `None` turns IPv6 off.
     pub guest_v6: Option<Cidr>,
+    /// Whether they are routed to this host, and so are not translated.
+    pub guest_v6_routed: bool,
     /// Name servers; empty means the system's.
     pub resolvers: Vec<Resolver>,
     /// What each VM may do through the proxy.
@@ -292,6 +294,7 @@ impl Settings {
             uplink: self.uplink,
             guest_v4: Cidr::from(IpNet::V4(guest_v4)),
             guest_v6: guest_v6.map(|net| Cidr::from(IpNet::V6(net))),
+            guest_v6_routed: self.guest_v6_routed.unwrap_or(false),
             resolvers,
             vm_limits,
             ssh_ports,

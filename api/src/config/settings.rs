@@ -108,6 +108,9 @@ pub struct Settings {
     /// Addresses for guests, or `off` [default: fd74:6761:7465::/64]
     #[arg(long, env = "TAPGATE_GUEST_V6", value_name = "CIDR")]
     pub guest_v6: Option<String>,
+    /// Forwarded IPv6 traffic keeps the guest's own address instead of the host's: for a `guest_v6` that is routed to this host
+    #[arg(long, env = "TAPGATE_GUEST_V6_ROUTED", num_args = 0..=1, default_missing_value = "true")]
+    pub guest_v6_routed: Option<bool>,
     /// Name servers that guests' questions go to: 192.0.2.53, tls://192.0.2.53#NAME or https://192.0.2.53/PATH#NAME; the system's
     /// if not set
     #[arg(long, env = "TAPGATE_RESOLVERS", value_name = "SERVER", value_delimiter = ',')]
@@ -244,6 +247,7 @@ impl Settings {
             uplink,
             guest_v4,
             guest_v6,
+            guest_v6_routed,
             resolvers,
             vm_connections,
             vm_new_connections,

@@ -7,7 +7,7 @@ mod frames;
 
 use aya::{
     TestRun as _, TestRunOptions,
-    maps::{HashMap, Map, MapData, lpm_trie::LpmTrie},
+    maps::{Array, HashMap, Map, MapData, lpm_trie::LpmTrie},
     programs::SchedClassifier,
 };
 use common::*;
@@ -16,7 +16,7 @@ use std::path::Path;
 use tapgate_datapath::{Counters, Datapath, Gate};
 use tapgate_ebpf_common::{
     Reason, Verdict,
-    maps::{FlowKey, Listener, RuleKey, Vm},
+    maps::{FlowKey, Listener, RuleKey, Tap, Vm},
     net::{MARK_PROXY, MARK_REJECT, MARK_UPLINK},
     packet::{Header, TCP},
 };
@@ -40,6 +40,7 @@ struct Programs {
     from_guest: SchedClassifier,
     to_guest: SchedClassifier,
     vms: HashMap<MapData, u32, Vm>,
+    taps: Array<MapData, Tap>,
     flows: HashMap<MapData, FlowKey, tapgate_ebpf_common::maps::Flow>,
 }
 
@@ -56,13 +57,16 @@ impl Programs {
             from_guest: attached("from_guest"),
             to_guest: attached("to_guest"),
             vms: HashMap::try_from(map(&world.pins(), "VMS")).unwrap(),
+            taps: Array::try_from(map(&world.pins(), "TAPS")).unwrap(),
             flows: HashMap::try_from(map(&world.pins(), "FLOWS")).unwrap(),
         }
     }
 
     /// Makes the loopback device the VM's tap; answers the policy's number.
     fn set_up(&mut self, setup: Setup, policy: u32) {
-        self.vms.insert(LOOPBACK, setup.vm(policy), 0).unwrap();
+        let vm = setup.vm(policy);
+        self.vms.insert(LOOPBACK, vm, 0).unwrap();
+        self.taps.set(Tap::place(LOOPBACK), Tap::new(LOOPBACK, &vm), 0).unwrap();
     }
 
     /// Return value and mark. The kernel takes no test frame without a whole network header: for such a short one there
@@ -278,13 +282,19 @@ fn only_answers_to_the_guests_own_flows_come_back() {
             ethernet(MAC, [2, 0x74, 0x67, 0, 0, 2], 0x8100, &[0; 60]),
             ethernet(MAC, [2, 0x74, 0x67, 0, 0, 2], 0x0806, &arp(1, [2; 6], to, OWN)),
         ];
-        for frame in &good {
-            assert_eq!(Programs::run(&programs.to_guest, frame, uplink).0, PASS, "{frame:x?}");
-            // From anywhere but the uplink it is another guest's.
-            assert_eq!(Programs::run(&programs.to_guest, frame, other).0, DROP);
-        }
-        for frame in &bad {
-            assert_eq!(Programs::run(&programs.to_guest, frame, uplink).0, DROP, "{frame:x?}");
+        // With its entry in the table of taps, without it, and where another tap has its place.
+        let own = Tap::new(LOOPBACK, &Setup::Rules.vm(500));
+        for entry in [Tap::default(), Tap { link: LOOPBACK + tapgate_ebpf_common::maps::TAPS, ..own }, own] {
+            programs.taps.set(Tap::place(LOOPBACK), entry, 0).unwrap();
+            for frame in &good {
+                assert_eq!(Programs::run(&programs.to_guest, frame, uplink).0, PASS, "{frame:x?}");
+                // From anywhere but the uplink it is another guest's.
+                assert_eq!(Programs::run(&programs.to_guest, frame, other).0, DROP);
+            }
+            for frame in &bad {
+                assert_eq!(Programs::run(&programs.to_guest, frame, uplink).0, DROP, "{frame:x?}");
+            }
+            assert_eq!(mark(&ip(to, 6, &tcp(80, ACK))), MARK_UPLINK, "{entry:?}");
         }
         // The same rules under another number: judged anew, and still allowed.
         programs.set_up(Setup::Rules, 501);

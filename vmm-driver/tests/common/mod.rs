@@ -119,6 +119,7 @@ impl World {
             pin_root: PathBuf::from(format!("/sys/fs/bpf/tgvm-{}", self.instance)),
             guest_v4: "10.214.0.0/16".parse().unwrap(),
             guest_v6: Some("fd74:6761:7465::/64".parse().unwrap()),
+            guest_v6_routed: false,
             uplink: None,
         }
     }
