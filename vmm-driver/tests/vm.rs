@@ -101,7 +101,7 @@ fn real_vm_a_guest_is_what_its_seed_says_and_lives_through_a_reboot() {
         assert_eq!(ask("printenv NASTY"), NASTY);
         // Java's store got the CA after this boot, by the store's own tool.
         let listed = "for i in $(seq 120); do keytool -exportcert -rfc -alias tapgate -keystore /etc/ssl/certs/java/cacerts \
-            -storepass changeit 2>/dev/null && break; sleep 1; done";
+            -storepass changeit > /run/java.pem 2>/dev/null && break; sleep 1; done; cat /run/java.pem";
         let in_store = ask(listed).replace('\r', "");
         assert_eq!(in_store.trim(), ask(&format!("cat {ca}")).trim(), "Java trusts it too");
 
