@@ -159,9 +159,10 @@ impl Settings {
         let retention = Retention {
             days: self.audit_days.unwrap_or(Retention::default().days),
             events: self.audit_events.unwrap_or(Retention::default().events),
+            mib: self.audit_mib.unwrap_or(Retention::default().mib),
         };
-        if retention.days == 0 || retention.events == 0 {
-            return Err(value("audit_days", "and audit_events must be at least 1"));
+        if retention.days == 0 || retention.events == 0 || retention.mib == 0 {
+            return Err(value("audit_days", "audit_events and audit_mib must be at least 1"));
         }
         if self.vmm_program.as_deref().is_some_and(|path| !path.is_absolute()) {
             return Err(value("vmm_program", "must be an absolute path"));

@@ -84,6 +84,9 @@ pub struct Settings {
     /// Audit events that are kept at most [default: 50000000]
     #[arg(long, env = "TAPGATE_AUDIT_EVENTS")]
     pub audit_events: Option<u64>,
+    /// MiB that the audit log's file may take [default: 16384]
+    #[arg(long, env = "TAPGATE_AUDIT_MIB")]
+    pub audit_mib: Option<u64>,
     /// What runs the guests [default: qemu]
     #[arg(long, env = "TAPGATE_DRIVER")]
     pub driver: Option<DriverKind>,
@@ -233,6 +236,7 @@ impl Settings {
             mail_from,
             audit_days,
             audit_events,
+            audit_mib,
             driver,
             vmm_program,
             accel,
