@@ -17,7 +17,7 @@ use tapgate_datapath::{Counters, Datapath, Gate};
 use tapgate_ebpf_common::{
     Reason, Verdict,
     maps::{FlowKey, Listener, RuleKey, Tap, Vm},
-    net::{MARK_PROXY, MARK_REJECT, MARK_UPLINK},
+    net::{GATEWAY_MAC, MARK_PROXY, MARK_REJECT, MARK_UPLINK},
     packet::{Header, TCP},
 };
 use tapgate_model::{Mode, VmId};
@@ -308,6 +308,35 @@ fn only_answers_to_the_guests_own_flows_come_back() {
         }
         assert_eq!(Programs::run(&programs.from_guest, &ip(to, 6, &tcp(80, ACK)), 0), (PASS, MARK_REJECT));
         assert!(datapath.counters(0).unwrap().dropped(Reason::Revoked) > 0);
+        datapath.teardown().await.unwrap();
+    });
+}
+
+/// A place in the table of taps that another tap has says nothing of this one: whoever speaks as the other guest is dropped,
+/// though the other has such a flow.
+#[test]
+fn an_entry_of_another_tap_lets_nobody_speak_for_it() {
+    use frames::*;
+    use tapgate_ebpf_common::maps::{Address, Flow, TAPS, halves};
+    in_world(|world| async move {
+        let datapath = world.open().await;
+        let _tap = quiet_tap(&datapath).await;
+        let mut programs = Programs::find(&world);
+        programs.set_up(Setup::Rules, 700);
+        let (mac, to) = ([6, 0x74, 0, 0, 0, 9], "198.51.100.1");
+        let v4 = u32::from_ne_bytes([10, 214, 0, 9]);
+        let other = Vm { slot: 9, mac: halves(mac), v4, ..Setup::Rules.vm(700) };
+        let (protocol, port, remote_port) = (17, 40000, 123);
+        let remote = Address::new(octets(to));
+        let key = FlowKey { slot: 9, protocol, v6: 0, port, remote_port, remote };
+        programs.flows.insert(key, Flow { policy: 700, ..Flow::default() }, 0).unwrap();
+        let frame =
+            ethernet(GATEWAY_MAC, mac, 0x0800, &ip_from("10.214.0.9", to, protocol, &udp(remote_port, b"x")));
+        // On the other's own tap it passes, so it is this check alone that holds.
+        for (link, wanted) in [(LOOPBACK, (PASS, MARK_UPLINK)), (LOOPBACK + TAPS, (DROP, 0))] {
+            programs.taps.set(Tap::place(LOOPBACK), Tap::new(link, &other), 0).unwrap();
+            assert_eq!(Programs::run(&programs.from_guest, &frame, 0), wanted, "{link}");
+        }
         datapath.teardown().await.unwrap();
     });
 }
