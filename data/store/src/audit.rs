@@ -27,6 +27,7 @@ use queue::Queue;
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 use tapgate_model::{AuditEvent, AuditSink, UserId, VmId};
 
 /// Empty pages that stay in the file: 4 MiB.
@@ -180,19 +181,28 @@ impl AuditLog {
     pub async fn retain(&self, keep: Keep) -> Result<u64> {
         let mut gone = 0;
         loop {
-            let chain = self.chain.clone();
+            let (chain, began) = (self.chain.clone(), Instant::now());
             let step = self.db.write(move |tx| chain.trim(tx, &keep)).await?;
             gone += step;
             if step == 0 {
                 break;
             }
-            tokio::task::yield_now().await;
+            pause(began).await;
         }
-        while self.db.write(shrink).await? {
-            tokio::task::yield_now().await;
+        loop {
+            let began = Instant::now();
+            if !self.db.write(shrink).await? {
+                break;
+            }
+            pause(began).await;
         }
         Ok(gone)
     }
+}
+
+/// Leaves the file to the thread that writes events for twice as long as it was kept from it: SQLite has no queue for it.
+async fn pause(began: Instant) {
+    tokio::time::sleep(began.elapsed() * 2).await;
 }
 
 /// Gives some empty pages at the end of the file back, if there are many. Answers whether there are more.

@@ -270,3 +270,91 @@ pub(super) fn within(
 pub(super) const HAVING: &str =
     "SELECT rows FROM terms WHERE block = ?1 AND user = ?2 AND kind = ?3 AND term = ?4";
 pub(super) const RUN_OF: &str = "SELECT rows FROM terms WHERE block = ?1 AND user = ?2 AND kind = ?3 AND term <= ?4 ORDER BY term DESC LIMIT 1";
+
+#[cfg(test)]
+mod tests {
+    use super::super::chain::{Chain, Stored};
+    use super::super::query;
+    use crate::page::{Cursors, Order, PageRequest};
+    use crate::pool::{Durability, connect};
+    use crate::seal::SealKey;
+    use crate::{AuditFilter, AuditLog};
+    use rusqlite::params;
+    use tapgate_model::{AuditEvent, Mode, Protocol, Reason, UserId, Verdict, VmId, VmPolicy};
+
+    const EVENTS: i64 = 20_000;
+
+    /// A log as the schema before had it, hosts in a table of their own.
+    fn older(path: &std::path::Path, chain: &Chain, user: &UserId, vm: &VmId) {
+        let mut db = rusqlite::Connection::open(path).unwrap();
+        db.execute_batch(include_str!("../migrations/audit-1.sql")).unwrap();
+        db.execute_batch(include_str!("../migrations/audit-2.sql")).unwrap();
+        db.pragma_update(None, "user_version", 2).unwrap();
+        let tx = db.transaction().unwrap();
+        tx.execute("INSERT INTO names (id, name) VALUES (1, ?1), (2, ?2)", [user.as_str(), vm.as_str()])
+            .unwrap();
+        tx.execute("INSERT INTO hosts (id, user, name) VALUES (1, 1, 'a.example'), (2, 1, 'b.example')", [])
+            .unwrap();
+        let (mut hash, mut scratch) = ([0; 32], Vec::new());
+        for seq in 1..=EVENTS {
+            let policy = VmPolicy {
+                vm: vm.clone(),
+                user: user.clone(),
+                generation: 1,
+                mode: Mode::Enforce,
+                rules: Default::default(),
+                secrets: [].into(),
+                secrets_over_http: Default::default(),
+            };
+            let mut event =
+                AuditEvent::new(&policy, Protocol::Tls, Verdict::Deny { reason: Reason::NoRule }, seq);
+            let host = [Some(1i64), Some(2), None][usize::try_from(seq % 3).unwrap()];
+            event.host = host.map(|id| if id == 1 { "a.example" } else { "b.example" }.parse().unwrap());
+            event.address = Some("192.0.2.7".parse().unwrap());
+            let e = Stored::of(event);
+            hash = chain.next(&hash, &e, &mut scratch);
+            tx.prepare_cached(
+                "INSERT INTO events (seq, id, ts, user, vm, class, host, address, reason, bytes_out, bytes_in, duration_ms,
+                 count, hash) VALUES (?1, ?2, ?3, 1, 2, ?4, ?5, ?6, ?7, 0, 0, 0, 1, ?8)",
+            )
+            .unwrap()
+            .execute(params![seq, e.id, e.ts, e.class, host, e.address, e.reason, hash])
+            .unwrap();
+        }
+        chain.set_mark(&tx, "head", EVENTS, &hash).unwrap();
+        tx.commit().unwrap();
+    }
+
+    #[tokio::test]
+    async fn an_older_log_is_taken_over_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("audit.db");
+        let key = SealKey::load_or_create(&folder.path().join("seal.key")).unwrap();
+        let (user, vm) = (UserId::generate(), VmId::generate());
+        older(&path, &Chain::new(&key), &user, &vm);
+        let log = AuditLog::open(&path, &key, Cursors::new(&key)).unwrap();
+        assert_eq!(log.verify().await.unwrap(), Ok(u64::try_from(EVENTS).unwrap()));
+        let filter = AuditFilter {
+            vm: Some(vm),
+            rule_allows: None,
+            passed: None,
+            mode: None,
+            host: Some("b.example".into()),
+            cidr: Some("192.0.2.0/24".parse().unwrap()),
+            protocol: None,
+            since_us: None,
+            until_us: Some(1_000),
+            page: PageRequest { limit: 500, cursor: None, order: Order::Desc },
+        };
+        let page = log.list(&user, filter).await.unwrap();
+        assert_eq!(page.items.len(), 333);
+        assert!(page.items.iter().all(|event| event.host.as_deref() == Some("b.example")));
+        // What was there is in blocks: a question goes through few events one by one.
+        let db = connect(&path, Durability::Normal, false).unwrap();
+        let last: i64 = db.query_row("SELECT max(last) FROM blocks", [], |row| row.get(0)).unwrap();
+        assert!(last > EVENTS - super::LOOSE, "{last}");
+        assert_eq!(query::first_after(&db, &user, 17_000).unwrap(), Some(17_001));
+        let mode: i64 = db.pragma_query_value(None, "auto_vacuum", |row| row.get(0)).unwrap();
+        assert_eq!(mode, 2);
+    }
+}

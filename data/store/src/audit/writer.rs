@@ -1,7 +1,7 @@
 //! The one thread that writes events. A batch is one transaction; what cannot be written waits, it is not lost.
 
 use super::chain::{Chain, Hash, Stored};
-use super::index::Reach;
+use super::index::{self, Reach};
 use super::queue::{Batch, Queue};
 use crate::error::{Result, StoreError};
 use rusqlite::{Connection, OptionalExtension as _, Transaction, TransactionBehavior, params};
@@ -39,6 +39,10 @@ impl Writer {
                 last(&connection)?
             }
         };
+        // Blocks beyond the end are of events that someone removed: new ones take their numbers.
+        let tx = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        index::remove(&tx, seq + 1, i64::MAX)?;
+        tx.commit()?;
         let mut reach = Reach::read(&connection)?;
         while reach.is_behind(seq) {
             let tx = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
