@@ -392,8 +392,13 @@ impl<'a, 'world> Chaos<'a, 'world> {
         for (vm, detail) in self.records()? {
             if detail == "ready" {
                 let guest = ssh::Guest::of(self.world, &self.api, &vm)?;
-                tries += guest.expect(&script)?.trim().parse::<u64>()?;
+                let done = guest.sh(&script)?;
                 guest.hang_up();
+                // An agent's VM has no key of ours.
+                if !done.err.contains("Permission denied") {
+                    ensure!(done.ok(), "{vm}: {done:?}");
+                    tries += done.out.trim().parse::<u64>()?;
+                }
             }
         }
         Ok(tries)
