@@ -15,8 +15,6 @@ const NODE: &str = "snapshot";
 const JOB: &str = "snapshot";
 /// The descriptor set that holds the target's file.
 const SET: u32 = 64;
-/// Octets a second that are copied while the guest is held: a copy at full speed keeps QEMU from its other work, the guest's thaw among it.
-const CRAWL: u64 = 1 << 20;
 const POLL: Duration = Duration::from_millis(100);
 /// For a copy to end that is not wanted any more.
 const CANCEL: Duration = Duration::from_secs(10);
@@ -76,8 +74,7 @@ async fn copy(vm: &QemuRunning, to: &Path) -> Result<SnapshotInfo, VmmError> {
     };
     let froze = held.elapsed();
     point("snapshot.frozen");
-    let job = json!({"job-id": JOB, "device": "root", "target": NODE, "sync": "full", "auto-dismiss": false,
-        "speed": CRAWL});
+    let job = json!({"job-id": JOB, "device": "root", "target": NODE, "sync": "full", "auto-dismiss": false});
     let started = vm.command("blockdev-backup", job).await;
     let began = held.elapsed();
     point("snapshot.begun");
@@ -88,7 +85,6 @@ async fn copy(vm: &QemuRunning, to: &Path) -> Result<SnapshotInfo, VmmError> {
     let held_us = u64::try_from(held.elapsed().as_micros()).unwrap_or(u64::MAX);
     tracing::debug!(vm = %vm.spec.id, froze = ?froze, began = ?(began - froze), thawed = ?(held.elapsed() - began), "held");
     started?;
-    vm.command("block-job-set-speed", json!({"device": JOB, "speed": 0})).await?;
     finish(vm).await?;
     Ok(SnapshotInfo { disk_bytes, frozen, held_us, image_recipe })
 }
