@@ -72,7 +72,8 @@ impl Agent {
 
     /// Lets them go on; 0 means that they had done so by themselves.
     pub async fn thaw(&mut self) -> Result<u64, VmmError> {
-        self.execute("guest-fsfreeze-thaw", DEADLINE).await
+        // A VMM that has begun to copy may pass it on late; the guest waits a little longer than this before it goes on by itself.
+        self.execute("guest-fsfreeze-thaw", FREEZE).await
     }
 
     /// Sets the guest's clock to this host's.
