@@ -153,7 +153,7 @@ impl World {
             net,
             seed,
             snapshot: None,
-            resume: false,
+            resume: tapgate_vmm::Resume::Never,
             guest_ns: None,
         }
     }
