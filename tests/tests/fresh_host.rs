@@ -24,6 +24,9 @@ ip route add default via 198.51.100.2
 ip netns exec internet nft 'add table inet count; add chain inet count in { type filter hook prerouting priority 0; };
     add rule inet count in iifname uplink ip daddr 203.0.113.20 counter'";
 
+/// What a VM may write to the host's disk a second.
+const DISK_MIB: u64 = 16;
+
 /// How many packets arrived at the address that no rule allows.
 fn leaked(host: &KvmBox) -> u64 {
     let text = host.expect("ip netns exec internet nft list chain inet count in").unwrap();
@@ -57,6 +60,24 @@ fn gate_holds(host: &KvmBox) {
     assert_eq!(leaked(host), 0, "something got out");
 }
 
+/// What systemd left to us limits the disk, and the VM's limits are the configured ones. A limit makes slow, however slow the
+/// machine is: so much cannot have been written any sooner.
+fn disk_is_limited(host: &KvmBox) {
+    let limit = host.expect("cat /sys/fs/cgroup/tapgate/vm_*/io.max").unwrap();
+    let octets = DISK_MIB << 20;
+    let wanted = format!(" rbps={octets} wbps={octets} riops=20000 wiops=20000");
+    assert!(limit.lines().any(|line| line.ends_with(&wanted)), "{limit}");
+    let written = 6 * DISK_MIB;
+    let script = format!(
+        "dd if=/dev/zero of=/root/large bs=1M count={written} conv=fsync 2>&1 | tail -1; rm /root/large"
+    );
+    let said = guest(host, &script).out;
+    let seconds = said.split(", ").find_map(|part| part.trim().strip_suffix(" s")?.parse::<f64>().ok());
+    let seconds = seconds.unwrap_or_else(|| panic!("{said}"));
+    println!("{written} MiB at {DISK_MIB} MiB/s: {seconds} s");
+    assert!(seconds > 4.0, "{written} MiB were written in {seconds} s, with a limit of {DISK_MIB} MiB/s");
+}
+
 fn wait_ready(host: &KvmBox) {
     for _ in 0..300 {
         if host.sh("tapgate vm show box").unwrap().out.contains("ready") {
@@ -87,7 +108,11 @@ fn story(kernel: Kernel, attaches_by: &str) {
     let mut host = KvmBox::boot(kernel, &share).unwrap();
     assert!(host.expect("uname -r").unwrap().starts_with(kernel.release()));
 
-    host.expect("install /share/bin/tapgate /usr/local/bin/ && echo 'image_dir = \"/share/images\"' > /etc/tapgate.toml").unwrap();
+    let config = format!("image_dir = \"/share/images\"\ndisk_mib_per_second = {DISK_MIB}\n");
+    host.expect(&format!(
+        "install /share/bin/tapgate /usr/local/bin/ && printf '{config}' > /etc/tapgate.toml"
+    ))
+    .unwrap();
     let doctor = host.expect("tapgate doctor --config /etc/tapgate.toml").unwrap();
     assert!(doctor.contains(attaches_by) && doctor.contains("KVM runs guests"), "{doctor}");
     assert!(!doctor.contains("FAIL"), "{doctor}");
@@ -105,6 +130,7 @@ fn story(kernel: Kernel, attaches_by: &str) {
     assert!(log.contains("KVM runs guests"), "{log}");
     host.expect("tapgate egress rule add 203.0.113.10/32").unwrap();
     gate_holds(&host);
+    disk_is_limited(&host);
 
     // The daemon killed: systemd starts it again, and it adopts the VM as it is.
     let boot_id = || guest(&host, "cat /proc/sys/kernel/random/boot_id").out;

@@ -114,6 +114,7 @@ impl Conn {
                 let decision = self.unnamed();
                 self.raw(Protocol::Tcp, decision, raw).await;
             }
+            First::Silent => self.silent().await,
             First::Closed => {
                 let decision = self.unnamed();
                 drop(self.record(Protocol::Tcp, decision.verdict, decision.name.as_ref()));
@@ -183,22 +184,46 @@ impl Conn {
         }
     }
 
+    /// Nothing was said. Where that may pass, the server is heard; whoever speaks first settles what it is. What a guest says
+    /// after all is judged as if it had said it at once: else a name could be written unseen by waiting.
+    async fn silent(mut self) {
+        let decision = self.unnamed();
+        if let Some((first, raw)) = self.relay(Protocol::Tcp, &decision, Bytes::new(), true).await {
+            self.policy = self.entry.policy.load_full();
+            Box::pin(self.dispatch(first, raw)).await;
+        }
+    }
+
     /// Passes the bytes through as they are.
     async fn raw(mut self, protocol: Protocol, decision: Decision, raw: Bytes) {
+        drop(self.relay(protocol, &decision, raw, false).await);
+    }
+
+    /// Relays to the end, and leaves one event. If the server is to be heard first and the guest speaks before it, gives back
+    /// what the guest said: nothing was passed then, and there is no event.
+    async fn relay(
+        &mut self,
+        protocol: Protocol,
+        decision: &Decision,
+        raw: Bytes,
+        hear: bool,
+    ) -> Option<(First, Bytes)> {
         let reason = decision.verdict.reason();
         let passes = decision.verdict.passes();
-        let mut record = self.record(protocol, decision.verdict, decision.name.as_ref());
+        let mut record = self.record(protocol, decision.verdict.clone(), decision.name.as_ref());
         record.counters.out.fetch_add(raw.len() as u64, Ordering::Relaxed);
         if !passes {
-            return reset(&self.stream);
+            reset(&self.stream);
+            return None;
         }
-        let ticket = self.entry.enter(decision.subject);
+        let ticket = self.entry.enter(decision.subject.clone());
         let revoked = ticket.revoked.clone();
+        let stop = self.shared.stop.clone();
         let passed = tokio::select! {
             biased;
             () = revoked.cancelled() => None,
-            passed = self.pass(&mut record, &decision.route, raw) => Some(passed),
-            () = self.shared.stop.cancelled() => return,
+            passed = self.pass(&mut record, &decision.route, raw, hear) => Some(passed),
+            () = stop.cancelled() => return None,
         };
         match passed {
             None => {
@@ -206,7 +231,11 @@ impl Conn {
                 record.verdict(Verdict::Deny { reason: Reason::Revoked });
                 reset(&self.stream);
             }
-            Some(Ok(())) => {}
+            Some(Ok(None)) => {}
+            Some(Ok(spoke)) => {
+                record.discard();
+                return spoke;
+            }
             Some(Err(error)) => {
                 record.verdict(Verdict::Deny { reason: error.reason() });
                 match protocol {
@@ -215,21 +244,47 @@ impl Conn {
                 }
             }
         }
+        None
     }
 
-    async fn pass(&self, record: &mut Record, route: &Route, raw: Bytes) -> Result<(), DialError> {
+    async fn pass(
+        &mut self,
+        record: &mut Record,
+        route: &Route,
+        mut raw: Bytes,
+        hear: bool,
+    ) -> Result<Option<(First, Bytes)>, DialError> {
         let dialer = &self.shared.connector.dialer;
         let (mut upstream, address) = dialer.dial(&self.policy, route, self.to).await?;
         record.dialled(address.ip());
+        let timeouts = self.shared.config.timeouts;
+        if hear {
+            let spoke = tokio::select! {
+                biased;
+                _ = self.stream.readable() => true,
+                _ = upstream.readable() => false,
+                () = tokio::time::sleep(timeouts.idle) => {
+                    reset(&self.stream);
+                    return Ok(None);
+                }
+            };
+            if spoke {
+                let peeked = peek::peek(&mut self.stream, timeouts.hello, timeouts.hello).await;
+                match peeked.unwrap_or((First::Closed, Bytes::new())) {
+                    (First::Other | First::Silent | First::Closed, said) => raw = said,
+                    spoke => return Ok(Some(spoke)),
+                }
+                record.counters.out.fetch_add(raw.len() as u64, Ordering::Relaxed);
+            }
+        }
         upstream.write_all(&raw).await.map_err(DialError::Unreachable)?;
-        let idle = self.shared.config.timeouts.idle;
         let relayed = splice::relay(
             &self.stream,
             &upstream,
             &self.shared.pipes,
             &record.counters,
             &self.entry.throttle,
-            idle,
+            timeouts.idle,
         )
         .await;
         if relayed.is_err() {
@@ -237,6 +292,6 @@ impl Conn {
             reset(&upstream);
             reset(&self.stream);
         }
-        Ok(())
+        Ok(None)
     }
 }

@@ -276,6 +276,37 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_the_other_side_does_not_read_is_not_read_either() {
+        let ((mut client, guest), (upstream, server)) = (pair().await, pair().await);
+        let counters = Arc::<Counters>::default();
+        let relayed = tokio::spawn({
+            let counters = counters.clone();
+            async move {
+                let (pipes, throttle) = (Pipes::default(), Throttle::new(None));
+                relay(&guest, &upstream, &pipes, &counters, &throttle, Duration::from_secs(60)).await
+            }
+        });
+        // Writes until nothing more is taken: the buffers of two connections and one pipe, and no more.
+        let piece = vec![0; 64 * 1024];
+        let mut written = 0;
+        while let Ok(Ok(length)) =
+            tokio::time::timeout(Duration::from_millis(500), client.write(&piece)).await
+        {
+            written += length;
+            assert!(written < 64 << 20, "without bound");
+        }
+        // Taken up again when it is read.
+        let mut server = server;
+        let mut buffer = vec![0; 256 * 1024];
+        let mut read = 0;
+        while read < written {
+            read += server.read(&mut buffer).await.unwrap();
+        }
+        assert_eq!(counters.out.load(Ordering::Relaxed), written as u64);
+        relayed.abort();
+    }
+
+    #[tokio::test]
     async fn an_idle_connection_is_closed() {
         let ((_client, guest), (upstream, _server)) = (pair().await, pair().await);
         let relayed = relay(

@@ -356,3 +356,33 @@ fn certificates_stand_a_hard_look() {
         assert!(ends.contains("will expire"), "{ends}");
     });
 }
+
+#[test]
+fn a_secret_of_one_user_never_serves_anothers_vm() {
+    use tapgate_model::{GuestNet, UserId, VmId, VmPolicy};
+    world(|mut w| async move {
+        start(&mut w).await;
+        // The other user's secret has the same name and is for the same host.
+        w.rules(Mode::Enforce, &["api.example"], &[("token", "value-of-the-other", &["api.example"])]);
+        let net = GuestNet::new(1, [10, 214, 0, 0].into(), None);
+        let (vm, user) = (VmId::generate(), UserId::generate());
+        let other = VmPolicy { vm, user, ..VmPolicy::clone(&w.policy) };
+        w.table.insert(net, w.vm_ca.clone(), std::sync::Arc::new(other));
+        w.rules(Mode::Enforce, &["api.example"], &[("token", VALUE, &["api.example"])]);
+        // By turns, so that connections of one rest while the other asks.
+        for _ in 0..3 {
+            for (guest, value) in [(w.net.v4, VALUE), (net.v4, "value-of-the-other")] {
+                let stream = w.connect_as(guest, (SERVER, 443)).await;
+                let tls = tokio_rustls::TlsConnector::from(w.client(&["http/1.1"]));
+                let stream = tls.connect("api.example".try_into().unwrap(), stream).await.unwrap();
+                let answer = support::talk(stream, &get("api.example", "/length", BEARER)).await;
+                assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+                let seen = w.log.seen().pop().unwrap();
+                assert_eq!(seen.header("authorization"), Some(format!("Bearer {value}").as_str()));
+            }
+        }
+        let users: std::collections::HashSet<_> =
+            w.events(6).await.into_iter().map(|event| event.user).collect();
+        assert_eq!(users.len(), 2);
+    });
+}

@@ -273,6 +273,58 @@ fn an_address_given_by_dns_stands_for_its_name_where_none_is_written() {
 }
 
 #[test]
+fn what_a_guest_says_after_a_silence_is_judged_as_if_said_at_once() {
+    world_of(HERE, |mut w| async move {
+        let guest = Guest::new("w");
+        serve(&w);
+        let listener = tokio::net::TcpListener::bind((SERVER, 5432)).await.unwrap();
+        let (heard, mut hears) = tokio::sync::mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            loop {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let mut all = Vec::new();
+                let _ = tokio::io::AsyncReadExt::read_to_end(&mut stream, &mut all).await;
+                heard.send(all).unwrap();
+            }
+        });
+        w.zone.set("db.example", &[SERVER]);
+        w.rules(Mode::Enforce, &["db.example"], &[]);
+        guest.query("db.example.", RecordType::A).await;
+        let say = |bytes: Vec<u8>| {
+            move || {
+                let mut stream = TcpStream::connect((SERVER, 5432)).unwrap();
+                std::thread::sleep(Duration::from_millis(400));
+                stream.write_all(&bytes).unwrap();
+                let _ = stream.shutdown(std::net::Shutdown::Write);
+                let mut all = Vec::new();
+                let _ = stream.read_to_end(&mut all);
+                all
+            }
+        };
+        // Neither TLS nor HTTP: it passes as the name that the address was given for.
+        guest.run(say(b"\0\0\0\x08\x04\xd2\x16\x2f".to_vec())).await;
+        assert_eq!(hears.recv().await.unwrap(), b"\0\0\0\x08\x04\xd2\x16\x2f");
+        let event = w.event().await;
+        assert_eq!((event.verdict.reason(), event.bytes_out), (Reason::Pin, 8));
+        // Another name at the same address, as on a shared one.
+        let request = b"GET / HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n";
+        let answer = guest.run(say(request.to_vec())).await;
+        assert!(answer.starts_with(b"HTTP/1.1 403"), "{}", String::from_utf8_lossy(&answer));
+        assert_eq!(hears.recv().await.unwrap(), b"", "nothing of it was passed");
+        assert_eq!(w.event().await.host.unwrap().as_str(), "evil.example");
+        let mut hello =
+            rustls::ClientConnection::new(w.client(&[]), "evil.example".try_into().unwrap()).unwrap();
+        let mut bytes = Vec::new();
+        hello.write_tls(&mut bytes).unwrap();
+        let answer = guest.run(say(bytes)).await;
+        assert_eq!(answer.first(), Some(&21), "an alert: {answer:?}");
+        assert_eq!(hears.recv().await.unwrap(), b"");
+        let event = w.event().await;
+        assert_eq!((event.protocol, event.host.unwrap().as_str()), (Protocol::Tls, "evil.example"));
+    });
+}
+
+#[test]
 fn ipv6_is_delivered_decided_and_answered_like_ipv4() {
     world_of(HERE, |mut w| async move {
         let net = GuestNet::new(0, Ipv4Addr::new(10, 214, 0, 0), Some("2001:db8:74::".parse().unwrap()));
@@ -320,7 +372,8 @@ fn ipv6_is_delivered_decided_and_answered_like_ipv4() {
                 answer
             }
         };
-        assert!(guest.run(fetch("six.example")).await.ends_with("six"));
+        let answer = guest.run(fetch("six.example")).await;
+        assert!(answer.ends_with("six"), "{answer}");
         let event = w.event().await;
         assert_eq!((event.verdict.reason(), event.address), (Reason::Host, Some(server)));
         assert!(guest.run(fetch("[2001:db8:1::10]")).await.starts_with("HTTP/1.1 403"));

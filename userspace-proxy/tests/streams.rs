@@ -156,6 +156,62 @@ fn large_bodies_pass_both_ways_and_an_early_answer_is_heard() {
     });
 }
 
+/// The most memory that this process ever had, in octets.
+fn peak() -> usize {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<usize>().unwrap() * 1024
+}
+
+#[test]
+fn bodies_far_larger_than_what_is_kept_pass_both_ways() {
+    world(|mut w| async move {
+        start(&mut w).await;
+        let octets: usize = if std::env::var_os("TAPGATE_LONG").is_some() { 2 << 30 } else { 96 << 20 };
+        let tls = w.ca.server(&["api.example"], &["http/1.1"]);
+        let listener = TcpListener::bind((SERVER, 443)).await.unwrap();
+        tokio::spawn(async move {
+            let (stream, _) = listener.accept().await.unwrap();
+            let mut stream = tokio_rustls::TlsAcceptor::from(tls).accept(stream).await.unwrap();
+            until(&mut stream, "\r\n\r\n").await;
+            let mut buffer = vec![0; 64 * 1024];
+            let mut got = 0;
+            while got < octets {
+                got += stream.read(&mut buffer).await.unwrap();
+            }
+            let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {octets}\r\n\r\n");
+            stream.write_all(head.as_bytes()).await.unwrap();
+            for _ in 0..octets / buffer.len() {
+                stream.write_all(&buffer).await.unwrap();
+            }
+            stream.flush().await.unwrap();
+            let _ = stream.read_u8().await;
+        });
+        let mut stream = w.tls((SERVER, 443), "api.example", &["http/1.1"]).await.unwrap();
+        let head =
+            format!("PUT /x HTTP/1.1\r\nHost: api.example\r\n{BEARER}Content-Length: {octets}\r\n\r\n");
+        stream.write_all(head.as_bytes()).await.unwrap();
+        let mut buffer = vec![b'x'; 64 * 1024];
+        let before = peak();
+        for _ in 0..octets / buffer.len() {
+            stream.write_all(&buffer).await.unwrap();
+        }
+        stream.flush().await.unwrap();
+        assert!(until(&mut stream, "\r\n\r\n").await.starts_with("HTTP/1.1 200"));
+        let mut got = 0;
+        while got < octets {
+            let length = stream.read(&mut buffer).await.unwrap();
+            assert!(length > 0, "the answer broke off after {got}");
+            got += length;
+        }
+        let grown = peak() - before;
+        assert!(grown < 48 << 20, "{octets} octets each way took {grown} octets of memory");
+        drop(stream);
+        let event = w.event().await;
+        assert_eq!((event.bytes_out, event.bytes_in), (octets as u64, octets as u64));
+    });
+}
+
 #[test]
 fn a_vm_at_its_limit_is_refused_and_others_are_not() {
     world(|mut w| async move {
@@ -181,6 +237,28 @@ fn a_vm_at_its_limit_is_refused_and_others_are_not() {
         drop(held);
         w.events(support::CONNECTIONS).await;
         assert!(w.http((SERVER, 80), request).await.starts_with("HTTP/1.1 200"));
+    });
+}
+
+#[test]
+fn a_client_that_is_slow_inside_opened_tls_is_served_all_the_same() {
+    world(|mut w| async move {
+        start(&mut w).await;
+        w.serve((SERVER, 8443), Some(w.ca.server(&["api.example"], &["http/1.1"]))).await;
+        // Without ALPN, anything may follow; this is silent for longer than a server that speaks first is waited for.
+        let mut stream = w.tls((SERVER, 8443), "api.example", &[]).await.unwrap();
+        tokio::time::sleep(std::time::Duration::from_millis(400)).await;
+        for number in 0..2 {
+            let request = format!("GET /{number} HTTP/1.1\r\nHost: api.example:8443\r\n{BEARER}\r\n");
+            stream.write_all(request.as_bytes()).await.unwrap();
+            let answer = until(&mut stream, "\r\n0\r\n\r\n").await;
+            assert!(answer.starts_with("HTTP/1.1 200") && !answer.contains(VALUE), "{answer}");
+            let seen = w.log.seen().pop().unwrap();
+            assert_eq!(seen.header("authorization"), Some(format!("Bearer {VALUE}").as_str()));
+            let event = w.event().await;
+            assert_eq!((event.protocol, event.status), (tapgate_model::Protocol::Http, Some(200)));
+            assert_eq!(event.secrets, ["token"]);
+        }
     });
 }
 

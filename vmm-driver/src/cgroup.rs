@@ -1,8 +1,9 @@
-//! A control group (version 2) for each VMM: what one guest may use of the host's CPU, memory and processes.
+//! A control group (version 2) for each VMM: what one guest may use of the host's CPU, memory, processes and disks.
 //!
 //! Takes what the host offers: where a controller is not delegated, the group is still made (it is how all of a VMM's
 //! processes are found) and the limits that are not in force are named aloud.
 
+use crate::block::Device;
 use std::fs;
 use std::io::{self, Write as _};
 use std::os::fd::OwnedFd;
@@ -17,6 +18,35 @@ pub struct Limits {
     pub memory_mib: u32,
     /// Threads and processes.
     pub pids: u32,
+    /// Of each disk of the host that it uses.
+    pub io: IoLimits,
+}
+
+/// What one VM may do with a disk of the host, reading and writing each. It holds for what reaches the disk: what the host has in
+/// memory costs nothing, and what it writes later is counted when it does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IoLimits {
+    /// MiB a second; 0 for no limit.
+    pub mib_per_second: u32,
+    /// Operations a second; 0 for no limit.
+    pub operations_per_second: u32,
+}
+
+impl Default for IoLimits {
+    /// Less than one fast disk can do, more than a build notices.
+    fn default() -> Self {
+        Self { mib_per_second: 512, operations_per_second: 20_000 }
+    }
+}
+
+impl IoLimits {
+    /// A line of `io.max` (the kernel's Documentation/admin-guide/cgroup-v2.rst).
+    fn line(self, device: Device) -> String {
+        let number = |value: u64| if value == 0 { "max".to_owned() } else { value.to_string() };
+        let octets = number(u64::from(self.mib_per_second) << 20);
+        let operations = number(self.operations_per_second.into());
+        format!("{device} rbps={octets} wbps={octets} riops={operations} wiops={operations}")
+    }
 }
 
 /// A group that exists.
@@ -28,6 +58,14 @@ pub struct Cgroup {
 /// What the VMM itself may use beyond the guest's memory: code, buffers, and under TCG the translated code.
 const OVERHEAD_MIB: u64 = 512;
 const PERIOD_US: u64 = 100_000;
+const CONTROLLERS: [&str; 4] = ["cpu", "memory", "pids", "io"];
+
+/// What the tree does not offer of what VMs are limited by.
+pub fn missing_controllers(root: &Path) -> Vec<&'static str> {
+    let offered = fs::read_to_string(root.join("cgroup.controllers")).unwrap_or_default();
+    let is_there = |name: &str| offered.split_whitespace().any(|word| word == name);
+    CONTROLLERS.into_iter().filter(|name| !is_there(name)).collect()
+}
 
 impl Cgroup {
     /// Where the host's version-2 tree is, if it can be written.
@@ -38,12 +76,18 @@ impl Cgroup {
         })
     }
 
-    /// Makes `tapgate/<name>` under the root. The second value names the limits that could not be set.
-    pub fn create(root: &Path, name: &str, limits: Limits) -> io::Result<(Self, Vec<String>)> {
+    /// Makes `tapgate/<name>` under the root, for a VMM that uses these disks. The second value names the limits that could not
+    /// be set.
+    pub fn create(
+        root: &Path,
+        name: &str,
+        limits: Limits,
+        disks: &[Device],
+    ) -> io::Result<(Self, Vec<String>)> {
         let parent = root.join("tapgate");
         fs::create_dir_all(&parent)?;
         for dir in [root, &parent] {
-            for controller in ["cpu", "memory", "pids", "io"] {
+            for controller in CONTROLLERS {
                 // Refused where it is not there; then the limit's file is not there either, and is named below.
                 let _ = write(&dir.join("cgroup.subtree_control"), &format!("+{controller}"));
             }
@@ -55,17 +99,22 @@ impl Cgroup {
         }
         let memory = (u64::from(limits.memory_mib) + OVERHEAD_MIB) << 20;
         let quota = u64::from(limits.cpus) * PERIOD_US + PERIOD_US / 2;
-        let settings = [
+        let mut settings = vec![
             ("cpu.max", format!("{quota} {PERIOD_US}")),
             ("memory.max", memory.to_string()),
             ("memory.swap.max", "0".to_owned()),
             ("memory.oom.group", "1".to_owned()),
             ("pids.max", limits.pids.to_string()),
         ];
-        let missing = settings
+        settings.extend(disks.iter().map(|disk| ("io.max", limits.io.line(*disk))));
+        let mut missing: Vec<String> = settings
             .iter()
             .filter_map(|(file, value)| write(&path.join(file), value).err().map(|_| (*file).to_owned()))
             .collect();
+        if disks.is_empty() {
+            missing.push("io.max (its files lie on no disk of this host)".to_owned());
+        }
+        missing.dedup();
         Ok((Self { path }, missing))
     }
 
@@ -107,10 +156,18 @@ mod tests {
     fn a_group_is_made_says_what_it_lacks_and_goes() {
         let Some(root) = Cgroup::root().filter(|_| nix::unistd::geteuid().is_root()) else { return };
         let name = format!("test-{}", std::process::id());
-        let limits = Limits { cpus: 1, memory_mib: 128, pids: 64 };
-        let (group, missing) = Cgroup::create(&root, &name, limits).unwrap();
+        let io = IoLimits { mib_per_second: 10, operations_per_second: 0 };
+        let limits = Limits { cpus: 1, memory_mib: 128, pids: 64, io };
+        let disk = crate::block::device_of(Path::new("/"));
+        let (group, missing) = Cgroup::create(&root, &name, limits, disk.as_slice()).unwrap();
         let controllers = fs::read_to_string(root.join("tapgate/cgroup.controllers")).unwrap();
         assert_eq!(controllers.contains("memory"), !missing.contains(&"memory.max".to_owned()));
+        match (disk, fs::read_to_string(group.path.join("io.max"))) {
+            (Some(disk), Ok(read)) => {
+                assert_eq!(read.trim(), format!("{disk} rbps=10485760 wbps=10485760 riops=max wiops=max"));
+            }
+            _ => assert!(missing.iter().any(|name| name.starts_with("io.max")), "{missing:?}"),
+        }
         group.entrance().unwrap();
         assert!(Cgroup::open(&root, &name).is_some());
         group.remove().unwrap();

@@ -5,11 +5,14 @@
 
 use crate::image::Image;
 use crate::spec::VmmError;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, OpenOptions};
+use std::io::Write as _;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
 
 const RAW: &str = "disk.raw";
 const QCOW2: &str = "disk.qcow2";
@@ -91,7 +94,7 @@ pub fn prepare(dir: &Path, image: &Image, snapshot: Option<&Path>, bytes: u64) -
     let disk = match (find(dir), snapshot) {
         (Some(disk), _) => disk,
         (None, Some(snapshot)) => copy_snapshot(dir, snapshot)?,
-        (None, None) => create(dir, image)?,
+        (None, None) => create(dir, image, bytes)?,
     };
     check_header(&disk, image)?;
     grow(&disk, bytes)?;
@@ -190,7 +193,7 @@ fn unpack(snapshot: &Path, to: &Path, uid: u32) -> Result<(), VmmError> {
     fs::rename(&new, to).map_err(VmmError::io("naming the disk"))
 }
 
-fn create(dir: &Path, image: &Image) -> Result<Disk, VmmError> {
+fn create(dir: &Path, image: &Image, bytes: u64) -> Result<Disk, VmmError> {
     let raw = Disk { path: dir.join(RAW), format: Format::Raw };
     if reflink(&image.disk(), &raw.path)? {
         return Ok(raw);
@@ -198,23 +201,43 @@ fn create(dir: &Path, image: &Image) -> Result<Disk, VmmError> {
     let disk = Disk { path: dir.join(QCOW2), format: Format::Qcow2 };
     let new = dir.join("disk.new");
     let _ = fs::remove_file(&new);
-    qemu_img(
-        &[
-            "create".as_ref(),
-            "-q".as_ref(),
-            "-f".as_ref(),
-            "qcow2".as_ref(),
-            "-F".as_ref(),
-            "raw".as_ref(),
-            "-b".as_ref(),
-            image.disk().as_os_str(),
-            new.as_os_str(),
-        ],
-        &[],
-    )?;
-    private(&new)?;
-    fs::rename(&new, &disk.path).map_err(VmmError::io("naming the disk"))?;
+    let empty = empty_layer(&new, image, bytes)?;
+    // In its place only once it is whole on the medium.
+    let write = || -> std::io::Result<()> {
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
+        file.write_all(&empty)?;
+        file.sync_data()?;
+        fs::rename(&new, &disk.path)
+    };
+    write().map_err(VmmError::io("making the disk"))?;
     Ok(disk)
+}
+
+/// Empty layers that were made, each of an image's disk and a size: the same every time, and making one takes a process.
+type Layers = Vec<((PathBuf, u64), Arc<[u8]>)>;
+static LAYERS: Mutex<Layers> = Mutex::new(Vec::new());
+const KEPT: usize = 8;
+
+/// What an empty qcow2 file over the image's disk holds, made in `scratch` if it is not known yet.
+fn empty_layer(scratch: &Path, image: &Image, bytes: u64) -> Result<Arc<[u8]>, VmmError> {
+    let key = (image.disk(), bytes);
+    let known = || LAYERS.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, layer)) = known().iter().find(|(of, _)| *of == key) {
+        return Ok(layer.clone());
+    }
+    let size = bytes.to_string();
+    let words = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b"].map(OsStr::new);
+    let rest = [image.disk().into_os_string(), scratch.as_os_str().to_owned(), size.into()];
+    let words: Vec<&OsStr> = words.into_iter().chain(rest.iter().map(OsString::as_os_str)).collect();
+    qemu_img(&words, &[])?;
+    let layer: Arc<[u8]> = fs::read(scratch).map_err(VmmError::io("an empty layer"))?.into();
+    fs::remove_file(scratch).map_err(VmmError::io("an empty layer"))?;
+    let mut layers = known();
+    if layers.len() == KEPT {
+        layers.remove(0);
+    }
+    layers.push((key, layer.clone()));
+    Ok(layer)
 }
 
 /// A disk of its own from a snapshot: nothing ties it to the snapshot's file afterwards.

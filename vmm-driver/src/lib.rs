@@ -6,6 +6,7 @@
 
 pub mod accel;
 mod agent;
+pub mod block;
 pub mod cgroup;
 pub mod confine;
 pub mod disk;
@@ -21,6 +22,7 @@ mod rest;
 pub mod seed;
 mod spec;
 
+pub use cgroup::IoLimits;
 pub use confine::uid_of;
 pub use driver::{BoxFuture, Running, Vmm};
 pub use netns_driver::{NetnsDriver, NetnsRunning, exec as netns_exec};

@@ -20,6 +20,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tapgate_datapath::Gate;
 use tapgate_ebpf_common::net::GATEWAY_V4;
+use tapgate_fault::point;
 use tapgate_netns::Netns;
 use tokio::sync::watch;
 use tokio::time::timeout;
@@ -64,10 +65,12 @@ impl NetnsDriver {
         let log = fs::File::create(spec.dir.join(file::VMM)).map_err(VmmError::io("log"))?;
         command.env_clear().stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         let pid = spawn(&guest, command, &spec.dir)?;
+        point("vmm.spawned");
         let process = ProcessRef::of(pid).map_err(|e| VmmError::Start(format!("it ended at once ({e})")))?;
         let notes = vec!["isolates nothing but the network".into(), format!("sshd={sshd}")];
         let handle = Handle { driver: NAME.into(), process, control: None, notes };
         remember(&spec.dir, &handle)?;
+        point("vmm.noted");
         self.take_over(spec, &handle, gate)
     }
 
@@ -149,6 +152,7 @@ fn view(command: &mut Command, dir: &Path) {
     let resolver = dir.join("resolv.conf");
     let prepare = move || -> io::Result<()> {
         nix::unistd::setsid()?;
+        crate::confine::inherit_nothing()?;
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)?;
         mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)?;
         mount(Some(&resolver), "/etc/resolv.conf", None::<&str>, MsFlags::MS_BIND, None::<&str>)?;

@@ -193,7 +193,7 @@ impl Seed {
                 file.flush()?;
             }
         }
-        disk.sync_data()?;
+        // Not waited for until it is on the medium: it is made anew at each start.
         Ok(())
     }
 

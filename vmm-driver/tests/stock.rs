@@ -19,7 +19,7 @@ const PACKAGES: &str = "ca-certificates,cloud-guest-utils,cloud-init,curl,dbus,e
 #[test]
 fn real_vm_stock_cloud_image_boots_unmodified() {
     // Built here: where the test runs, there is no network.
-    let disk = cloud_image(&image::default_cache());
+    let disk = cloud_image(&image::default_cache(), Layout::Debian);
     World::run(|world| async move {
         let cache = world.dir.path().join("images");
         let stock = Import { name: "stock", disk: &disk, kernel: None, cmdline: None };
@@ -78,6 +78,54 @@ fn real_vm_stock_cloud_image_boots_unmodified() {
     });
 }
 
+/// Imported in the ordinary run; with `TAPGATE_LONG` set booted too, with a kernel that is given beside the disk.
+#[test]
+fn real_vm_stock_cloud_image_in_ubuntus_layout() {
+    let disk = cloud_image(&image::default_cache(), Layout::Ubuntu);
+    World::run(|world| async move {
+        let cache = world.dir.path().join("images");
+        let found = Import { name: "noble", disk: &disk, kernel: None, cmdline: None };
+        let found = image::import(&cache, &found).unwrap();
+        assert!(found.manifest().kernel_version.ends_with("-cloud-amd64"), "{:?}", found.manifest());
+        let (kernel, initrd) = (world.dir.path().join("vmlinuz"), world.dir.path().join("initrd"));
+        std::fs::copy(found.kernel(), &kernel).unwrap();
+        std::fs::copy(found.initrd(), &initrd).unwrap();
+        let cmdline = "root=LABEL=cloudimg-rootfs ro";
+        let given =
+            Import { name: "noble", disk: &disk, kernel: Some((&kernel, &initrd)), cmdline: Some(cmdline) };
+        let given = image::import(&cache, &given).unwrap();
+        assert_ne!(given.dir(), found.dir());
+        assert_eq!(given.manifest().kernel, found.manifest().kernel);
+        assert_eq!(
+            (given.manifest().kernel_version.as_str(), given.manifest().cmdline.as_str()),
+            ("given", cmdline)
+        );
+        if std::env::var_os("TAPGATE_LONG").is_none() {
+            return;
+        }
+        let datapath = world.datapath().await;
+        for (slot, image) in [(21, found), (22, given)] {
+            let spec = world.spec_without_image(&VmId::generate(), slot, Vec::new());
+            let spec = VmSpec { image: Some(image), memory_mib: 1024, ..spec };
+            let machine = common::driver().boot(&spec, common::gate(&datapath, &spec).await).await.unwrap();
+            let _reap = common::Reap::of(machine.handle().process.pid);
+            common::ready_within(&datapath, &spec, machine.as_ref(), PATIENCE * 3).await;
+            let ask = |command: &str| world.ask(datapath.egress(), spec.net, command);
+            assert!(ask("cloud-init status --wait --long; true").contains("NoCloud"));
+            assert_eq!(ask("hostname"), "guest-one");
+            assert_eq!(
+                ask("findmnt -no LABEL / && findmnt -no LABEL /boot && findmnt -no LABEL /boot/efi"),
+                "cloudimg-rootfs\nBOOT\nUEFI"
+            );
+            assert_eq!(ask("netplan get ethernets.eth0.mtu"), "1500", "the network is netplan's");
+            let size: u64 = ask("df --output=size -B1 / | tail -1").trim().parse().unwrap();
+            assert!(size > 3 << 30, "its root has grown into its disk: {size}");
+            assert_eq!(machine.shutdown(PATIENCE * 2).await.unwrap(), Exit::GuestShutdown);
+            datapath.detach(spec.net).await.unwrap();
+        }
+    });
+}
+
 #[test]
 fn real_vm_import_refuses_what_would_reach_the_host() {
     let dir = tempfile::tempdir().unwrap();
@@ -114,42 +162,105 @@ fn real_vm_import_refuses_what_would_reach_the_host() {
     assert!(left.is_empty(), "{left:?}");
 }
 
-/// The disk, built once: packages by mmdebstrap, a GPT with one partition as sfdisk makes it, packed as qcow2.
-fn cloud_image(cache: &Path) -> PathBuf {
+/// How a cloud image is cut up.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Layout {
+    /// One partition.
+    Debian,
+    /// As of 24.04: the root is the first by number and the last on the disk; `/boot` and the firmware have partitions of their own.
+    Ubuntu,
+}
+
+/// The packages, fetched once.
+fn tree(cache: &Path) -> PathBuf {
     std::fs::create_dir_all(cache).unwrap();
-    let disk = cache.join("test-cloud-image-1.qcow2");
+    let tar = cache.join("test-cloud-tree-1.tar");
+    if !tar.exists() {
+        let work = tempfile::Builder::new().prefix(".cloud-").tempdir_in(cache).unwrap();
+        std::fs::write(work.path().join("sources.list"), image::apt_sources()).unwrap();
+        let setup = r#": > "$1/etc/machine-id"; rm -f "$1"/etc/ssh/ssh_host_*"#;
+        let mut build = Command::new("mmdebstrap");
+        build.args(["--variant=minbase", "--quiet", "--mode=root", "--format=tar"]);
+        build.arg(format!("--include={PACKAGES}")).arg(format!("--customize-hook={setup}"));
+        build.args(["--aptopt=APT::Install-Recommends \"false\"", "--dpkgopt=path-exclude=/usr/share/doc/*"]);
+        build.args(["--dpkgopt=path-exclude=/usr/share/locale/*", "--dpkgopt=path-exclude=/usr/share/man/*"]);
+        build.arg("bookworm").arg(work.path().join("tree.tar"));
+        if !image::apt_sources().is_empty() {
+            build.arg(work.path().join("sources.list"));
+        }
+        run(&mut build);
+        std::fs::rename(work.path().join("tree.tar"), &tar).unwrap();
+    }
+    tar
+}
+
+/// The disk, built once: file systems as mkfs makes them of folders, a GPT as sfdisk makes it, packed as qcow2.
+fn cloud_image(cache: &Path, layout: Layout) -> PathBuf {
+    const MIB: u64 = 1 << 20;
+    let disk = cache.join(match layout {
+        Layout::Debian => "test-cloud-image-2.qcow2",
+        Layout::Ubuntu => "test-cloud-image-2-ubuntu.qcow2",
+    });
     if disk.exists() {
         return disk;
     }
+    let tar = tree(cache);
     let work = tempfile::Builder::new().prefix(".cloud-").tempdir_in(cache).unwrap();
     let at = |name: &str| work.path().join(name);
-    std::fs::write(at("sources.list"), image::apt_sources()).unwrap();
-    let tree = at("root");
-    let setup = r#"printf 'LABEL=root / ext4 rw,discard,errors=remount-ro 0 1\n' > "$1/etc/fstab"; : > "$1/etc/machine-id"; rm -f "$1"/etc/ssh/ssh_host_*"#;
-    let mut build = Command::new("mmdebstrap");
-    build.args(["--variant=minbase", "--quiet", "--mode=root", "--format=directory"]);
-    build.arg(format!("--include={PACKAGES}")).arg(format!("--customize-hook={setup}"));
-    build.args(["--aptopt=APT::Install-Recommends \"false\"", "--dpkgopt=path-exclude=/usr/share/doc/*"]);
-    build.args(["--dpkgopt=path-exclude=/usr/share/locale/*", "--dpkgopt=path-exclude=/usr/share/man/*"]);
-    build.arg("bookworm").arg(&tree);
-    if !image::apt_sources().is_empty() {
-        build.arg(at("sources.list"));
-    }
-    run(&mut build);
+    let root = at("root");
+    std::fs::create_dir(&root).unwrap();
+    run(Command::new("tar").args(["--numeric-owner", "-xpf"]).arg(&tar).arg("-C").arg(&root));
     let raw = at("disk.raw");
-    std::fs::File::create(&raw).unwrap().set_len(2 << 30).unwrap();
-    let start = 1 << 20;
-    let mut mkfs = Command::new("mkfs.ext4");
-    mkfs.args(["-q", "-F", "-L", "root", "-E", &format!("offset={start},lazy_itable_init=1"), "-d"]);
-    run(mkfs.arg(&tree).arg(&raw).arg(format!("{}k", (2u64 << 20) - 2048)));
+    let ext4 = |from: &Path, label: &str, start: u64, size: u64| {
+        let mut mkfs = Command::new("mkfs.ext4");
+        mkfs.args(["-q", "-F", "-L", label, "-E", &format!("offset={start},lazy_itable_init=1"), "-d"]);
+        run(mkfs.arg(from).arg(&raw).arg(format!("{}k", size / 1024)));
+    };
+    let size = 3072 * MIB;
+    std::fs::File::create(&raw).unwrap().set_len(size).unwrap();
+    let table = match layout {
+        Layout::Debian => {
+            std::fs::write(root.join("etc/fstab"), "LABEL=root / ext4 rw,discard,errors=remount-ro 0 1\n")
+                .unwrap();
+            ext4(&root, "root", MIB, size - 2 * MIB);
+            format!("label: gpt\nstart=2048, size={}, type=linux\n", (size - 2 * MIB) / 512)
+        }
+        Layout::Ubuntu => {
+            let fstab = "LABEL=cloudimg-rootfs / ext4 discard,commit=30,errors=remount-ro 0 1\n\
+                LABEL=BOOT /boot ext4 defaults 0 2\nLABEL=UEFI /boot/efi vfat umask=0077 0 1\n";
+            std::fs::write(root.join("etc/fstab"), fstab).unwrap();
+            let boot = at("boot");
+            std::fs::rename(root.join("boot"), &boot).unwrap();
+            std::fs::create_dir(root.join("boot")).unwrap();
+            std::fs::create_dir(boot.join("efi")).unwrap();
+            // What update-initramfs leaves beside the newest.
+            for (link, prefix) in [("vmlinuz", "vmlinuz-"), ("initrd.img", "initrd.img-")] {
+                let names = std::fs::read_dir(&boot).unwrap().map(|entry| entry.unwrap().file_name());
+                let newest = names.max_by_key(|name| name.to_string_lossy().starts_with(prefix)).unwrap();
+                std::os::unix::fs::symlink(newest, boot.join(link)).unwrap();
+            }
+            let (firmware, kernel, system) = (5 * MIB, 111 * MIB, 623 * MIB);
+            ext4(&boot, "BOOT", kernel, system - kernel);
+            ext4(&root, "cloudimg-rootfs", system, size - MIB - system);
+            let mut mkfs = Command::new("mkfs.vfat");
+            mkfs.args(["-n", "UEFI", "-F", "32", "--offset", &(firmware / 512).to_string()]);
+            run(mkfs.arg(&raw).arg(((kernel - firmware) / 1024).to_string()));
+            let sectors = |from: u64, to: u64| format!("start={}, size={}", from / 512, (to - from) / 512);
+            format!(
+                "label: gpt\n1: {}, type=linux\n14: {}, type=21686148-6449-6E6F-744E-656564454649\n15: {}, type=uefi\n\
+                 16: {}, type=BC13C2FF-59E6-4262-A352-B275FD6F7172\n",
+                sectors(system, size - MIB),
+                sectors(MIB, firmware),
+                sectors(firmware, kernel),
+                sectors(kernel, system),
+            )
+        }
+    };
     let mut sfdisk = Command::new("sfdisk").arg("--quiet").arg(&raw).stdin(Stdio::piped()).spawn().unwrap();
-    let table = "label: gpt\nstart=2048, size=4190208, type=linux\n";
     std::io::Write::write_all(&mut sfdisk.stdin.take().unwrap(), table.as_bytes()).unwrap();
     assert!(sfdisk.wait().unwrap().success());
-    run(Command::new("qemu-img")
-        .args(["convert", "-f", "raw", "-O", "qcow2"])
-        .arg(&raw)
-        .arg(at("disk.qcow2")));
+    let mut convert = Command::new("qemu-img");
+    run(convert.args(["convert", "-f", "raw", "-O", "qcow2"]).arg(&raw).arg(at("disk.qcow2")));
     std::fs::rename(at("disk.qcow2"), &disk).unwrap();
     disk
 }

@@ -90,6 +90,7 @@ fn real_vm_a_guest_is_what_its_seed_says_and_lives_through_a_reboot() {
         assert!(skew.abs() < 30, "the clock is {skew} s off");
         assert_eq!(ask("systemctl list-units --failed --no-legend --plain"), "");
 
+        world.give_java(datapath.egress(), spec.net);
         let before = (ask("cat /etc/machine-id"), ask("cat /etc/ssh/ssh_host_ed25519_key.pub"));
         let mut observed = machine.observed();
         world.ssh(datapath.egress(), spec.net, "systemctl reboot");
@@ -98,6 +99,11 @@ fn real_vm_a_guest_is_what_its_seed_says_and_lives_through_a_reboot() {
         ready(&datapath, &spec, machine.as_ref()).await;
         assert_eq!(before, (ask("cat /etc/machine-id"), ask("cat /etc/ssh/ssh_host_ed25519_key.pub")));
         assert_eq!(ask("printenv NASTY"), NASTY);
+        // Java's store got the CA after this boot, by the store's own tool.
+        let listed = "for i in $(seq 120); do keytool -exportcert -rfc -alias tapgate -keystore /etc/ssl/certs/java/cacerts \
+            -storepass changeit > /run/java.pem 2>/dev/null && break; sleep 1; done; cat /run/java.pem";
+        let in_store = ask(listed).replace('\r', "");
+        assert_eq!(in_store.trim(), ask(&format!("cat {ca}")).trim(), "Java trusts it too");
 
         let exit = machine.shutdown(PATIENCE).await.unwrap();
         assert_eq!(exit, Exit::GuestShutdown, "the power button reaches the guest");

@@ -1,17 +1,26 @@
-//! The audit log: how many events a second it takes for long, and how long a page of every combination of filters takes.
+//! The audit log: how many events a second it takes for long, and how long a page of every combination of filters takes, with
+//! events that make it hard: one VM with nearly all, values that occur once or never, filters that never meet.
 
 use crate::bar;
+use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
-use tapgate_model::{AuditEvent, AuditSink as _, Mode, Protocol, Reason, UserId, Verdict, VmId, VmPolicy};
+use tapgate_model::{
+    AuditEvent, AuditSink as _, HostName, Mode, Protocol, Reason, UserId, Verdict, VmId, VmPolicy,
+};
 use tapgate_store::{AuditFilter, AuditLog, Order, PageRequest, SealKey, Store};
 
 /// Events that wait at most while the log is filled: it is to be busy, not to drop.
-const AHEAD: u64 = 24_000;
+const AHEAD: u64 = 16_000;
 const USERS: usize = 10;
 const VMS: usize = 100;
 const HOSTS: usize = 1000;
 const BAR_INGEST: f64 = 100_000.0;
 const BAR_PAGE: Duration = Duration::from_millis(20);
+const PAGE: u32 = 50;
+/// How often each page is asked for.
+const TIMES: usize = 3;
+/// One page in so many is compared with what a scan of everything says.
+const COMPARED: usize = 97;
 
 /// Numbers without a pattern that filters could fall in with.
 struct Random(u64);
@@ -23,47 +32,92 @@ impl Random {
     }
 }
 
-fn policies() -> Vec<VmPolicy> {
-    let users: Vec<UserId> = (0..USERS).map(|_| UserId::generate()).collect();
-    let policy = |n: usize| VmPolicy {
-        vm: VmId::generate(),
-        user: users[n % USERS].clone(),
-        generation: 1,
-        mode: if n.is_multiple_of(7) { Mode::Warn } else { Mode::Enforce },
-        rules: Default::default(),
-        secrets: [].into(),
-        secrets_over_http: Default::default(),
-    };
-    (0..VMS).map(policy).collect()
+/// What an event of the largest account had, to compare pages with.
+struct Sample {
+    ts: i64,
+    vm: u8,
+    host: u16,
+    address: u32,
+    outcome: (bool, bool),
+    mode: Mode,
+    protocol: Protocol,
 }
 
-/// Half of all events are one account's: what is listed must be quick for the largest.
-fn event(
-    policies: &[VmPolicy],
-    hosts: &[tapgate_model::HostName],
-    random: &mut Random,
-    n: u32,
-) -> AuditEvent {
-    let largest = random.below(2) == 0;
-    let at = random.below(VMS);
-    let policy = &policies[if largest { at / USERS * USERS } else { at }];
-    // One in a hundred thousand is an ICMP packet that was denied: a scan would find it last.
-    let rare = random.below(100_000) == 0;
-    let verdict = match random.below(10) {
-        _ if rare => Verdict::Deny { reason: Reason::NoRule },
-        0..=6 => Verdict::Allow { rule: None, reason: Reason::Host },
-        7 if policy.mode == Mode::Warn => Verdict::Tolerate { reason: Reason::NoRule },
-        _ => Verdict::Deny { reason: Reason::NoRule },
-    };
-    let protocol =
-        [Protocol::Tls, Protocol::Http, Protocol::Tcp, Protocol::Dns, Protocol::Udp][random.below(5)];
-    let protocol = if rare { Protocol::Icmp } else { protocol };
-    let mut event = AuditEvent::new(policy, protocol, verdict, i64::from(n) * 100);
-    event.host = (random.below(5) > 0).then(|| hosts[random.below(HOSTS)].clone());
-    event.address = (random.below(4) > 0)
-        .then(|| std::net::Ipv4Addr::from(0xc612_0000 + random.below(131_072) as u32).into());
-    event.port = Some(443);
-    event
+/// No host; a host that occurs once.
+const NONE: u16 = u16::MAX;
+const ONCE: u16 = HOSTS as u16;
+
+struct Fill {
+    policies: Vec<VmPolicy>,
+    hosts: Vec<HostName>,
+    random: Random,
+    samples: Vec<Sample>,
+}
+
+impl Fill {
+    fn new() -> Self {
+        let users: Vec<UserId> = (0..USERS).map(|_| UserId::generate()).collect();
+        let policy = |n: usize| VmPolicy {
+            vm: VmId::generate(),
+            user: users[n % USERS].clone(),
+            generation: 1,
+            mode: Mode::Enforce,
+            rules: Default::default(),
+            secrets: [].into(),
+            secrets_over_http: Default::default(),
+        };
+        let name = |n: usize| format!("host{n}.example.com").parse().unwrap();
+        let hosts = (0..HOSTS).map(name).chain(["once.example.com".parse().unwrap()]).collect();
+        Self { policies: (0..VMS).map(policy).collect(), hosts, random: Random(7), samples: Vec::new() }
+    }
+
+    /// Half of all events are one account's, and nine tenths of those one VM's. A tenth of all name host 0 and go to
+    /// 198.18.0.0/16, where nothing else of the largest account goes; the first event alone is ICMP and names its host.
+    fn event(&mut self, n: u32) -> AuditEvent {
+        let random = &mut self.random;
+        let first = n == 0;
+        let at = match (random.below(2), random.below(10)) {
+            _ if first => USERS,
+            (0, 0) => random.below(VMS) / USERS * USERS,
+            (0, _) => 0,
+            (_, _) => random.below(VMS),
+        };
+        let warn = random.below(7) == 0;
+        let outcome = match random.below(10) {
+            _ if first => (false, false),
+            0..=6 => (true, true),
+            7 if warn => (false, true),
+            _ => (false, false),
+        };
+        let verdict = match outcome {
+            (true, _) => Verdict::Allow { rule: None, reason: Reason::Host },
+            (_, true) => Verdict::Tolerate { reason: Reason::NoRule },
+            _ => Verdict::Deny { reason: Reason::NoRule },
+        };
+        let protocol = match random.below(5) {
+            _ if first => Protocol::Icmp,
+            n => [Protocol::Tls, Protocol::Http, Protocol::Tcp, Protocol::Dns, Protocol::Udp][n],
+        };
+        let crowd = random.below(10) == 0;
+        let host = match random.below(5) {
+            _ if first => ONCE,
+            _ if crowd => 0,
+            0 => NONE,
+            _ => 1 + random.below(HOSTS - 1) as u16,
+        };
+        let address = if crowd { 0xc612_0000 } else { 0xc613_0000 } + random.below(65_536) as u32;
+        let mut event = AuditEvent::new(&self.policies[at], protocol, verdict, i64::from(n) * 100);
+        event.mode = if warn { Mode::Warn } else { Mode::Enforce };
+        event.host = self.hosts.get(usize::from(host)).cloned();
+        event.address = Some(Ipv4Addr::from(address).into());
+        // Each another, so that none is counted on another.
+        event.port = Some((n % 65_521) as u16);
+        if at.is_multiple_of(USERS) {
+            let (ts, mode, vm) = (event.timestamp_us, event.mode, at as u8);
+            self.samples.push(Sample { ts, vm, host, address, outcome, mode, protocol });
+        }
+        event
+    }
 }
 
 /// Fills the log and reads it.
@@ -73,105 +127,221 @@ pub fn measure(count: u32) {
     let key = SealKey::load_or_create(&folder.path().join("seal.key")).unwrap();
     let store = Store::open(&folder.path().join("db"), key).unwrap();
     let log = store.audit();
-    let policies = policies();
-    let hosts: Vec<tapgate_model::HostName> =
-        (0..HOSTS).map(|n| format!("host{n}.example.com").parse().unwrap()).collect();
-    let mut random = Random(7);
+    let mut fill = Fill::new();
     let start = Instant::now();
+    let (mut since, mut slowest) = (start, f64::MAX);
     for n in 0..count {
         if n % 512 == 0 {
             while log.load().waiting > AHEAD {
                 std::thread::sleep(Duration::from_millis(1));
             }
         }
-        log.record(event(&policies, &hosts, &mut random, n));
+        log.record(fill.event(n));
+        if (n + 1) % 1_000_000 == 0 {
+            slowest = slowest.min(1e6 / since.elapsed().as_secs_f64());
+            since = Instant::now();
+        }
     }
     runtime.block_on(log.flush());
     let rate = f64::from(count) / start.elapsed().as_secs_f64();
     let load = log.load();
-    let mib = std::fs::metadata(folder.path().join("db/audit.db")).unwrap().len() >> 20;
+    let file = folder.path().join("db/audit.db");
+    let octets = std::fs::metadata(&file).unwrap().len();
     println!("| what | measured | bar | met |\n| --- | --- | --- | --- |");
     let what = format!("audit events a second, {count} in a row, making them included");
     bar(&what, &format!("{rate:.0}"), "100,000", rate >= BAR_INGEST);
+    if slowest < f64::MAX {
+        let met = slowest >= BAR_INGEST;
+        bar("the same, the slowest million of them", &format!("{slowest:.0}"), "100,000", met);
+    }
     println!(
-        "\n{} events were dropped, {} aggregated; the file has {mib} MiB.\n",
-        load.dropped, load.aggregated
+        "\n{} events were dropped, {} aggregated; the file has {} MiB, {} octets an event.\n",
+        load.dropped,
+        load.aggregated,
+        octets >> 20,
+        octets / u64::from(count)
     );
-    runtime.block_on(pages(log, &policies, count));
+    runtime.block_on(pages(log, &fill, count));
 }
 
-/// A page of every combination of filters, both orders, of the largest account; each five times.
-async fn pages(log: &AuditLog, policies: &[VmPolicy], count: u32) {
-    let user = policies[0].user.clone();
-    let span = i64::from(count) * 100;
-    let mut all: Vec<(Duration, Duration, String, usize)> = Vec::new();
-    for bits in 0..2048u32 {
-        let on = |bit: u32| bits & (1 << bit) != 0;
-        if on(9) && !on(5) || on(10) && !on(6) {
-            continue;
-        }
-        for order in [Order::Desc, Order::Asc] {
-            let filter = AuditFilter {
-                vm: on(0).then(|| policies[0].vm.clone()),
-                rule_allows: on(1).then_some(false),
-                passed: on(2).then_some(true),
-                mode: on(3).then_some(Mode::Warn),
-                host: on(4).then(|| "host49.example.com".into()),
-                cidr: on(5).then(|| if on(9) { "198.18.7.7/32" } else { "198.18.0.0/22" }.parse().unwrap()),
-                protocol: on(6).then_some(if on(10) { Protocol::Icmp } else { Protocol::Tls }),
-                since_us: on(7).then_some(span / 3),
-                until_us: on(8).then_some(span / 3 * 2),
-                page: PageRequest { limit: 50, cursor: None, order },
-            };
-            let mut found = 0;
-            let mut times = Vec::new();
-            for _ in 0..5 {
-                let start = Instant::now();
-                found = log.list(&user, filter.clone()).await.unwrap().items.len();
-                times.push(start.elapsed());
+/// What one question asks.
+#[derive(Clone, Copy)]
+struct Asked {
+    vm: Option<usize>,
+    denied: bool,
+    passed: bool,
+    warn: bool,
+    host: Option<(&'static str, u16)>,
+    cidr: Option<&'static str>,
+    protocol: Option<Protocol>,
+    since: bool,
+    until: bool,
+    order: Order,
+}
+
+const VMS_ASKED: [Option<usize>; 3] = [None, Some(0), Some(USERS)];
+const HOSTS_ASKED: [Option<(&str, u16)>; 4] = [
+    None,
+    Some(("host0.example.com", 0)),
+    Some(("host49.example.com", 49)),
+    Some(("once.example.com", ONCE)),
+];
+/// A range without the crowd's host, one that only the crowd is in, a narrow one, an address, and one that nothing is in.
+const RANGES: [Option<&str>; 6] = [
+    None,
+    Some("198.19.0.0/16"),
+    Some("198.18.0.0/16"),
+    Some("198.19.4.0/22"),
+    Some("198.19.7.7/32"),
+    Some("10.0.0.0/8"),
+];
+const PROTOCOLS: [Option<Protocol>; 3] = [None, Some(Protocol::Tls), Some(Protocol::Icmp)];
+
+fn questions() -> Vec<Asked> {
+    let mut all = Vec::new();
+    for bits in 0..64u8 {
+        let on = |bit: u8| bits & (1 << bit) != 0;
+        let order = if on(5) { Order::Asc } else { Order::Desc };
+        for (vm, host) in VMS_ASKED.into_iter().flat_map(|vm| HOSTS_ASKED.map(|host| (vm, host))) {
+            for (cidr, protocol) in RANGES.into_iter().flat_map(|cidr| PROTOCOLS.map(|p| (cidr, p))) {
+                let (denied, passed, warn, since, until) = (on(0), on(1), on(2), on(3), on(4));
+                all.push(Asked { vm, denied, passed, warn, host, cidr, protocol, since, until, order });
             }
-            // The first is the one that has to fetch from the file.
-            let first = times[0];
-            times.sort_unstable();
-            all.push((times[2], first, shown(&filter), found));
         }
     }
-    all.sort_unstable();
-    let (median, worst) = (&all[all.len() / 2], &all[all.len() - 1]);
+    all
+}
+
+impl Asked {
+    fn filter(&self, fill: &Fill, span: i64) -> AuditFilter {
+        AuditFilter {
+            vm: self.vm.map(|vm| fill.policies[vm].vm.clone()),
+            rule_allows: self.denied.then_some(false),
+            passed: self.passed.then_some(true),
+            mode: self.warn.then_some(Mode::Warn),
+            host: self.host.map(|(name, _)| name.into()),
+            cidr: self.cidr.map(|cidr| cidr.parse().unwrap()),
+            protocol: self.protocol,
+            since_us: self.since.then_some(span / 3),
+            until_us: self.until.then_some(span / 3 * 2),
+            page: PageRequest { limit: PAGE, cursor: None, order: self.order },
+        }
+    }
+
+    /// The times of the events of the page, found by looking at everything.
+    fn scan(&self, fill: &Fill, filter: &AuditFilter) -> Vec<i64> {
+        let fits = |s: &&Sample| {
+            self.vm.is_none_or(|vm| vm == usize::from(s.vm))
+                && (!self.denied || !s.outcome.0)
+                && (!self.passed || s.outcome.1)
+                && (!self.warn || s.mode == Mode::Warn)
+                && self.host.is_none_or(|(_, host)| host == s.host)
+                && filter.cidr.is_none_or(|cidr| cidr.contains(Ipv4Addr::from(s.address).into()))
+                && self.protocol.is_none_or(|protocol| protocol == s.protocol)
+                && filter.since_us.is_none_or(|since| s.ts > since)
+                && filter.until_us.is_none_or(|until| s.ts < until)
+        };
+        let most = PAGE as usize;
+        match self.order {
+            Order::Asc => fill.samples.iter().filter(fits).map(|s| s.ts).take(most).collect(),
+            Order::Desc => fill.samples.iter().rev().filter(fits).map(|s| s.ts).take(most).collect(),
+        }
+    }
+
+    fn shown(&self) -> String {
+        let order = if self.order == Order::Asc { "oldest first" } else { "newest first" };
+        let mut words = vec![order.to_owned()];
+        let mut add = |on: bool, word: &str| words.extend(on.then(|| word.to_owned()));
+        add(self.vm == Some(0), "vm of 90 %");
+        add(self.vm.is_some_and(|vm| vm > 0), "vm of 1 %");
+        add(self.denied, "verdict");
+        add(self.passed, "allowed");
+        add(self.warn, "mode");
+        add(self.since, "since");
+        add(self.until, "until");
+        words.extend(self.host.map(|(name, _)| name.split('.').next().unwrap().to_owned()));
+        words.extend(self.cidr.map(Into::into));
+        words.extend(self.protocol.map(|protocol| format!("{protocol:?}").to_lowercase()));
+        words.join(", ")
+    }
+}
+
+/// What one page cost: in the middle of three, the first time, and how many events it had.
+struct Cost {
+    typical: Duration,
+    first: Duration,
+    found: usize,
+    name: String,
+}
+
+async fn time(
+    log: &AuditLog,
+    user: &UserId,
+    filter: &AuditFilter,
+    name: String,
+) -> (Cost, Vec<(i64, String)>) {
+    let mut times = Vec::new();
+    let mut found = Vec::new();
+    for _ in 0..TIMES {
+        let start = Instant::now();
+        let page = log.list(user, filter.clone()).await.unwrap();
+        times.push(start.elapsed());
+        found = page.items.into_iter().map(|event| (event.timestamp_us, event.id.into())).collect();
+    }
+    // The first is the one that has to fetch from the file.
+    let first = times[0];
+    times.sort_unstable();
+    (Cost { typical: times[TIMES / 2], first, found: found.len(), name }, found)
+}
+
+/// A page of every combination of filters, both orders, of the largest account; the last pages by a cursor too.
+async fn pages(log: &AuditLog, fill: &Fill, count: u32) {
+    let user = &fill.policies[0].user;
+    let span = i64::from(count) * 100;
+    let (mut all, mut compared): (Vec<Cost>, usize) = (Vec::new(), 0);
+    for (number, asked) in questions().into_iter().enumerate() {
+        let filter = asked.filter(fill, span);
+        let (cost, found) = time(log, user, &filter, asked.shown()).await;
+        all.push(cost);
+        if number % COMPARED == 0 {
+            let times: Vec<i64> = found.iter().map(|(ts, _)| *ts).collect();
+            assert_eq!(times, asked.scan(fill, &filter), "{}", asked.shown());
+            compared += 1;
+        }
+        // From the last event of the first page oldest first, the last page newest first.
+        if let (Order::Asc, Some((_, id))) = (asked.order, found.last()) {
+            let mut filter = filter;
+            filter.page = PageRequest { cursor: Some(id.clone()), order: Order::Desc, ..filter.page };
+            let (cost, last) = time(log, user, &filter, format!("last page of: {}", asked.shown())).await;
+            assert!(last.iter().eq(found.iter().rev().skip(1)), "{}", cost.name);
+            all.push(cost);
+        }
+    }
+    all.sort_unstable_by_key(|cost| cost.typical);
     println!(
-        "Pages of 50 of the largest account's events, {} combinations of filters, each five times:\n",
+        "Pages of {PAGE} of the largest account's events, {} combinations of filters and places, each {TIMES} times; {compared} of \
+         them compared with a scan of everything, the last pages with the first ones:\n",
         all.len()
     );
     println!("| filters | found | median | first time |\n| --- | --- | --- | --- |");
-    for (typical, first, name, found) in all.iter().rev().take(5).chain([median]) {
-        println!("| {name} | {found} | {:.2} ms | {:.2} ms |", ms(*typical), ms(*first));
+    for cost in all.iter().rev().take(6).chain([&all[all.len() / 2]]) {
+        println!(
+            "| {} | {} | {:.2} ms | {:.2} ms |",
+            cost.name,
+            cost.found,
+            ms(cost.typical),
+            ms(cost.first)
+        );
     }
-    let first = all.iter().map(|(_, first, ..)| *first).max().unwrap();
-    let missed = all.iter().filter(|(typical, ..)| *typical >= BAR_PAGE).count();
+    let worst = all.last().unwrap().typical;
+    let first = all.iter().map(|cost| cost.first).max().unwrap();
+    let late = all.iter().filter(|cost| cost.first >= BAR_PAGE).count();
     println!("\n| what | measured | bar | met |\n| --- | --- | --- | --- |");
-    bar("slowest page, median of five", &format!("{:.2} ms", ms(worst.0)), "20 ms", missed == 0);
-    bar("slowest page, first time", &format!("{:.2} ms", ms(first)), "20 ms", first < BAR_PAGE);
+    bar("slowest page, median of three", &format!("{:.2} ms", ms(worst)), "20 ms", worst < BAR_PAGE);
+    let what = format!("slowest page, first time ({late} of {} over the bar)", all.len());
+    bar(&what, &format!("{:.2} ms", ms(first)), "20 ms", first < BAR_PAGE);
 }
 
 fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1000.0
-}
-
-fn shown(filter: &AuditFilter) -> String {
-    let mut words = vec![if filter.page.order == Order::Asc {
-        "oldest first".to_owned()
-    } else {
-        "newest first".to_owned()
-    }];
-    let mut add = |word: Option<String>| words.extend(word);
-    add(filter.vm.as_ref().map(|_| "vm".into()));
-    add(filter.rule_allows.map(|_| "verdict".into()));
-    add(filter.passed.map(|_| "allowed".into()));
-    add(filter.mode.map(|_| "mode".into()));
-    add(filter.host.as_ref().map(|_| "host".into()));
-    add(filter.cidr.map(|cidr| if cidr.prefix_len() == 32 { "address".into() } else { "range".into() }));
-    add(filter.protocol.map(|protocol| format!("{protocol:?}").to_lowercase()));
-    add(filter.since_us.map(|_| "since".into()));
-    add(filter.until_us.map(|_| "until".into()));
-    words.join(", ")
 }

@@ -23,6 +23,7 @@ use std::{
 };
 use tapgate_model::{Cidr, HostName, policy::SecretsOverHttp};
 use tapgate_proxy::{BadResolver, Limits, Resolver};
+use tapgate_vmm::IoLimits;
 
 /// The checked configuration.
 #[derive(Clone, Debug)]
@@ -59,6 +60,8 @@ pub struct Config {
     pub guest_v4: Cidr,
     /// IPv6 addresses for guests; `None` turns IPv6 off.
     pub guest_v6: Option<Cidr>,
+    /// Whether they are routed to this host, and so are not translated.
+    pub guest_v6_routed: bool,
     /// Name servers; empty means the system's.
     pub resolvers: Vec<Resolver>,
     /// What each VM may do through the proxy.
@@ -77,6 +80,8 @@ pub struct Config {
     pub memory_mib: u32,
     /// Default disk size in GiB.
     pub disk_gib: u32,
+    /// What each VM may do with the host's disks.
+    pub disk_io: IoLimits,
     /// Secrets in clear text.
     pub secrets_over_http: SecretsOverHttp,
     /// Where agents' repositories are that are given as owner/repo.
@@ -156,9 +161,10 @@ impl Settings {
         let retention = Retention {
             days: self.audit_days.unwrap_or(Retention::default().days),
             events: self.audit_events.unwrap_or(Retention::default().events),
+            mib: self.audit_mib.unwrap_or(Retention::default().mib),
         };
-        if retention.days == 0 || retention.events == 0 {
-            return Err(value("audit_days", "and audit_events must be at least 1"));
+        if retention.days == 0 || retention.events == 0 || retention.mib == 0 {
+            return Err(value("audit_days", "audit_events and audit_mib must be at least 1"));
         }
         if self.vmm_program.as_deref().is_some_and(|path| !path.is_absolute()) {
             return Err(value("vmm_program", "must be an absolute path"));
@@ -264,6 +270,7 @@ impl Settings {
             },
             ..usual
         };
+        let io = IoLimits::default();
         let share = Share {
             memory_reserve_mib: self.memory_reserve_mib.unwrap_or(512),
             memory_overcommit: factor("memory_overcommit", self.memory_overcommit, 1.0)?,
@@ -287,6 +294,7 @@ impl Settings {
             uplink: self.uplink,
             guest_v4: Cidr::from(IpNet::V4(guest_v4)),
             guest_v6: guest_v6.map(|net| Cidr::from(IpNet::V6(net))),
+            guest_v6_routed: self.guest_v6_routed.unwrap_or(false),
             resolvers,
             vm_limits,
             ssh_ports,
@@ -296,6 +304,27 @@ impl Settings {
             vcpus: bounded("vcpus", self.vcpus, 1, 1..=64)?,
             memory_mib: bounded("memory_mib", self.memory_mib, 512, 128..=262_144)?,
             disk_gib: bounded("disk_gib", self.disk_gib, 8, 1..=4096)?,
+            disk_io: IoLimits {
+                mib_per_second: bounded(
+                    "disk_mib_per_second",
+                    self.disk_mib_per_second,
+                    io.mib_per_second,
+                    0..=1 << 20,
+                )?,
+                // Fewer than one hundred and a guest's system does not boot in the time that it is given.
+                operations_per_second: match self
+                    .disk_operations_per_second
+                    .unwrap_or(io.operations_per_second)
+                {
+                    number @ (0 | 100..) => number,
+                    number => {
+                        return Err(value(
+                            "disk_operations_per_second",
+                            format!("{number} is neither 0 nor at least 100"),
+                        ));
+                    }
+                },
+            },
             secrets_over_http: match self.secrets_over_http {
                 Some(OverHttp::Always) => SecretsOverHttp::Always,
                 Some(OverHttp::Explicit) | None => SecretsOverHttp::Explicit,

@@ -84,6 +84,9 @@ pub struct Settings {
     /// Audit events that are kept at most [default: 50000000]
     #[arg(long, env = "TAPGATE_AUDIT_EVENTS")]
     pub audit_events: Option<u64>,
+    /// MiB that the audit log's file may take [default: 16384]
+    #[arg(long, env = "TAPGATE_AUDIT_MIB")]
+    pub audit_mib: Option<u64>,
     /// What runs the guests [default: qemu]
     #[arg(long, env = "TAPGATE_DRIVER")]
     pub driver: Option<DriverKind>,
@@ -105,6 +108,9 @@ pub struct Settings {
     /// Addresses for guests, or `off` [default: fd74:6761:7465::/64]
     #[arg(long, env = "TAPGATE_GUEST_V6", value_name = "CIDR")]
     pub guest_v6: Option<String>,
+    /// Forwarded IPv6 traffic keeps the guest's own address instead of the host's: for a `guest_v6` that is routed to this host
+    #[arg(long, env = "TAPGATE_GUEST_V6_ROUTED", num_args = 0..=1, default_missing_value = "true")]
+    pub guest_v6_routed: Option<bool>,
     /// Name servers that guests' questions go to: 192.0.2.53, tls://192.0.2.53#NAME or https://192.0.2.53/PATH#NAME; the system's
     /// if not set
     #[arg(long, env = "TAPGATE_RESOLVERS", value_name = "SERVER", value_delimiter = ',')]
@@ -139,6 +145,12 @@ pub struct Settings {
     /// Disk of a VM in GiB [default: 8]
     #[arg(long, env = "TAPGATE_DISK_GIB")]
     pub disk_gib: Option<u32>,
+    /// What a VM may read from, and write to, a disk of the host, in MiB a second; 0 for no limit [default: 512]
+    #[arg(long, env = "TAPGATE_DISK_MIB_PER_SECOND")]
+    pub disk_mib_per_second: Option<u32>,
+    /// How often a VM may read from, and write to, a disk of the host each second; 0 for no limit [default: 20000]
+    #[arg(long, env = "TAPGATE_DISK_OPERATIONS_PER_SECOND")]
+    pub disk_operations_per_second: Option<u32>,
     /// When secrets go out in clear-text HTTP [default: explicit]
     #[arg(long, env = "TAPGATE_SECRETS_OVER_HTTP")]
     pub secrets_over_http: Option<OverHttp>,
@@ -227,6 +239,7 @@ impl Settings {
             mail_from,
             audit_days,
             audit_events,
+            audit_mib,
             driver,
             vmm_program,
             accel,
@@ -234,6 +247,7 @@ impl Settings {
             uplink,
             guest_v4,
             guest_v6,
+            guest_v6_routed,
             resolvers,
             vm_connections,
             vm_new_connections,
@@ -245,6 +259,8 @@ impl Settings {
             vcpus,
             memory_mib,
             disk_gib,
+            disk_mib_per_second,
+            disk_operations_per_second,
             secrets_over_http,
             memory_reserve_mib,
             memory_overcommit,

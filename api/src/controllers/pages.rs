@@ -21,6 +21,7 @@ fn code_form(visitor: Visitor, state: &AppState) -> Response {
         input("code", "text", "Code shown by the program", "autocomplete=off autofocus maxlength=16"),
         input("email", "email", "Email", "autocomplete=username maxlength=254"),
         input("password", "password", "Password", "autocomplete=current-password maxlength=1024"),
+        "<p><a href=\"/reset\">Forgot the password?</a></p>".to_owned(),
     ];
     visitor.form(state, "Log a program in", "/activate", &fields.concat(), "Continue")
 }
@@ -40,7 +41,7 @@ pub(crate) async fn activate_check(
         return refused;
     }
     match who(&state, &peer, &form).await {
-        Err(error) => failed(&error),
+        Err(error) => failed(&error, "/activate"),
         Ok((user, requester)) => {
             let content = format!("{user} {}", form.field("code"));
             let ticket = state.store().ticket("activate", &content, now_us() + CONFIRM_WITHIN);
@@ -106,11 +107,15 @@ pub(crate) async fn verify_confirm(State(state): State<AppState>, visitor: Visit
     }
     let user = state.store().redeem("verify", form.field("ticket")).and_then(|user| user.parse().ok());
     let Some(user) = user else {
-        return message(StatusCode::NOT_FOUND, "That did not work", "The link has expired or is not whole.");
+        return message(
+            StatusCode::NOT_FOUND,
+            "That did not work",
+            "The link has expired or is not whole. Open the newest mail's, as one piece.",
+        );
     };
     match state.store().user_verified(&user).await {
         Ok(()) => message(StatusCode::OK, "Done", "Your address is confirmed."),
-        Err(error) => failed(&error.into()),
+        Err(error) => failed(&error.into(), &format!("/verify?ticket={}", form.field("ticket"))),
     }
 }
 
@@ -130,10 +135,10 @@ pub(crate) async fn reset_send(
         return refused;
     }
     if let Err(error) = state.limits().password.take(&peer) {
-        return failed(&error);
+        return failed(&error, "/reset");
     }
     match state.store().user_by_email(form.field("email")).await {
-        Err(error) => return failed(&error.into()),
+        Err(error) => return failed(&error.into(), "/reset"),
         Ok(None) => {}
         Ok(Some((user, hash))) => {
             let content = format!("{} {}", fingerprint(&hash), user.email);
@@ -178,7 +183,7 @@ pub(crate) async fn choose_set(
             "Done",
             "The new password holds from now on. Your API keys work as before.",
         ),
-        Err(error) => failed(&error),
+        Err(error) => failed(&error, "/reset"),
     }
 }
 

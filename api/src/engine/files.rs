@@ -92,6 +92,7 @@ pub(super) async fn remove(shared: &Shared, record: &VmRecord) -> Result<(), Str
     if shared.config.driver == DriverKind::Netns {
         Netns::delete(&namespace_name(shared, record)).map_err(|error| error.to_string())?;
     }
+    tapgate_fault::point("remove.namespace");
     let dir = dir(shared, &record.id);
     match tokio::fs::remove_dir_all(&dir).await {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {

@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 use tapgate_datapath::Gate;
+use tapgate_fault::point;
 use tapgate_model::{StatusDetail as S, VmId};
 use tapgate_store::{StoreError, VmRecord};
 use tapgate_vmm::{Handle, Running};
@@ -93,6 +94,7 @@ async fn advance(shared: &Shared, vm: &VmId, to: S, failure: Option<String>) {
     loop {
         match shared.store.vm_advance(vm, to, failure.clone()).await {
             Ok(_) => {
+                point(&format!("state.{}", to.word()));
                 tracing::info!(%vm, state = to.word(), "vm.state");
                 break;
             }
@@ -120,6 +122,7 @@ async fn step(
         S::Queued => Ok(Next::Enter(S::Creating)),
         S::Creating => {
             files::create(shared, record).await?;
+            point("create.folder");
             let fetch = tokio::time::timeout(FETCH_TIMEOUT, snapshots::fetch(shared, record)).await;
             fetch
                 .map_err(|_| format!("the snapshot did not come within {} s", FETCH_TIMEOUT.as_secs()))??;
@@ -180,6 +183,7 @@ async fn step(
         S::Destroying => {
             release(shared, record, live.take()).await;
             files::remove(shared, record).await?;
+            point("remove.folder");
             Ok(Next::Enter(S::Destroyed))
         }
         S::Destroyed => Ok(Next::End),
@@ -226,8 +230,10 @@ async fn boot(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> {
     // Before the guest: what cannot be opened is not to cost a suspended VM its memory.
     let forward = forward(shared, record).await?;
     let resumes = suspend::keeps(shared, record);
+    point("boot.gated");
     let gated = began.elapsed();
     let machine = shared.driver.boot(&spec, gate).await.map_err(|error| error.to_string())?;
+    point("boot.vmm");
     let started = began.elapsed();
     let handle = serde_json::to_string(machine.handle()).map_err(|error| error.to_string())?;
     shared
@@ -235,6 +241,7 @@ async fn boot(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> {
         .vm_set_handle(&record.id, Some(handle))
         .await
         .map_err(|error| format!("cannot record the VMM: {error}"))?;
+    point("boot.recorded");
     snapshots::drop_fetched(shared, record);
     suspend::used(shared, record, resumes).await?;
     let live = Live { machine: machine.into(), _forward: forward };
@@ -329,12 +336,14 @@ pub(super) async fn release(shared: &Shared, record: &VmRecord, live: Option<Liv
     {
         tracing::warn!(%vm, %error, "vm.kill_failed");
     }
+    point("release.ended");
     discard(shared, record).await;
     shared.table.remove(vm);
     shared.gates().remove(vm);
     if let Err(error) = shared.datapath.detach(shared.net(record)).await {
         tracing::warn!(%vm, %error, "vm.detach_failed");
     }
+    point("release.detached");
     if let Err(error) = shared.store.vm_set_handle(vm, None).await {
         tracing::warn!(%vm, %error, "vm.handle_not_cleared");
     }

@@ -14,6 +14,7 @@ use std::{
     sync::{Arc, PoisonError},
     time::{Duration, Instant},
 };
+use tapgate_fault::point;
 use tapgate_model::{SnapshotId, VmId};
 use tapgate_store::{
     MemoryObject, SnapshotKind, SnapshotRecord, SnapshotStatus, StoreError, StoredSnapshot, Suspension,
@@ -118,9 +119,11 @@ async fn take(shared: &Shared, snapshot: &SnapshotRecord, machine: &dyn Running)
         SnapshotKind::Disk => machine.snapshot(&part).await.map_err(|error| error.to_string())?,
         SnapshotKind::Memory => take_with_memory(shared, snapshot, machine, &part).await?,
     };
+    point("snapshot.copied");
     let file = tokio::fs::File::open(&part).await.map_err(failed("open the snapshot"))?;
     file.sync_all().await.map_err(failed("write the snapshot out"))?;
     tokio::fs::rename(&part, &whole).await.map_err(failed("name the snapshot"))?;
+    point("snapshot.named");
     let bytes = file.metadata().await.map_err(failed("measure the snapshot"))?.len();
     tracing::info!(vm = %snapshot.vm, snapshot = %snapshot.id, held_us = info.held_us, frozen = info.frozen, bytes,
         "snapshot.taken");
@@ -198,6 +201,7 @@ async fn upload_all(shared: &Shared) {
         };
         let noted = match result {
             Ok((stored, memory)) => {
+                point("snapshot.stored");
                 tracing::info!(vm = %snapshot.vm, snapshot = %snapshot.id, stored = stored.stored_bytes, "snapshot.ready");
                 let stored = StoredSnapshot {
                     key: key(&snapshot.id),
@@ -276,6 +280,7 @@ async fn collect(shared: &Shared) -> Result<(), String> {
         for key in [key(&snapshot), memory_key(&snapshot)] {
             shared.storage.remove(&key).await.map_err(|error| error.to_string())?;
         }
+        point("snapshot.removed");
         shared.store.snapshot_collected(&snapshot).await.map_err(|error| error.to_string())?;
         tracing::info!(%snapshot, "snapshot.collected");
     }
@@ -302,6 +307,7 @@ pub(super) async fn fetch(shared: &Shared, record: &VmRecord) -> Result<(), Stri
     }
     let fetched = shared.storage.fetch(&key(id), &expected, &to).await;
     fetched.map_err(|error| format!("cannot bring {id} back: {error}"))?;
+    point("create.fetched");
     tracing::info!(vm = %record.id, snapshot = %id, fetch_us = began.elapsed().as_micros() as u64, "snapshot.fetched");
     Ok(())
 }

@@ -97,7 +97,10 @@ impl Visitor {
 
 /// An input with its label.
 pub(crate) fn input(name: &str, kind: &str, label: &str, more: &str) -> String {
-    format!("<p><label>{}<br><input name=\"{name}\" type=\"{kind}\" required {more}></label>", escape(label))
+    format!(
+        "<p><label>{}<br><input name=\"{name}\" type=\"{kind}\" required {more}></label></p>",
+        escape(label)
+    )
 }
 
 /// A page of markup.
@@ -105,7 +108,7 @@ pub(crate) fn page(status: StatusCode, title: &str, body: &str) -> Response {
     let title = escape(title);
     let html = format!(
         "<!doctype html><html lang=en><meta charset=utf-8><title>{title} - tapgate</title>\
-         <meta name=viewport content=\"width=device-width\"><style>body{{font:16px/1.5 system-ui;max-width:28rem;\
+         <meta name=viewport content=\"width=device-width\"><style>:root{{color-scheme:light dark}}body{{font:16px/1.5 system-ui;max-width:28rem;\
          margin:3rem auto;padding:0 1rem}}input{{font:inherit;width:100%;box-sizing:border-box;padding:.4rem}}\
          button{{font:inherit;padding:.4rem 1rem}}</style><h1>{title}</h1>{body}</html>"
     );
@@ -117,9 +120,10 @@ pub(crate) fn message(status: StatusCode, title: &str, text: &str) -> Response {
     page(status, title, &format!("<p>{}</p>", escape(text)))
 }
 
-/// An API error as a page.
-pub(crate) fn failed(error: &ApiError) -> Response {
-    let mut response = message(error.status(), "That did not work", &error.message);
+/// An API error as a page, with a way back to the form at `again`.
+pub(crate) fn failed(error: &ApiError, again: &str) -> Response {
+    let body = format!("<p>{}</p><p><a href=\"{}\">Try again</a></p>", escape(&error.message), escape(again));
+    let mut response = page(error.status(), "That did not work", &body);
     if let Some(seconds) = error.retry_after {
         response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
     }

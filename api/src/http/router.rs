@@ -16,6 +16,17 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 /// The whole API.
 pub fn router(state: AppState) -> Router {
+    guarded(routes(state.clone()))
+        .layer(from_fn_with_state(state.clone(), metrics::observe))
+        .with_state(state)
+}
+
+/// What every answer goes through, whatever the route does.
+fn guarded<S: Clone + Send + Sync + 'static>(routes: Router<S>) -> Router<S> {
+    routes.layer(from_fn(common_headers)).layer(CatchPanicLayer::custom(panicked))
+}
+
+fn routes(state: AppState) -> Router<AppState> {
     Router::new()
         .route("/healthz", get(health::get))
         .route("/metrics", get(scrape::get))
@@ -63,11 +74,7 @@ pub fn router(state: AppState) -> Router {
         .route("/v1/agents/{agent_id}/log", get(agents::log))
         .fallback(unknown_route)
         .method_not_allowed_fallback(wrong_method)
-        .layer(from_fn_with_state(state.clone(), idempotency::layer))
-        .layer(from_fn(common_headers))
-        .layer(CatchPanicLayer::custom(panicked))
-        .layer(from_fn_with_state(state.clone(), metrics::observe))
-        .with_state(state)
+        .layer(from_fn_with_state(state, idempotency::layer))
 }
 
 fn shown(uri: &Uri) -> String {
@@ -99,4 +106,25 @@ async fn common_headers(request: Request, next: Next) -> Response {
 fn panicked(_: Box<dyn Any + Send>) -> Response {
     // The panic hook has logged where; what was panicked with may hold a request's data.
     ApiError::internal().into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use axum::body::{Body, to_bytes};
+    use tower::ServiceExt as _;
+
+    #[tokio::test]
+    async fn a_panic_is_an_error_like_any_other_and_tells_nothing() {
+        async fn panics() -> Response {
+            panic!("with a secret of the request")
+        }
+        let app: Router = guarded(Router::new().fallback(panics));
+        let answer = app.oneshot(axum::http::Request::get("/").body(Body::empty()).unwrap()).await.unwrap();
+        assert_eq!(answer.status(), 500);
+        let body = to_bytes(answer.into_body(), 4096).await.unwrap();
+        let body: serde_json::Value = serde_json::from_slice(&body).unwrap();
+        assert_eq!(body["error"]["code"], "internal_error");
+        assert!(body["error"]["message"].is_string() && !body.to_string().contains("secret"), "{body}");
+    }
 }

@@ -5,12 +5,14 @@
 
 mod chain;
 mod follow;
-mod plan;
+mod index;
 mod query;
 mod queue;
 mod record;
+mod rows;
 mod writer;
 
+pub use chain::Keep;
 pub use query::AuditFilter;
 pub use queue::AuditLoad;
 pub use record::AuditRecord;
@@ -25,7 +27,13 @@ use queue::Queue;
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 use tapgate_model::{AuditEvent, AuditSink, UserId, VmId};
+
+/// Empty pages that stay in the file: 4 MiB.
+const SPARE_PAGES: u64 = 1_024;
+/// Pages given back in one step.
+const SHRINK: &str = "PRAGMA incremental_vacuum(512)";
 
 /// The audit log. Clones share everything.
 #[derive(Clone)]
@@ -168,18 +176,45 @@ impl AuditLog {
         self.db.copy_to(path).await
     }
 
-    /// Removes events older than a time, and the oldest beyond a number, a few thousand at a time so that writing
-    /// goes on between. Answers how many went.
-    pub async fn retain(&self, older_than_us: i64, at_most: u64) -> Result<u64> {
+    /// Removes events that are too old, too many or too large together, the oldest first, a few thousand at a time so that
+    /// writing goes on between; then gives pages that were left empty back to the file system. Answers how many events went.
+    pub async fn retain(&self, keep: Keep) -> Result<u64> {
         let mut gone = 0;
         loop {
-            let chain = self.chain.clone();
-            let step = self.db.write(move |tx| chain.trim(tx, older_than_us, at_most)).await?;
+            let (chain, began) = (self.chain.clone(), Instant::now());
+            let step = self.db.write(move |tx| chain.trim(tx, &keep)).await?;
             gone += step;
             if step == 0 {
-                return Ok(gone);
+                break;
             }
-            tokio::task::yield_now().await;
+            pause(began).await;
         }
+        loop {
+            let began = Instant::now();
+            if !self.db.write(shrink).await? {
+                break;
+            }
+            pause(began).await;
+        }
+        Ok(gone)
     }
+}
+
+/// Leaves the file to the thread that writes events for twice as long as it was kept from it: SQLite has no queue for it.
+async fn pause(began: Instant) {
+    tokio::time::sleep(began.elapsed() * 2).await;
+}
+
+/// Gives some empty pages at the end of the file back, if there are many. Answers whether there are more.
+fn shrink(tx: &rusqlite::Transaction<'_>) -> Result<bool> {
+    let (empty, all) = (chain::number(tx, "freelist_count")?, chain::number(tx, "page_count")?);
+    // Some are left for what is written next.
+    if empty <= SPARE_PAGES.max(all / 8) {
+        return Ok(false);
+    }
+    let mut step = tx.prepare_cached(SHRINK)?;
+    let mut rows = step.query([])?;
+    while rows.next()?.is_some() {}
+    drop(rows);
+    Ok(chain::number(tx, "freelist_count")? < empty)
 }

@@ -68,6 +68,8 @@ pub(crate) fn connect(path: &Path, durability: Durability, write: bool) -> Resul
     connection.pragma_update(None, "secure_delete", true)?;
     if write {
         connection.pragma_update(None, "journal_mode", "wal")?;
+        // What a long reader or a burst made it grow to is given back.
+        connection.pragma_update(None, "journal_size_limit", 64 << 20)?;
         connection.pragma_update(
             None,
             "synchronous",

@@ -15,7 +15,14 @@ const TAPGATE: &[&str] = &[
     include_str!("migrations/tapgate-4.sql"),
     include_str!("migrations/tapgate-5.sql"),
 ];
-const AUDIT: &[&str] = &[include_str!("migrations/audit-1.sql"), include_str!("migrations/audit-2.sql")];
+const AUDIT: &[&str] = &[
+    include_str!("migrations/audit-1.sql"),
+    include_str!("migrations/audit-2.sql"),
+    include_str!("migrations/audit-3.sql"),
+];
+
+/// How SQLite names a file whose empty pages can be given back a few at a time.
+const INCREMENTAL: i64 = 2;
 
 /// Brings `tapgate.db` up to date.
 pub(crate) fn prepare_main(path: &Path) -> Result<()> {
@@ -24,7 +31,19 @@ pub(crate) fn prepare_main(path: &Path) -> Result<()> {
 
 /// Brings `audit.db` up to date. It may be large, so its pages are not all checked.
 pub(crate) fn prepare_audit(path: &Path) -> Result<()> {
-    prepare(path, AUDIT, Durability::Normal, false)
+    prepare(path, AUDIT, Durability::Normal, false)?;
+    let db = connect(path, Durability::Normal, true)?;
+    let mode: i64 = db.pragma_query_value(None, "auto_vacuum", |row| row.get(0))?;
+    if mode != INCREMENTAL {
+        // Takes hold when the file is written anew; a new one is empty. Without it the log is kept as well, in a file that
+        // never gets smaller.
+        let anew =
+            db.pragma_update(None, "auto_vacuum", INCREMENTAL).and_then(|()| db.execute_batch("VACUUM"));
+        if let Err(error) = anew {
+            tracing::warn!(%error, "the audit log's file will not get smaller");
+        }
+    }
+    Ok(())
 }
 
 fn prepare(path: &Path, steps: &[&'static str], durability: Durability, check: bool) -> Result<()> {

@@ -6,7 +6,7 @@
 //! holds the two against each other.
 
 use crate::{
-    maps::{Address, FlowKey, VM_IPV6, Vm, halves},
+    maps::{Address, FlowKey, Tap, VM_IPV6, halves},
     net::GATEWAY_MAC,
     packet::{ACK, ETHERNET, FIN, IPV4, IPV6, RST, SYN, Segment, TCP, UDP},
 };
@@ -46,24 +46,24 @@ pub struct Sight {
 
 /// Looks at a frame from the VM.
 #[inline(always)]
-pub fn from_guest(frame: &(impl Piece + ?Sized), vm: &Vm) -> Option<Sight> {
+pub fn from_guest(frame: &(impl Piece + ?Sized), tap: &Tap) -> Option<Sight> {
     if !frame.has(ETHERNET + IPV4 + UDP_HEADER) {
         return None;
     }
     let to_gateway =
         frame.half(0) == GATEWAY[0] && frame.half(2) == GATEWAY[1] && frame.half(4) == GATEWAY[2];
-    let own = frame.half(6) == vm.mac[0] && frame.half(8) == vm.mac[1] && frame.half(10) == vm.mac[2];
-    if to_gateway && own { look(frame, vm, true) } else { None }
+    let own = frame.half(6) == tap.mac[0] && frame.half(8) == tap.mac[1] && frame.half(10) == tap.mac[2];
+    if to_gateway && own { look(frame, tap, true) } else { None }
 }
 
 /// Looks at a frame to the VM.
 #[inline(always)]
-pub fn to_guest(frame: &(impl Piece + ?Sized), vm: &Vm) -> Option<Sight> {
-    if frame.has(ETHERNET + IPV4 + UDP_HEADER) { look(frame, vm, false) } else { None }
+pub fn to_guest(frame: &(impl Piece + ?Sized), tap: &Tap) -> Option<Sight> {
+    if frame.has(ETHERNET + IPV4 + UDP_HEADER) { look(frame, tap, false) } else { None }
 }
 
 #[inline(always)]
-fn look(frame: &(impl Piece + ?Sized), vm: &Vm, out: bool) -> Option<Sight> {
+fn look(frame: &(impl Piece + ?Sized), tap: &Tap, out: bool) -> Option<Sight> {
     if frame.tagged() {
         return None;
     }
@@ -76,20 +76,20 @@ fn look(frame: &(impl Piece + ?Sized), vm: &Vm, out: bool) -> Option<Sight> {
             && frame.half(ETHERNET + 6) & FRAGMENTED == 0
             && total >= IPV4
             && ETHERNET + total <= frame.length();
-        if !plain || own != vm.v4 {
+        if !plain || own != tap.v4 {
             return None;
         }
-        let key = FlowKey { remote: Address::of_v4(remote), ..empty(vm, frame.octet(ETHERNET + 9), false) };
+        let key = FlowKey { remote: Address::of_v4(remote), ..empty(tap, frame.octet(ETHERNET + 9), false) };
         transport(frame, key, ETHERNET + IPV4, total - IPV4, out)
-    } else if kind == IS_V6 && vm.flags & VM_IPV6 != 0 && frame.has(ETHERNET + IPV6 + UDP_HEADER) {
+    } else if kind == IS_V6 && tap.flags & VM_IPV6 != 0 && frame.has(ETHERNET + IPV6 + UDP_HEADER) {
         let length = u16::from_be(frame.half(ETHERNET + 4)) as usize;
         let (source, destination) = (address(frame, ETHERNET + 8), address(frame, ETHERNET + 24));
         let (own, remote) = if out { (source, destination) } else { (destination, source) };
         let plain = frame.octet(ETHERNET) >> 4 == 6 && ETHERNET + IPV6 + length <= frame.length();
-        if !plain || own != vm.v6 {
+        if !plain || own != tap.v6 {
             return None;
         }
-        let key = FlowKey { remote, ..empty(vm, frame.octet(ETHERNET + 6), true) };
+        let key = FlowKey { remote, ..empty(tap, frame.octet(ETHERNET + 6), true) };
         transport(frame, key, ETHERNET + IPV6, length, out)
     } else {
         None
@@ -97,15 +97,14 @@ fn look(frame: &(impl Piece + ?Sized), vm: &Vm, out: bool) -> Option<Sight> {
 }
 
 #[inline(always)]
-fn empty(vm: &Vm, protocol: u8, v6: bool) -> FlowKey {
+fn empty(tap: &Tap, protocol: u8, v6: bool) -> FlowKey {
     FlowKey {
-        slot: vm.slot,
+        slot: tap.slot as u16,
         protocol,
         v6: v6 as u8,
         port: 0,
-        remote: Address([0; 4]),
         remote_port: 0,
-        pad: 0,
+        remote: Address([0; 4]),
     }
 }
 

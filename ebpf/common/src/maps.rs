@@ -4,9 +4,12 @@
 //! IPv6 (the ranges deny it), so the two families never meet.
 
 /// Rises with every change of this file or of what the programs expect of the maps: names the pin directory.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 /// Most VMs that the maps hold; slots are below it.
 pub const MAX_VMS: u32 = 8192;
+const _: () = assert!(MAX_VMS <= u16::MAX as u32);
+/// Entries of the table of taps, a power of two: an index of a tap is found at its lowest bits.
+pub const TAPS: u32 = 32_768;
 /// Most `cidr` rules of all VMs together, both generations of a change counted.
 pub const MAX_RULES: u32 = 4_000_000;
 /// Most forwarded flows of all VMs together.
@@ -119,6 +122,54 @@ impl Vm {
     }
 }
 
+/// What a frame of a known flow is held against, found by the index of the tap without a search. It is a copy: where it
+/// is another tap's, or nobody's, the frame is judged by [`Vm`] and the table.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tap {
+    /// Index of the tap that it is about; 0 for none.
+    pub link: u32,
+    /// See [`Vm::policy`]. The one field that changes while frames come, always as a whole.
+    pub policy: u32,
+    /// See [`Vm::slot`].
+    pub slot: u32,
+    /// `VM_IPV6` or nothing.
+    pub flags: u32,
+    /// See [`Vm::mac`].
+    pub mac: [u16; 3],
+    /// Zero.
+    pub pad: u16,
+    /// See [`Vm::v4`].
+    pub v4: u32,
+    /// Zero.
+    pub more_pad: u32,
+    /// See [`Vm::v6`].
+    pub v6: Address,
+}
+
+impl Tap {
+    /// What the VM's frames on the tap are held against.
+    pub const fn new(link: u32, vm: &Vm) -> Self {
+        Self {
+            link,
+            policy: vm.policy,
+            slot: vm.slot,
+            flags: vm.flags & VM_IPV6,
+            mac: vm.mac,
+            pad: 0,
+            v4: vm.v4,
+            more_pad: 0,
+            v6: vm.v6,
+        }
+    }
+
+    /// Where the tap of this index has its entry.
+    #[inline(always)]
+    pub const fn place(link: u32) -> u32 {
+        link & (TAPS - 1)
+    }
+}
+
 /// What all VMs share.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -174,51 +225,49 @@ impl RuleKey {
     }
 }
 
-/// A flow that is forwarded in the kernel, as the guest sees it.
+/// A flow that is forwarded in the kernel, as the guest sees it. Six words: it is hashed and compared for every frame.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct FlowKey {
     /// The VM.
-    pub slot: u32,
+    pub slot: u16,
     /// IP protocol number.
     pub protocol: u8,
     /// 1 for IPv6.
     pub v6: u8,
     /// The guest's port, or the identifier of a ping.
     pub port: u16,
-    /// The other end.
-    pub remote: Address,
     /// The other end's port; 0 for a ping.
     pub remote_port: u16,
-    /// Zero.
-    pub pad: u16,
+    /// The other end.
+    pub remote: Address,
 }
 
 /// `Flow::state`: an answer came.
-pub const FLOW_ANSWERED: u32 = 1;
+pub const FLOW_ANSWERED: u16 = 1;
 /// `Flow::state`: the guest ended its side.
-pub const FLOW_FIN_OUT: u32 = 2;
+pub const FLOW_FIN_OUT: u16 = 2;
 /// `Flow::state`: the other end ended its side.
-pub const FLOW_FIN_IN: u32 = 4;
+pub const FLOW_FIN_IN: u16 = 4;
 /// `Flow::state`: no rule allows it; the VM's mode lets it pass.
-pub const FLOW_TOLERATED: u32 = 8;
+pub const FLOW_TOLERATED: u16 = 8;
 
-/// What is known of a forwarded flow.
+/// What is known of a forwarded flow. What every frame needs comes first, for it to lie on few lines of the cache.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Flow {
-    /// When it began: nanoseconds of the monotonic clock.
-    pub began: u64,
-    /// When a frame of it was last seen.
-    pub seen: u64,
     /// The policy generation that it was judged under.
     pub policy: u32,
     /// `FLOW_…`.
-    pub state: u32,
+    pub state: u16,
+    /// The timer tick of `seen`, its lowest bits: within one tick the clock says nothing new.
+    pub tick: u16,
     /// TCP: the next sequence number of the guest, as its last frame says.
     pub next: u32,
     /// TCP: the next sequence number that the guest expects.
     pub expected: u32,
+    /// When a frame of it was last seen: nanoseconds of the monotonic clock.
+    pub seen: u64,
     /// Frames from the guest.
     pub packets_out: u64,
     /// Octets from the guest.
@@ -227,6 +276,8 @@ pub struct Flow {
     pub packets_in: u64,
     /// Octets to the guest.
     pub bytes_in: u64,
+    /// When it began.
+    pub began: u64,
 }
 
 /// How many flows of a VM were made and ended by the programs. User space counts what it removes in a map of its own,
@@ -432,7 +483,7 @@ mod pod {
     }
 
     plain! {
-        Vm = 48, Config = 48, RuleKey = 20, FlowKey = 28, Flow = 64, FlowCount = 16, Bucket = 16,
+        Vm = 48, Tap = 48, Config = 48, RuleKey = 20, FlowKey = 24, Flow = 64, FlowCount = 16, Bucket = 16,
         Traffic = 96, Drops = 520, Event = 56, FragmentKey = 28, Fragment = 16, AttemptKey = 28, Attempts = 16,
     }
 }

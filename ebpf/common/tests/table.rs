@@ -8,7 +8,7 @@ use tapgate_ebpf_common::{
     Verdict,
     glance::{self, Sight},
     judge,
-    maps::{Address, FlowKey},
+    maps::{Address, FlowKey, Tap},
     packet::Header,
 };
 
@@ -105,13 +105,12 @@ fn classified(frame: &[u8], setup: Setup) -> Option<Sight> {
     let mut header = Header::default();
     judge::read(frame, &vm, &mut header).ok()?;
     let key = FlowKey {
-        slot: vm.slot,
+        slot: vm.slot as u16,
         protocol: header.protocol,
         v6: u8::from(header.v6),
         port: header.source_port,
-        remote: Address::new(header.destination),
         remote_port: header.port,
-        pad: 0,
+        remote: Address::new(header.destination),
     };
     Some(Sight { key, segment: header.segment() })
 }
@@ -140,7 +139,7 @@ fn the_quick_look_sees_nothing_that_the_classifier_refuses() {
             }
         }
         for setup in [Setup::Rules, Setup::V4Only] {
-            let Some(sight) = glance::from_guest(&frame[..], &setup.vm(1)) else { continue };
+            let Some(sight) = glance::from_guest(&frame[..], &Tap::new(1, &setup.vm(1))) else { continue };
             assert_eq!(Some(sight), classified(&frame, setup), "{frame:x?}");
             seen += 1;
         }
@@ -153,6 +152,6 @@ fn the_quick_look_sees_nothing_that_the_classifier_refuses() {
         frames::ip("198.51.100.1", 17, &frames::udp(123, b"x")),
         frames::ip("2001:db8:1::1", 17, &frames::udp(123, b"x")),
     ] {
-        assert!(glance::from_guest(&plain[..], &Setup::Rules.vm(1)).is_some(), "{plain:x?}");
+        assert!(glance::from_guest(&plain[..], &Tap::new(1, &Setup::Rules.vm(1))).is_some(), "{plain:x?}");
     }
 }

@@ -74,6 +74,11 @@ pub(crate) fn remove_other_versions(pins: &Path) -> Result<(), DatapathError> {
     Ok(())
 }
 
+/// Gives a pin another name.
+pub(crate) fn rename(from: &Path, to: &Path) -> Result<(), DatapathError> {
+    fs::rename(from, to).map_err(|source| DatapathError::Pins { what: "rename", path: from.into(), source })
+}
+
 /// Removes one pin, if it is there.
 pub(crate) fn unpin(path: &Path) -> Result<(), DatapathError> {
     remove_if_there(path, |path| fs::remove_file(path))

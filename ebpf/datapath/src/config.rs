@@ -20,6 +20,8 @@ pub struct DatapathConfig {
     pub guest_v4: Range,
     /// The guests' IPv6 range; `None` where guests have no IPv6.
     pub guest_v6: Option<Range>,
+    /// Whether that range is routed to this host, so that its addresses are seen outside; else they are translated (NAT66).
+    pub guest_v6_routed: bool,
     /// The host's interface that forwarded traffic may leave by; `None` leaves it to the host's routes.
     pub uplink: Option<String>,
 }
@@ -93,6 +95,7 @@ mod tests {
             pin_root: "/sys/fs/bpf/tapgate".into(),
             guest_v4: v4.parse().unwrap(),
             guest_v6: v6.map(|text| text.parse().unwrap()),
+            guest_v6_routed: false,
             uplink: None,
         };
         let named = |uplink: &str| DatapathConfig {

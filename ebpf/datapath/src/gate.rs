@@ -1,8 +1,9 @@
 //! A VM's gate: the proof that its tap has its programs, without which no VMM boots a VM.
 
-use crate::{Datapath, DatapathError, State, hook, world};
+use crate::{Datapath, DatapathError, Programs, Shared, State, hook, spare::Spare, world};
 use std::os::fd::OwnedFd;
 use tapgate_ebpf_common::net::{GATEWAY_MAC, GATEWAY_V4};
+use tapgate_fault::point;
 use tapgate_model::{GuestNet, VmId, VmPolicy};
 use tapgate_netns::{Netns, Route, RouteKind, Rtnl, Tap, Veth};
 
@@ -43,12 +44,33 @@ impl Datapath {
         policy: &VmPolicy,
     ) -> Result<Gate, DatapathError> {
         let inside = self.free_slot(&net).await?;
+        if let Some(spare) = self.shared.take_spare() {
+            match self.use_spare(&inside, spare, &net, policy).await {
+                Ok(tap) => return Ok(Gate { vm: vm.clone(), net, tap: Some(tap.into()) }),
+                Err(error) => tracing::warn!(slot = net.slot, %error, "a spare tap was of no use"),
+            }
+            self.detach_slot(net.slot).await?;
+        }
         let name = net.link();
         let tap = Tap::create(&self.shared.egress, &name)?;
+        point("gate.link");
         let index = inside.link(&name).await?;
         inside.configure_link(index, Some(GATEWAY_MAC), world::MTU).await?;
-        self.close_on_failure(self.gate(&inside, index, &net, policy).await, net).await?;
+        self.close_on_failure(self.gate(&inside, index, &net, policy, false).await, net).await?;
         Ok(Gate { vm: vm.clone(), net, tap: Some(tap.into()) })
+    }
+
+    async fn use_spare(
+        &self,
+        inside: &Rtnl,
+        spare: Spare,
+        net: &GuestNet,
+        policy: &VmPolicy,
+    ) -> Result<Tap, DatapathError> {
+        let (tap, index) = spare.become_tap(&self.shared, inside, net.slot, &net.link()).await?;
+        point("gate.link");
+        self.gate(inside, index, net, policy, true).await?;
+        Ok(tap)
     }
 
     /// Makes a pair of devices with both programs on the near end; the far end becomes `eth0` of the guest namespace,
@@ -70,10 +92,11 @@ impl Datapath {
             peer_netns: guest,
         };
         let index = inside.add_veth(&veth).await?;
+        point("gate.link");
         let done = async {
             inside.configure_link(index, None, world::MTU).await?;
             configure_guest(guest, &net).await?;
-            self.gate(&inside, index, &net, policy).await
+            self.gate(&inside, index, &net, policy, false).await
         };
         self.close_on_failure(done.await, net).await?;
         Ok(Gate { vm: vm.clone(), net, tap: None })
@@ -95,7 +118,7 @@ impl Datapath {
         }
         {
             let mut state = self.shared.state();
-            let State { programs, tables, slots } = &mut *state;
+            let State { tables, slots } = &mut *state;
             if slots.get(slot).is_some() {
                 return Err(DatapathError::Attached(slot));
             }
@@ -109,14 +132,16 @@ impl Datapath {
                 slots.remove(tables, slot)?;
             }
             slots.add(tables, &net, index, policy, fresh)?;
-            let replaced = hook::replace(
-                self.shared.attachment,
-                programs,
-                &self.shared.egress,
-                &self.shared.pins,
-                slot,
-                &net.link(),
-            );
+            let replaced = self.with_programs(|programs| {
+                hook::replace(
+                    self.shared.attachment,
+                    programs,
+                    &self.shared.egress,
+                    &self.shared.pins,
+                    slot,
+                    &net.link(),
+                )
+            });
             if let Err(error) = replaced {
                 // Without its entry whatever program is there drops everything; without a program nothing passes.
                 slots.remove(tables, slot)?;
@@ -155,12 +180,14 @@ impl Datapath {
     pub(crate) async fn detach_slot(&self, slot: u32) -> Result<(), DatapathError> {
         {
             let mut state = self.shared.state();
-            let State { tables, slots, .. } = &mut *state;
+            let State { tables, slots } = &mut *state;
             slots.remove(tables, slot)?;
         }
+        point("detach.entries");
         let inside = Rtnl::connect(&self.shared.egress)?;
         // The link goes before its programs: there is no moment with one and without the other.
         inside.delete_link(&format!("tg{slot}")).await?;
+        point("detach.link");
         hook::detach(&self.shared.pins, slot)?;
         self.shared.changed.notify_one();
         Ok(())
@@ -175,33 +202,49 @@ impl Datapath {
         Ok(Rtnl::connect(&self.shared.egress)?)
     }
 
-    /// Entries, programs, and only then up: a link that is up is whole but for its routes, which adoption makes anew.
+    /// Entries, programs unless they are there already (`hooked`), and only then up: a link that is up is whole but for its routes, which adoption makes anew.
     async fn gate(
         &self,
         inside: &Rtnl,
         index: u32,
         net: &GuestNet,
         policy: &VmPolicy,
+        hooked: bool,
     ) -> Result<(), DatapathError> {
+        let Shared { attachment, egress, pins, .. } = &*self.shared;
         {
             let mut state = self.shared.state();
-            let State { programs, tables, slots } = &mut *state;
+            let State { tables, slots } = &mut *state;
             slots.add(tables, net, index, policy, true)?;
-            hook::attach(
-                self.shared.attachment,
-                programs,
-                &self.shared.egress,
-                &self.shared.pins,
-                net.slot,
-                &net.link(),
-            )?;
         }
+        point("gate.entries");
+        let (slot, link) = (net.slot, net.link());
+        self.with_programs(|programs| {
+            if !hooked {
+                return hook::attach(*attachment, programs, egress, pins, &slot.to_string(), &link);
+            }
+            // Whatever happened to it since it was made.
+            if hook::are_attached(*attachment, programs, egress, &link)? {
+                return Ok(());
+            }
+            Err(DatapathError::NotAdoptable { slot, why: "a program is no longer on its tap".into() })
+        })?;
+        point("gate.programs");
         if net.v6.is_some() {
             let gateway = std::net::Ipv6Addr::from(tapgate_ebpf_common::net::GATEWAY_V6);
             inside.add_address(index, gateway.into(), 64).await?;
         }
         inside.set_up(index).await?;
+        point("gate.up");
         world::route_guest(inside, index, net).await
+    }
+
+    fn with_programs<T>(
+        &self,
+        work: impl FnOnce(&mut Programs) -> Result<T, DatapathError>,
+    ) -> Result<T, DatapathError> {
+        let removed = || DatapathError::Config("the datapath is being removed".into());
+        work(self.shared.programs().as_mut().ok_or_else(removed)?)
     }
 
     async fn close_on_failure(

@@ -4,11 +4,10 @@
 //! can be given a newer program in one step, with no moment without any.
 
 use crate::{
-    DatapathError, bpffs,
+    DatapathError, Programs, bpffs,
     objects::{FROM_GUEST, TO_GUEST, program},
 };
 use aya::{
-    Ebpf,
     programs::{
         LinkOrder, ProgramError, SchedClassifier, TcAttachType,
         links::{FdLink, PinnedLink},
@@ -50,23 +49,27 @@ fn best() -> Attachment {
     }
 }
 
-fn pin(pins: &Path, slot: u32, name: &str) -> PathBuf {
-    bpffs::links(pins).join(format!("{slot}-{name}"))
+/// What the names of spare taps begin with, and those of their pins.
+pub(crate) const SPARE: &str = "tgs";
+
+/// `of` is a slot, or the name of a spare tap.
+fn pin(pins: &Path, of: &str, name: &str) -> PathBuf {
+    bpffs::links(pins).join(format!("{of}-{name}"))
 }
 
 /// Attaches both programs to a new link.
 pub(crate) fn attach(
     how: Attachment,
-    programs: &mut Ebpf,
+    programs: &mut Programs,
     egress: &Netns,
     pins: &Path,
-    slot: u32,
+    of: &str,
     link: &str,
 ) -> Result<(), DatapathError> {
-    detach(pins, slot)?;
+    unpin(pins, of)?;
     for (name, kind) in HOOKS {
-        let program = program(programs, name)?;
-        let path = pin(pins, slot, name);
+        let program = program(&mut programs.0, name)?;
+        let path = pin(pins, of, name);
         egress.run(|| attach_one(how, program, link, kind, &path))?.map_err(failed("attach", name, link))?;
     }
     Ok(())
@@ -75,15 +78,15 @@ pub(crate) fn attach(
 /// Gives the attachments of a link, made by an earlier daemon, this daemon's programs.
 pub(crate) fn replace(
     how: Attachment,
-    programs: &mut Ebpf,
+    programs: &mut Programs,
     egress: &Netns,
     pins: &Path,
     slot: u32,
     link: &str,
 ) -> Result<(), DatapathError> {
     for (name, kind) in HOOKS {
-        let program = program(programs, name)?;
-        let path = pin(pins, slot, name);
+        let program = program(&mut programs.0, name)?;
+        let path = pin(pins, &slot.to_string(), name);
         let there = egress
             .run(|| {
                 replace_one(how, program, link, kind, &path)
@@ -100,8 +103,47 @@ pub(crate) fn replace(
 
 /// Removes the attachments' pins. With the pin the attachment goes; a clsact filter goes with its link.
 pub(crate) fn detach(pins: &Path, slot: u32) -> Result<(), DatapathError> {
+    unpin(pins, &slot.to_string())
+}
+
+/// Removes the pins of a slot or of a spare tap.
+pub(crate) fn unpin(pins: &Path, of: &str) -> Result<(), DatapathError> {
     for (name, _) in HOOKS {
-        bpffs::unpin(&pin(pins, slot, name))?;
+        bpffs::unpin(&pin(pins, of, name))?;
+    }
+    Ok(())
+}
+
+/// Gives the pins of one tap another tap's name.
+pub(crate) fn rename(pins: &Path, from: &str, to: &str) -> Result<(), DatapathError> {
+    for (name, _) in HOOKS {
+        bpffs::rename(&pin(pins, from, name), &pin(pins, to, name))?;
+    }
+    Ok(())
+}
+
+/// Whether both programs are on the link.
+pub(crate) fn are_attached(
+    how: Attachment,
+    programs: &mut Programs,
+    egress: &Netns,
+    link: &str,
+) -> Result<bool, DatapathError> {
+    for (name, kind) in HOOKS {
+        let program = program(&mut programs.0, name)?;
+        if !egress.run(|| is_attached(how, program, link, kind))?.map_err(failed("find", name, link))? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Removes the pins of spare taps that are gone with their daemon.
+pub(crate) fn forget_spares(pins: &Path) -> Result<(), DatapathError> {
+    let Ok(entries) = std::fs::read_dir(bpffs::links(pins)) else { return Ok(()) };
+    let spare = |name: &std::ffi::OsStr| name.to_string_lossy().starts_with(SPARE);
+    for entry in entries.flatten().filter(|entry| spare(&entry.file_name())) {
+        bpffs::unpin(&entry.path())?;
     }
     Ok(())
 }

@@ -20,7 +20,9 @@ mod objects;
 mod requirements;
 mod rules;
 mod slots;
+mod spare;
 mod sweep;
+mod taps;
 mod world;
 
 pub use config::{DatapathConfig, Range};
@@ -50,6 +52,7 @@ use tokio::{sync::Notify, task::JoinHandle};
 pub struct Datapath {
     shared: Arc<Shared>,
     sweeper: JoinHandle<()>,
+    spares: JoinHandle<()>,
     logs: Option<JoinHandle<()>>,
 }
 
@@ -62,12 +65,25 @@ struct Shared {
     attachment: Attachment,
     pins: PathBuf,
     state: Mutex<State>,
+    /// None once they are to be removed. Locked after `state` by whoever needs both: attaching waits for the kernel, and no
+    /// change of a policy waits for that.
+    programs: Mutex<Option<Programs>>,
+    spare: Mutex<Option<spare::Spare>>,
+    spare_taken: Notify,
     changed: Notify,
 }
 
-/// The handles of programs and maps, and what this daemon knows of its slots.
+/// The handles of the programs.
+pub(crate) struct Programs(Ebpf);
+
+impl std::fmt::Debug for Programs {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Programs").finish_non_exhaustive()
+    }
+}
+
+/// The handles of the maps, and what this daemon knows of its slots.
 struct State {
-    programs: Ebpf,
     tables: Tables,
     slots: Slots,
 }
@@ -82,6 +98,10 @@ impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
         // A panic in the middle of a change leaves maps that the next change writes anew.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn programs(&self) -> MutexGuard<'_, Option<Programs>> {
+        self.programs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -108,17 +128,22 @@ impl Datapath {
         let logs = None;
         world::describe(&config, &egress, &mut tables).await?;
         let slots = Slots::adopt(&mut tables)?;
+        hook::forget_spares(&pins)?;
         let shared = Arc::new(Shared {
             config,
             egress,
             host,
             attachment,
             pins,
-            state: Mutex::new(State { programs, tables, slots }),
+            state: Mutex::new(State { tables, slots }),
+            programs: Mutex::new(Some(Programs(programs))),
+            spare: Mutex::new(None),
+            spare_taken: Notify::new(),
             changed: Notify::new(),
         });
         let sweeper = tokio::spawn(sweep::run(Arc::clone(&shared)));
-        Ok(Self { shared, sweeper, logs })
+        let spares = tokio::spawn(spare::run(Arc::clone(&shared)));
+        Ok(Self { shared, sweeper, spares, logs })
     }
 
     /// The egress namespace: where the proxy's listeners are bound and guests are dialled from.
@@ -201,6 +226,10 @@ impl Datapath {
     /// Removes every VM, the programs, the uplink, the tables and the namespace.
     pub async fn teardown(self) -> Result<(), DatapathError> {
         self.sweeper.abort();
+        self.spares.abort();
+        // Whoever is attaching has finished after this, and nobody begins.
+        *self.shared.programs() = None;
+        *self.shared.spare() = None;
         for slot in self.slots()? {
             self.detach_slot(slot).await?;
         }
@@ -213,6 +242,7 @@ impl Datapath {
 impl Drop for Datapath {
     fn drop(&mut self) {
         self.sweeper.abort();
+        self.spares.abort();
         if let Some(logs) = &self.logs {
             logs.abort();
         }

@@ -1,6 +1,6 @@
 //! The embedded BPF object: loads it, with the maps that are pinned already, and gives each map its type.
 
-use crate::{Counters, DatapathError, bpffs, error::map_error, requirements};
+use crate::{Counters, DatapathError, bpffs, error::map_error, requirements, taps::Taps};
 use aya::{
     Ebpf, EbpfLoader,
     maps::{
@@ -24,9 +24,10 @@ use tapgate_ebpf_common::maps::{
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tapgate.o"));
 
 /// The maps that are pinned.
-const MAPS: [&str; 16] = [
+const MAPS: [&str; 17] = [
     "CONFIG",
     "VMS",
+    "TAPS",
     "RULES",
     "HOST",
     "LISTENERS",
@@ -51,6 +52,7 @@ pub(crate) const TO_GUEST: &str = "to_guest";
 pub(crate) struct Tables {
     pub config: Array<MapData, Config>,
     pub vms: HashMap<MapData, u32, Vm>,
+    pub taps: Taps,
     pub rules: LpmTrie<MapData, RuleKey, u8>,
     pub host: HashMap<MapData, [u8; 16], u8>,
     pub listeners: SockMap<MapData>,
@@ -94,6 +96,7 @@ fn load_all(pins: &Path) -> Result<(Ebpf, Tables), DatapathError> {
     let mut tables = Tables {
         config: Array::try_from(take(&mut programs, "CONFIG")?).map_err(map_error("open", "CONFIG"))?,
         vms: HashMap::try_from(take(&mut programs, "VMS")?).map_err(map_error("open", "VMS"))?,
+        taps: Taps::open(take(&mut programs, "TAPS")?)?,
         rules: LpmTrie::try_from(take(&mut programs, "RULES")?).map_err(map_error("open", "RULES"))?,
         host: HashMap::try_from(take(&mut programs, "HOST")?).map_err(map_error("open", "HOST"))?,
         listeners: SockMap::try_from(take(&mut programs, "LISTENERS")?)

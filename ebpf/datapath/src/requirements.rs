@@ -37,6 +37,7 @@ pub fn requirements() -> Vec<Requirement> {
         helper("bpf_sk_assign", "5.7", BpfHelper::BPF_FUNC_sk_assign),
         helper("bpf_ringbuf_reserve", "5.8", BpfHelper::BPF_FUNC_ringbuf_reserve),
         helper("bpf_ktime_get_coarse_ns", "5.11", BpfHelper::BPF_FUNC_ktime_get_coarse_ns),
+        helper("bpf_jiffies64", "5.6", BpfHelper::BPF_FUNC_jiffies64),
     ]
 }
 

@@ -39,7 +39,9 @@ pub(crate) struct Slots {
 impl Slots {
     /// Starts from what the maps hold.
     pub(crate) fn adopt(tables: &mut Tables) -> Result<Self, DatapathError> {
-        let vms: Vec<Vm> = tables.vms.iter().filter_map(|entry| entry.ok().map(|(_, vm)| vm)).collect();
+        let taps: Vec<(u32, Vm)> = tables.vms.iter().filter_map(Result::ok).collect();
+        tables.taps.adopt(&taps);
+        let vms: Vec<Vm> = taps.into_iter().map(|(_, vm)| vm).collect();
         let mut used = BTreeMap::new();
         for group in vms.iter().flat_map(|vm| vm.rules).filter(|group| *group != NO_RULES) {
             *used.entry(group).or_default() += 1;
@@ -92,10 +94,13 @@ impl Slots {
             }
         };
         let vm = self.entry(net, [own, account], policy);
+        // Judged by the table until both are there.
+        tables.taps.clear(link);
         if let Err(error) = tables.vms.insert(link, vm, 0) {
             vm.rules.iter().for_each(|group| self.groups.release(*group));
             return Err(map_error("put a VM", "VMS")(error));
         }
+        tables.taps.put(link, &vm);
         self.by_slot.insert(slot, Slot { link, vm, rules });
         if let Some(old) = old {
             old.rules.iter().for_each(|group| self.groups.disown(*group));
@@ -130,6 +135,7 @@ impl Slots {
             }
             return Err(map_error("put a VM", "VMS")(error));
         }
+        tables.taps.put(link, &vm);
         self.by_slot.insert(slot, Slot { link, vm, rules });
         self.groups.release(old[1]);
         if !in_place {
@@ -150,12 +156,17 @@ impl Slots {
             _ => Ok(()),
         };
         if let Some((link, _)) = entry {
+            tables.taps.clear(link);
             fine(tables.vms.remove(&link), "VMS")?;
         }
         // A slot that was never used has no flows to look for.
         if tables.flow_counts.get(&slot, 0).is_ok() {
-            let flows: Vec<_> =
-                tables.flows.keys().filter_map(Result::ok).filter(|key| key.slot == slot).collect();
+            let flows: Vec<_> = tables
+                .flows
+                .keys()
+                .filter_map(Result::ok)
+                .filter(|key| u32::from(key.slot) == slot)
+                .collect();
             for key in flows {
                 fine(tables.flows.remove(&key), "FLOWS")?;
             }

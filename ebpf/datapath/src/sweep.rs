@@ -76,8 +76,8 @@ fn sweep(shared: &Shared, cutter: Option<&Cutter>) -> Result<(), DatapathError> 
     let mut held: BTreeMap<u32, u64> = BTreeMap::new();
     for (key, flow) in flows {
         // Flows of a VM that is not adopted yet are the kernel's to judge.
-        let Some((vm, rules)) = vms.get(&key.slot) else { continue };
-        let held = held.entry(key.slot).or_default();
+        let Some((vm, rules)) = vms.get(&u32::from(key.slot)) else { continue };
+        let held = held.entry(u32::from(key.slot)).or_default();
         let known = Known { rules, config: &config, host: &host };
         let revoked = flow.policy != vm.policy && !passes(&key, vm, &known);
         if !revoked && !expired(&key, &flow, now) {
@@ -145,4 +145,30 @@ fn expired(key: &FlowKey, flow: &Flow, now: u64) -> bool {
         (false, true, _) => 180,
     };
     now.saturating_sub(flow.seen) > limit * SECOND
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tapgate_ebpf_common::packet::UDP;
+
+    #[test]
+    fn flows_are_forgotten_after_the_silence_of_their_kind() {
+        let over = FLOW_FIN_OUT | FLOW_FIN_IN;
+        for (protocol, state, seconds) in [
+            (TCP, 0, 60),
+            (TCP, FLOW_ANSWERED, 24 * 3600),
+            (TCP, FLOW_ANSWERED | FLOW_FIN_OUT, 24 * 3600),
+            (TCP, FLOW_ANSWERED | over, 10),
+            (UDP, 0, 30),
+            (UDP, FLOW_ANSWERED, 180),
+        ] {
+            let key = FlowKey { protocol, ..FlowKey::default() };
+            let flow = Flow { state, seen: 7 * SECOND, ..Flow::default() };
+            assert!(!expired(&key, &flow, (7 + seconds) * SECOND), "{protocol} {state}");
+            assert!(expired(&key, &flow, (8 + seconds) * SECOND), "{protocol} {state}");
+            // A clock that seems to go back forgets nothing.
+            assert!(!expired(&key, &flow, 0));
+        }
+    }
 }

@@ -323,7 +323,10 @@ fn host_table(config: &DatapathConfig) -> String {
     let (foreign_v6, masquerade_v6) = match config.guest_v6 {
         Some(range) => (
             format!("iifname \"{link}\" ip6 saddr != {range} drop"),
-            format!("ip6 saddr {range} oifname != \"{link}\" masquerade"),
+            match config.guest_v6_routed {
+                true => String::new(),
+                false => format!("ip6 saddr {range} oifname != \"{link}\" masquerade"),
+            },
         ),
         None => (format!("iifname \"{link}\" meta nfproto ipv6 drop"), String::new()),
     };
@@ -371,6 +374,7 @@ mod tests {
             pin_root: "/sys/fs/bpf/tapgate".into(),
             guest_v4: "10.214.0.0/16".parse().unwrap(),
             guest_v6: None,
+            guest_v6_routed: false,
             uplink: uplink.map(str::to_owned),
         };
         let rule = "iifname \"tgu-main\" oifname != \"eth0\" drop";

@@ -45,7 +45,7 @@ fn a_full_table_of_flows_refuses_new_flows_and_opens_nothing() {
         // Flows of a VM that no daemon of this life knows: the kernel's to keep.
         let mut flows: HashMap<_, FlowKey, Flow> = HashMap::try_from(map(&world, "FLOWS")).unwrap();
         let foreign = |number: u32| FlowKey {
-            slot: MAX_VMS - 1,
+            slot: MAX_VMS as u16 - 1,
             protocol: 17,
             remote: Address([0, 0, 0, number]),
             ..FlowKey::default()

@@ -11,8 +11,10 @@ use std::{
     io::{ErrorKind, Read as _, Write as _},
     net::{SocketAddr, TcpStream, UdpSocket},
 };
+use tapgate_datapath::Datapath;
 use tapgate_ebpf_common::{Reason, net::GATEWAY_MAC};
 use tapgate_model::{GuestNet, Mode, VmId};
+use tapgate_netns::{Route, RouteKind, Rtnl};
 
 #[test]
 fn both_families_are_forwarded_refused_and_handed_over() {
@@ -75,6 +77,40 @@ fn both_families_are_forwarded_refused_and_handed_over() {
             assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "{to}");
         }
         assert_eq!(world.arrived(), arrived, "nothing of it arrived");
+        datapath.teardown().await.unwrap();
+    });
+}
+
+#[test]
+fn a_routed_range_keeps_its_addresses_and_stays_closed_from_outside() {
+    in_world_v6(|world| async move {
+        let mut config = world.config.clone();
+        config.guest_v6_routed = true;
+        let datapath = Datapath::open(config).await.unwrap();
+        // The router sends the range to this host.
+        let internet = Rtnl::connect(&world.internet.0).unwrap();
+        let link = internet.link("in0").await.unwrap();
+        let to = (ip("fd74:6761:7465::"), 64);
+        let via = Some(ip(HOST_OUT_V6));
+        let route = Route { to, kind: RouteKind::Unicast, link: Some(link), via, source: None, table: 254 };
+        internet.add_route(&route).await.unwrap();
+        let a = guest_v6(&datapath, 0, Mode::Enforce, &["2001:db8:1::/48", "198.51.100.0/24"]).await;
+        let own = ip("fd74:6761:7465::1");
+        for (to, seen) in [("[2001:db8:1::1]:5000", own), ("198.51.100.1:5000", ip(HOST_OUT))] {
+            let server = echo(listen(&world.internet.0, to));
+            let mut stream = a.connect(to).unwrap();
+            stream.write_all(b"x").unwrap();
+            stream.read_exact(&mut [0]).unwrap();
+            drop(stream);
+            assert_eq!(server.join().unwrap().ip(), seen);
+        }
+        // Nobody outside reaches what the guest serves.
+        let inside = a.udp_at("[::]:9");
+        inside.set_nonblocking(true).unwrap();
+        let outside = world.internet.0.run(|| UdpSocket::bind("[2001:db8:1::1]:9").unwrap()).unwrap();
+        outside.send_to(b"x", SocketAddr::from((own, 9))).unwrap();
+        std::thread::sleep(SILENCE);
+        assert_eq!(inside.recv(&mut [0; 8]).unwrap_err().kind(), ErrorKind::WouldBlock);
         datapath.teardown().await.unwrap();
     });
 }

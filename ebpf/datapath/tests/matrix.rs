@@ -7,7 +7,7 @@ mod frames;
 
 use aya::{
     TestRun as _, TestRunOptions,
-    maps::{HashMap, Map, MapData, lpm_trie::LpmTrie},
+    maps::{Array, HashMap, Map, MapData, lpm_trie::LpmTrie},
     programs::SchedClassifier,
 };
 use common::*;
@@ -16,8 +16,8 @@ use std::path::Path;
 use tapgate_datapath::{Counters, Datapath, Gate};
 use tapgate_ebpf_common::{
     Reason, Verdict,
-    maps::{FlowKey, Listener, RuleKey, Vm},
-    net::{MARK_PROXY, MARK_REJECT, MARK_UPLINK},
+    maps::{FlowKey, Listener, RuleKey, Tap, Vm},
+    net::{GATEWAY_MAC, MARK_PROXY, MARK_REJECT, MARK_UPLINK},
     packet::{Header, TCP},
 };
 use tapgate_model::{Mode, VmId};
@@ -40,6 +40,7 @@ struct Programs {
     from_guest: SchedClassifier,
     to_guest: SchedClassifier,
     vms: HashMap<MapData, u32, Vm>,
+    taps: Array<MapData, Tap>,
     flows: HashMap<MapData, FlowKey, tapgate_ebpf_common::maps::Flow>,
 }
 
@@ -56,13 +57,16 @@ impl Programs {
             from_guest: attached("from_guest"),
             to_guest: attached("to_guest"),
             vms: HashMap::try_from(map(&world.pins(), "VMS")).unwrap(),
+            taps: Array::try_from(map(&world.pins(), "TAPS")).unwrap(),
             flows: HashMap::try_from(map(&world.pins(), "FLOWS")).unwrap(),
         }
     }
 
     /// Makes the loopback device the VM's tap; answers the policy's number.
     fn set_up(&mut self, setup: Setup, policy: u32) {
-        self.vms.insert(LOOPBACK, setup.vm(policy), 0).unwrap();
+        let vm = setup.vm(policy);
+        self.vms.insert(LOOPBACK, vm, 0).unwrap();
+        self.taps.set(Tap::place(LOOPBACK), Tap::new(LOOPBACK, &vm), 0).unwrap();
     }
 
     /// Return value and mark. The kernel takes no test frame without a whole network header: for such a short one there
@@ -278,13 +282,19 @@ fn only_answers_to_the_guests_own_flows_come_back() {
             ethernet(MAC, [2, 0x74, 0x67, 0, 0, 2], 0x8100, &[0; 60]),
             ethernet(MAC, [2, 0x74, 0x67, 0, 0, 2], 0x0806, &arp(1, [2; 6], to, OWN)),
         ];
-        for frame in &good {
-            assert_eq!(Programs::run(&programs.to_guest, frame, uplink).0, PASS, "{frame:x?}");
-            // From anywhere but the uplink it is another guest's.
-            assert_eq!(Programs::run(&programs.to_guest, frame, other).0, DROP);
-        }
-        for frame in &bad {
-            assert_eq!(Programs::run(&programs.to_guest, frame, uplink).0, DROP, "{frame:x?}");
+        // With its entry in the table of taps, without it, and where another tap has its place.
+        let own = Tap::new(LOOPBACK, &Setup::Rules.vm(500));
+        for entry in [Tap::default(), Tap { link: LOOPBACK + tapgate_ebpf_common::maps::TAPS, ..own }, own] {
+            programs.taps.set(Tap::place(LOOPBACK), entry, 0).unwrap();
+            for frame in &good {
+                assert_eq!(Programs::run(&programs.to_guest, frame, uplink).0, PASS, "{frame:x?}");
+                // From anywhere but the uplink it is another guest's.
+                assert_eq!(Programs::run(&programs.to_guest, frame, other).0, DROP);
+            }
+            for frame in &bad {
+                assert_eq!(Programs::run(&programs.to_guest, frame, uplink).0, DROP, "{frame:x?}");
+            }
+            assert_eq!(mark(&ip(to, 6, &tcp(80, ACK))), MARK_UPLINK, "{entry:?}");
         }
         // The same rules under another number: judged anew, and still allowed.
         programs.set_up(Setup::Rules, 501);
@@ -298,6 +308,35 @@ fn only_answers_to_the_guests_own_flows_come_back() {
         }
         assert_eq!(Programs::run(&programs.from_guest, &ip(to, 6, &tcp(80, ACK)), 0), (PASS, MARK_REJECT));
         assert!(datapath.counters(0).unwrap().dropped(Reason::Revoked) > 0);
+        datapath.teardown().await.unwrap();
+    });
+}
+
+/// A place in the table of taps that another tap has says nothing of this one: whoever speaks as the other guest is dropped,
+/// though the other has such a flow.
+#[test]
+fn an_entry_of_another_tap_lets_nobody_speak_for_it() {
+    use frames::*;
+    use tapgate_ebpf_common::maps::{Address, Flow, TAPS, halves};
+    in_world(|world| async move {
+        let datapath = world.open().await;
+        let _tap = quiet_tap(&datapath).await;
+        let mut programs = Programs::find(&world);
+        programs.set_up(Setup::Rules, 700);
+        let (mac, to) = ([6, 0x74, 0, 0, 0, 9], "198.51.100.1");
+        let v4 = u32::from_ne_bytes([10, 214, 0, 9]);
+        let other = Vm { slot: 9, mac: halves(mac), v4, ..Setup::Rules.vm(700) };
+        let (protocol, port, remote_port) = (17, 40000, 123);
+        let remote = Address::new(octets(to));
+        let key = FlowKey { slot: 9, protocol, v6: 0, port, remote_port, remote };
+        programs.flows.insert(key, Flow { policy: 700, ..Flow::default() }, 0).unwrap();
+        let frame =
+            ethernet(GATEWAY_MAC, mac, 0x0800, &ip_from("10.214.0.9", to, protocol, &udp(remote_port, b"x")));
+        // On the other's own tap it passes, so it is this check alone that holds.
+        for (link, wanted) in [(LOOPBACK, (PASS, MARK_UPLINK)), (LOOPBACK + TAPS, (DROP, 0))] {
+            programs.taps.set(Tap::place(LOOPBACK), Tap::new(link, &other), 0).unwrap();
+            assert_eq!(Programs::run(&programs.from_guest, &frame, 0), wanted, "{link}");
+        }
         datapath.teardown().await.unwrap();
     });
 }

@@ -170,6 +170,14 @@ impl Rtnl {
         self.handle.link().change(message.build()).execute().await.map_err(wrap(what))
     }
 
+    /// Gives the link another name. It must be down.
+    pub async fn rename_link(&self, index: u32, name: &str) -> Result<(), NetnsError> {
+        check_link_name(name)?;
+        let message = LinkUnspec::new_with_index(index).name(name).build();
+        let what = || format!("rename link {index} to `{name}`");
+        self.handle.link().change(message).execute().await.map_err(wrap(what))
+    }
+
     /// Sets the link up.
     pub async fn set_up(&self, index: u32) -> Result<(), NetnsError> {
         let message = LinkUnspec::new_with_index(index).up().build();

@@ -2,7 +2,7 @@
 
 use crate::{
     maps::{FLOW_COUNTS, FLOWS, FLOWS_EXPIRED, Scratch},
-    report::now,
+    report::{now, tick},
     skb::Skb,
 };
 use tapgate_ebpf_common::{
@@ -20,13 +20,12 @@ const NO_EXIST: u64 = 1;
 #[inline(always)]
 pub fn key(key: &mut FlowKey, vm: &Vm, header: &Header) {
     *key = FlowKey {
-        slot: vm.slot,
+        slot: vm.slot as u16,
         protocol: header.protocol,
         v6: header.v6 as u8,
         port: header.source_port,
-        remote: Address::new(header.destination),
         remote_port: header.port,
-        pad: 0,
+        remote: Address::new(header.destination),
     };
 }
 
@@ -42,8 +41,8 @@ pub fn find(key: &FlowKey) -> Option<&'static mut Flow> {
 #[inline(never)]
 pub fn open(vm: &Vm, scratch: &mut Scratch, tolerated: bool, length: u32) -> Result<(), Reason> {
     let Scratch { header, key, flow, .. } = scratch;
-    let counts = FLOW_COUNTS.get_ptr_mut(key.slot).ok_or(Reason::Fault)?;
-    let expired = FLOWS_EXPIRED.get_ptr(key.slot).ok_or(Reason::Fault)?;
+    let counts = FLOW_COUNTS.get_ptr_mut(key.slot as u32).ok_or(Reason::Fault)?;
+    let expired = FLOWS_EXPIRED.get_ptr(key.slot as u32).ok_or(Reason::Fault)?;
     // SAFETY: plain integers of a live entry; `opened` and `closed` are only ever added to.
     let held = unsafe { (*counts).opened.wrapping_sub((*counts).closed).wrapping_sub(*expired) };
     if held >= MAX_FLOWS_PER_VM as u64 {
@@ -51,10 +50,11 @@ pub fn open(vm: &Vm, scratch: &mut Scratch, tolerated: bool, length: u32) -> Res
     }
     let time = now();
     *flow = Flow {
-        began: time,
-        seen: time,
         policy: vm.policy,
         state: if tolerated { FLOW_TOLERATED } else { 0 },
+        tick: tick(),
+        seen: time,
+        began: time,
         next: header.segment().next(),
         expected: header.acknowledged,
         packets_out: 1,
@@ -78,17 +78,27 @@ pub fn open(vm: &Vm, scratch: &mut Scratch, tolerated: bool, length: u32) -> Res
 #[inline(always)]
 pub fn close(key: &FlowKey) {
     if FLOWS.remove(key).is_ok() {
-        if let Some(counts) = FLOW_COUNTS.get_ptr_mut(key.slot) {
+        if let Some(counts) = FLOW_COUNTS.get_ptr_mut(key.slot as u32) {
             // SAFETY: plain integers of a live entry, as in `open`.
             unsafe { (*counts).closed = (*counts).closed.wrapping_add(1) };
         }
     }
 }
 
+/// Notes that the flow lives. The clock is as exact as the timer tick, so it is asked once for each.
+#[inline(always)]
+fn touch(flow: &mut Flow) {
+    let tick = tick();
+    if flow.tick != tick {
+        flow.tick = tick;
+        flow.seen = now();
+    }
+}
+
 /// Notes a frame from the guest. Says whether the flow is over.
 #[inline(always)]
 pub fn note_out(flow: &mut Flow, protocol: u8, segment: &Segment, skb: &Skb) -> bool {
-    flow.seen = now();
+    touch(flow);
     flow.packets_out += 1;
     flow.bytes_out += skb.len() as u64;
     if protocol != TCP {
@@ -115,10 +125,12 @@ pub fn note_out(flow: &mut Flow, protocol: u8, segment: &Segment, skb: &Skb) -> 
 /// expires by itself.
 #[inline(always)]
 pub fn note_in(flow: &mut Flow, protocol: u8, flags: u8, skb: &Skb) {
-    flow.seen = now();
+    touch(flow);
     flow.packets_in += 1;
     flow.bytes_in += skb.len() as u64;
-    flow.state |= FLOW_ANSWERED;
+    if flow.state & FLOW_ANSWERED == 0 {
+        flow.state |= FLOW_ANSWERED;
+    }
     if protocol == TCP && flags & FIN != 0 {
         flow.state |= FLOW_FIN_IN;
     }

@@ -49,13 +49,12 @@ fn judge(skb: &Skb, vm: &Vm, v6: bool, header: &mut Header, key: &mut FlowKey) -
         _ => return Err(Reason::Fragment),
     };
     *key = FlowKey {
-        slot: vm.slot,
+        slot: vm.slot as u16,
         protocol: fragment.protocol,
         v6: v6 as u8,
         port,
-        remote: fragment.remote,
         remote_port,
-        pad: 0,
+        remote: fragment.remote,
     };
     let flow = answered(vm, key, header)?;
     flows::note_in(flow, fragment.protocol, 0, skb);

@@ -2,7 +2,7 @@
 
 use crate::{
     flows,
-    maps::{Maps, Scratch, VMS, scratch},
+    maps::{Maps, Scratch, VMS, policy, scratch, tap},
     report::{self, Way},
     skb::{DROP, PASS, Skb},
     sockets::{self, Found},
@@ -10,7 +10,7 @@ use crate::{
 use tapgate_ebpf_common::{
     Reason, Verdict, glance,
     judge::{judge, read, service},
-    maps::{EVENT_ALLOWED, EVENT_DENIED, EVENT_TOLERATED, FLOW_TOLERATED, Flow, FlowKey, Listener, Vm},
+    maps::{EVENT_ALLOWED, EVENT_DENIED, EVENT_TOLERATED, FLOW_TOLERATED, Flow, FlowKey, Listener, Tap, Vm},
     net::{MARK_PROXY, MARK_REJECT, MARK_UPLINK},
     packet::{Header, Segment, TCP},
 };
@@ -19,52 +19,54 @@ use tapgate_ebpf_common::{
 pub fn run(skb: &Skb) -> i32 {
     // What the guest's side may have left in the mark is no verdict.
     skb.set_mark(0);
+    if let Some(tap) = tap(skb.link()) {
+        match known(skb, tap) {
+            UNKNOWN => {}
+            verdict => return verdict,
+        }
+    }
     let Some(vm) = VMS.get_ptr(skb.link()) else {
         report::stray(Way::Out, skb);
         return DROP;
     };
     // SAFETY: the entry is replaced, never written, and lives until after the program's run.
     let vm = unsafe { &*vm };
-    match known(skb, vm) {
-        UNKNOWN => classify(skb, vm),
-        verdict => verdict,
+    let Some(scratch) = scratch() else { return drop(skb, vm, Reason::Fault) };
+    match parse(skb, vm, &mut scratch.header) {
+        PARSED => classify(skb, vm, scratch),
+        code if code & GATEWAY != 0 => pass(skb, vm.slot, MARK_PROXY, reason_of(code)),
+        code => drop(skb, vm, reason_of(code)),
     }
 }
 
 /// What no verdict is.
 const UNKNOWN: i32 = -1;
 
-/// A frame that is plainly of a known flow. A function of its own, for the sake of the stack.
-#[inline(never)]
-fn known(skb: &Skb, vm: &Vm) -> i32 {
-    let Some(sight) = glance::from_guest(&skb.front(), vm) else { return UNKNOWN };
+/// A frame that is plainly of a known flow.
+#[inline(always)]
+fn known(skb: &Skb, tap: &Tap) -> i32 {
+    let Some(sight) = glance::from_guest(&skb.front(), tap) else { return UNKNOWN };
     match flows::find(&sight.key) {
-        Some(flow) if flow.policy == vm.policy => forward(skb, vm, &sight.key, &sight.segment, flow),
+        Some(flow) if flow.policy == policy(tap) => forward(skb, &sight.key, &sight.segment, flow),
         _ => UNKNOWN,
     }
 }
 
-/// Everything else. A function of its own, for the sake of the stack.
+/// Everything else, once it is read. A function of its own, for the sake of the stack.
 #[inline(never)]
-fn classify(skb: &Skb, vm: &Vm) -> i32 {
-    let Some(scratch) = scratch() else { return drop(skb, vm, Reason::Fault) };
-    match parse(skb, vm, &mut scratch.header) {
-        PARSED => {}
-        code if code & GATEWAY != 0 => return pass(skb, vm, MARK_PROXY, reason_of(code)),
-        code => return drop(skb, vm, reason_of(code)),
-    }
+fn classify(skb: &Skb, vm: &Vm, scratch: &mut Scratch) -> i32 {
     flows::key(&mut scratch.key, vm, &scratch.header);
     let verdict = match service(&scratch.header) {
         Some(verdict) => verdict,
         None => match flows::find(&scratch.key) {
             None => decide(&scratch.header, vm),
             Some(flow) if flow.policy == vm.policy => {
-                return forward(skb, vm, &scratch.key, &scratch.header.segment(), flow);
+                return forward(skb, &scratch.key, &scratch.header.segment(), flow);
             }
             Some(flow) => match decide(&scratch.header, vm) {
                 Verdict::Uplink(_) | Verdict::Tolerate(_) => {
                     flow.policy = vm.policy;
-                    return forward(skb, vm, &scratch.key, &scratch.header.segment(), flow);
+                    return forward(skb, &scratch.key, &scratch.header.segment(), flow);
                 }
                 verdict => {
                     flows::close(&scratch.key);
@@ -107,21 +109,21 @@ fn decide(header: &Header, vm: &Vm) -> Verdict {
 
 /// Another frame of a flow that is known and allowed.
 #[inline(always)]
-fn forward(skb: &Skb, vm: &Vm, key: &FlowKey, segment: &Segment, flow: &mut Flow) -> i32 {
+fn forward(skb: &Skb, key: &FlowKey, segment: &Segment, flow: &mut Flow) -> i32 {
     let tolerated = flow.state & FLOW_TOLERATED != 0;
     if flows::note_out(flow, key.protocol, segment, skb) {
         flows::close(key);
     }
-    pass(skb, vm, MARK_UPLINK, if tolerated { Reason::NoRule } else { Reason::Cidr })
+    pass(skb, key.slot as u32, MARK_UPLINK, if tolerated { Reason::NoRule } else { Reason::Cidr })
 }
 
 #[inline(always)]
 fn carry_out(skb: &Skb, vm: &Vm, scratch: &mut Scratch, verdict: Verdict) -> i32 {
     let header = &scratch.header;
     match verdict {
-        Verdict::Gateway(reason) => pass(skb, vm, MARK_PROXY, reason),
+        Verdict::Gateway(reason) => pass(skb, vm.slot, MARK_PROXY, reason),
         Verdict::Answer => match sockets::connection(skb, header) {
-            Found::Connection | Found::TimeWait => pass(skb, vm, MARK_PROXY, Reason::Answer),
+            Found::Connection | Found::TimeWait => pass(skb, vm.slot, MARK_PROXY, Reason::Answer),
             Found::Nothing => refuse(skb, vm, Reason::HostAddress),
         },
         Verdict::Proxy(listener, reason) => hand_over(skb, vm, header, listener, reason),
@@ -147,11 +149,11 @@ fn carry_out(skb: &Skb, vm: &Vm, scratch: &mut Scratch, verdict: Verdict) -> i32
 fn hand_over(skb: &Skb, vm: &Vm, header: &Header, listener: Listener, reason: Reason) -> i32 {
     if header.protocol == TCP {
         if !header.opens() || sockets::connection(skb, header) == Found::Connection {
-            return pass(skb, vm, MARK_PROXY, reason);
+            return pass(skb, vm.slot, MARK_PROXY, reason);
         }
     }
     if sockets::assign(skb, listener, header.v6) {
-        pass(skb, vm, MARK_PROXY, reason)
+        pass(skb, vm.slot, MARK_PROXY, reason)
     } else {
         drop(skb, vm, Reason::Fault)
     }
@@ -164,17 +166,17 @@ fn out(skb: &Skb, vm: &Vm, scratch: &mut Scratch, reason: Reason, tolerated: boo
     if header.protocol == TCP {
         // A connection that the proxy has from before a rule was added stays the proxy's.
         if !header.opens() && sockets::connection(skb, header) == Found::Connection {
-            return pass(skb, vm, MARK_PROXY, reason);
+            return pass(skb, vm.slot, MARK_PROXY, reason);
         }
     } else if header.icmp != 0 && !header.pings() {
         // A report of a failure is no flow.
-        return pass(skb, vm, MARK_UPLINK, reason);
+        return pass(skb, vm.slot, MARK_UPLINK, reason);
     }
     match flows::open(vm, scratch, tolerated, skb.len()) {
         Ok(()) => {
             let verdict = if tolerated { EVENT_TOLERATED } else { EVENT_ALLOWED };
             report::event(vm.slot, &scratch.header, reason, verdict, skb);
-            pass(skb, vm, MARK_UPLINK, reason)
+            pass(skb, vm.slot, MARK_UPLINK, reason)
         }
         Err(why) => {
             report::event(vm.slot, &scratch.header, why, EVENT_DENIED, skb);
@@ -184,9 +186,9 @@ fn out(skb: &Skb, vm: &Vm, scratch: &mut Scratch, reason: Reason, tolerated: boo
 }
 
 #[inline(always)]
-fn pass(skb: &Skb, vm: &Vm, mark: u32, reason: Reason) -> i32 {
+fn pass(skb: &Skb, slot: u32, mark: u32, reason: Reason) -> i32 {
     skb.set_mark(mark);
-    report::passed(vm.slot, reason, Way::Out, skb);
+    report::passed(slot, reason, Way::Out, skb);
     PASS
 }
 

@@ -1,7 +1,7 @@
 //! The maps, by the names that user space knows them by.
 
 use aya_ebpf::{
-    bindings::BPF_F_NO_PREALLOC,
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
     macros::map,
     maps::{
         Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, RingBuf, SockMap, lpm_trie::Key,
@@ -12,7 +12,7 @@ use tapgate_ebpf_common::{
     maps::{
         AttemptKey, Attempts, Bucket, Config, Drops, Flow, FlowCount, FlowKey, Fragment, FragmentKey,
         LISTENERS as LISTENER_COUNT, MAX_ATTEMPTS, MAX_FLOWS, MAX_FRAGMENTS, MAX_HOST_ADDRESSES, MAX_RULES,
-        MAX_VMS, NO_RULES, RING_BYTES, RuleKey, Traffic, Vm,
+        MAX_VMS, NO_RULES, RING_BYTES, RuleKey, TAPS as TAP_COUNT, Tap, Traffic, Vm,
     },
     packet::Header,
 };
@@ -23,6 +23,9 @@ pub static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
 /// Index of a tap → its VM.
 #[map]
 pub static VMS: HashMap<u32, Vm> = HashMap::with_max_entries(MAX_VMS, BPF_F_NO_PREALLOC);
+/// Place of a tap's index → what its known flows are held against.
+#[map]
+pub static TAPS: Array<Tap> = Array::with_max_entries(TAP_COUNT, BPF_F_MMAPABLE);
 /// The `cidr` rules of every VM.
 #[map]
 pub static RULES: LpmTrie<RuleKey, u8> = LpmTrie::with_max_entries(MAX_RULES, 0);
@@ -86,6 +89,22 @@ pub fn scratch() -> Option<&'static mut Scratch> {
     let scratch = SCRATCH.get_ptr_mut(0)?;
     // SAFETY: the programs run with interrupts of their own kind off, so there is one user on each processor.
     Some(unsafe { &mut *scratch })
+}
+
+/// What frames of the device are held against, if it is a tap that has its entry.
+#[inline(always)]
+pub fn tap(link: u32) -> Option<&'static Tap> {
+    let tap = TAPS.get(Tap::place(link))?;
+    // SAFETY: a live word; user space may change it meanwhile.
+    let holder = unsafe { (&raw const tap.link).read_volatile() };
+    if link != 0 && holder == link { Some(tap) } else { None }
+}
+
+/// The generation of its policy, as of now.
+#[inline(always)]
+pub fn policy(tap: &Tap) -> u32 {
+    // SAFETY: as above.
+    unsafe { (&raw const tap.policy).read_volatile() }
 }
 
 /// The judge's look-ups, answered from the maps.

@@ -5,7 +5,7 @@ use crate::{
     maps::{ATTEMPTS, ATTEMPTS_GONE, BUCKETS, DROPS, EVENTS, TRAFFIC, scratch},
     skb::Skb,
 };
-use aya_ebpf::helpers::bpf_ktime_get_coarse_ns;
+use aya_ebpf::helpers::{bpf_jiffies64, bpf_ktime_get_coarse_ns};
 use tapgate_ebpf_common::{
     Reason,
     maps::{
@@ -23,6 +23,13 @@ const NO_EXIST: u64 = 1;
 pub fn now() -> u64 {
     // SAFETY: the helper has no arguments and cannot fail.
     unsafe { bpf_ktime_get_coarse_ns() }
+}
+
+/// The timer tick, its lowest bits: a word of memory, where the clock is a call.
+#[inline(always)]
+pub fn tick() -> u16 {
+    // SAFETY: as above.
+    unsafe { bpf_jiffies64() as u16 }
 }
 
 #[inline(always)]

@@ -2,26 +2,33 @@
 
 use crate::{
     flows, fragments,
-    maps::{CONFIG, Maps, Scratch, VMS, scratch},
+    maps::{CONFIG, Maps, Scratch, VMS, policy, scratch, tap},
     report::{self, Way},
     skb::{DROP, PASS, Skb},
 };
 use tapgate_ebpf_common::{
     Reason, Verdict, glance,
     judge::judge,
-    maps::{Address, Flow, FlowKey, Vm},
+    maps::{Address, Flow, FlowKey, Tap, Vm},
     packet::{self, ETHERNET, Ethertype, Header, ICMP, ICMP6, IPV4, IPV6, Packet},
 };
 
 #[inline(always)]
 pub fn run(skb: &Skb) -> i32 {
+    let from = skb.came_by();
+    if let Some(tap) = tap(skb.link()) {
+        if from != 0 && from == uplink() && known(skb, tap) {
+            report::passed(tap.slot, Reason::Cidr, Way::In, skb);
+            return PASS;
+        }
+    }
     let Some(vm) = VMS.get_ptr(skb.link()) else {
         report::stray(Way::In, skb);
         return DROP;
     };
     // SAFETY: the entry is replaced, never written, and lives until after the program's run.
     let vm = unsafe { &*vm };
-    match admit(skb, vm) {
+    match admit(skb, vm, from) {
         Ok(reason) => {
             report::passed(vm.slot, reason, Way::In, skb);
             PASS
@@ -34,17 +41,12 @@ pub fn run(skb: &Skb) -> i32 {
 }
 
 #[inline(always)]
-fn admit(skb: &Skb, vm: &Vm) -> Result<Reason, Reason> {
-    let from = skb.came_by();
+fn admit(skb: &Skb, vm: &Vm, from: u32) -> Result<Reason, Reason> {
     if from == 0 {
         return Ok(Reason::Answer);
     }
-    let config = CONFIG.get(0).ok_or(Reason::Fault)?;
-    if from != config.uplink {
+    if from != uplink() {
         return Err(Reason::OtherVm);
-    }
-    if known(skb, vm) {
-        return Ok(Reason::Cidr);
     }
     match classify(skb, vm) {
         ADMITTED => Ok(Reason::Cidr),
@@ -52,12 +54,18 @@ fn admit(skb: &Skb, vm: &Vm) -> Result<Reason, Reason> {
     }
 }
 
-/// Whether the frame is plainly of a known flow. A function of its own, for the sake of the stack, as are those below.
-#[inline(never)]
-fn known(skb: &Skb, vm: &Vm) -> bool {
-    let Some(sight) = glance::to_guest(&skb.front(), vm) else { return false };
+/// The device that answers come in by; without a configuration no device.
+#[inline(always)]
+fn uplink() -> u32 {
+    CONFIG.get(0).map_or(0, |config| config.uplink)
+}
+
+/// Whether the frame is plainly of a known flow.
+#[inline(always)]
+fn known(skb: &Skb, tap: &Tap) -> bool {
+    let Some(sight) = glance::to_guest(&skb.front(), tap) else { return false };
     match flows::find(&sight.key) {
-        Some(flow) if flow.policy == vm.policy => {
+        Some(flow) if flow.policy == policy(tap) => {
             flows::note_in(flow, sight.key.protocol, sight.segment.flags, skb);
             true
         }
@@ -76,8 +84,9 @@ fn reason_of(code: u32) -> Reason {
     Reason::from_u8(code as u8).unwrap_or(Reason::Fault)
 }
 
-/// Everything else: the reason why it may not pass, if it may not.
-#[inline(never)]
+/// Everything else: the reason why it may not pass, if it may not. What it calls are functions of their own, for the sake of
+/// the stack.
+#[inline(always)]
 fn classify(skb: &Skb, vm: &Vm) -> u32 {
     let Some(Scratch { header, key, .. }) = scratch() else { return Reason::Fault as u32 };
     match parse(skb, header) {
@@ -86,6 +95,12 @@ fn classify(skb: &Skb, vm: &Vm) -> u32 {
         PIECE_V6 => return fragments::admit(skb, vm, true, header, key),
         reason => return reason,
     }
+    admit_whole(skb, vm, header, key)
+}
+
+/// Whether a frame that is no fragment may pass.
+#[inline(never)]
+fn admit_whole(skb: &Skb, vm: &Vm, header: &mut Header, key: &mut FlowKey) -> u32 {
     match judge_answer(skb, vm, header, key) {
         Ok(()) => ADMITTED,
         Err(reason) => reason as u32,
@@ -129,13 +144,12 @@ fn judge_answer(skb: &Skb, vm: &Vm, header: &mut Header, key: &mut FlowKey) -> R
             return Err(Reason::Protocol);
         }
         *key = FlowKey {
-            slot: vm.slot,
+            slot: vm.slot as u16,
             protocol: header.protocol,
             v6: header.v6 as u8,
             port: if icmp { header.source_port } else { header.port },
-            remote: Address::new(header.source),
             remote_port: if icmp { 0 } else { header.source_port },
-            pad: 0,
+            remote: Address::new(header.source),
         };
     }
     let flags = header.flags;
@@ -205,7 +219,7 @@ fn find_reported(skb: &Skb, vm: &Vm, header: &Header, key: &mut FlowKey) -> Opti
         ports = skb.read(AT + IPV4)?;
     }
     let ping = key.protocol == ICMP || key.protocol == ICMP6;
-    key.slot = vm.slot;
+    key.slot = vm.slot as u16;
     key.v6 = header.v6 as u8;
     key.port = if ping {
         u16::from_be_bytes([ports[4], ports[5]])
@@ -213,6 +227,5 @@ fn find_reported(skb: &Skb, vm: &Vm, header: &Header, key: &mut FlowKey) -> Opti
         u16::from_be_bytes([ports[0], ports[1]])
     };
     key.remote_port = if ping { 0 } else { u16::from_be_bytes([ports[2], ports[3]]) };
-    key.pad = 0;
     Some(())
 }

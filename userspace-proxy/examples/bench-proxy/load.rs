@@ -17,8 +17,9 @@ use tokio::{
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
-/// Connections that fetch at one time, by measure.
-const BULK_CONNECTIONS: usize = 2;
+/// Connections that fetch at one time, by measure. With as few for bulk as there are processors, the figure is a matter of luck: whether two
+/// of them meet on one thread of the load, of the proxy or of the origin.
+pub const BULK_CONNECTIONS: usize = 8;
 const OPENING: usize = 24;
 const KEPT_ALIVE: usize = 32;
 

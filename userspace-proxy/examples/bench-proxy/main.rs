@@ -42,6 +42,9 @@ struct Figures {
 /// What can be asked for alone, in the order in which it is measured.
 const MEASURES: [&str; 4] = ["bulk", "new", "kept", "idle"];
 
+/// The two ways of treating TLS.
+const WAYS: [&str; 2] = ["spliced", "opened"];
+
 #[derive(Clone, Copy)]
 struct Plan {
     each: Duration,
@@ -58,12 +61,16 @@ fn main() -> Result<()> {
     }
     enclosed(&args)?;
     let plan = match args.iter().any(|arg| arg == "--long") {
-        true => Plan { each: Duration::from_secs(5), rounds: 3, idle: 10_000 },
-        false => Plan { each: Duration::from_secs(2), rounds: 1, idle: 2_000 },
+        true => Plan { each: Duration::from_secs(3), rounds: 3, idle: 10_000 },
+        false => Plan { each: Duration::from_secs(2), rounds: 3, idle: 2_000 },
     };
-    // Peers and measures by name; without any, all.
+    let rounds = args.iter().find_map(|arg| arg.strip_prefix("--rounds=")?.parse().ok());
+    let plan = Plan { rounds: rounds.unwrap_or(plan.rounds), ..plan };
+    // Peers, measures and ways by name; without any, all.
     let (measures, only): (Vec<&String>, Vec<&String>) =
         args.iter().filter(|arg| !arg.starts_with("--")).partition(|arg| MEASURES.contains(&arg.as_str()));
+    let (ways, only): (Vec<&String>, Vec<&String>) =
+        only.into_iter().partition(|arg| WAYS.contains(&arg.as_str()));
     let wanted = MEASURES.map(|name| measures.is_empty() || measures.iter().any(|measure| *measure == name));
     let most = nix::sys::resource::Resource::RLIMIT_NOFILE;
     let (_, descriptors) = nix::sys::resource::getrlimit(most)?;
@@ -71,7 +78,10 @@ fn main() -> Result<()> {
     // A spliced connection takes two of the proxy's.
     let plan = Plan { idle: plan.idle.min(usize::try_from(descriptors)?.saturating_sub(2200) / 2), ..plan };
     let stage = Stage::new()?;
-    let (running, subjects) = subjects(&stage, &only, plan)?;
+    let (running, mut subjects) = subjects(&stage, &only, plan)?;
+    subjects.retain(|s| {
+        s.pid.is_none() || ways.is_empty() || ways.iter().any(|way| *way == WAYS[usize::from(s.opens)])
+    });
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .on_thread_start(stage.enter_guest())
@@ -270,10 +280,11 @@ fn report(rows: &[(Subject, Figures)], plan: Plan) -> Result<String> {
     writeln!(
         text,
         "A guest's namespace, a veth pair, and one with the proxies and an nginx as the origin. The load (rustls, no resumption), the proxy and the \
-         origin share the processors. Bulk: 2 connections fetch {} MiB again and again. New connections: 24 workers, a full handshake and a GET of 1 KiB on \
+         origin share the processors. Bulk: {} connections fetch {} MiB again and again. New connections: 24 workers, a full handshake and a GET of 1 KiB on \
          each. Keep-alive: 32 connections, GET of 1 KiB. Each figure is the median of {} rounds of {} s. CPU is the proxy's own (user and system), for each 10⁹ octets. \
          Memory is what {} idle connections add to the proportional set size (mitmproxy: a twentieth as many). Squid and mitmproxy are asked by CONNECT. \
          Opened by tapgate: a secret is put into every request, every answer is searched for it.\n",
+        load::BULK_CONNECTIONS,
         BULK >> 20,
         plan.rounds,
         plan.each.as_secs(),

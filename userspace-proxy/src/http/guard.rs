@@ -8,6 +8,7 @@ use crate::peek::http1::{Framing, Refused, check_head};
 use bytes::{Buf as _, BytesMut};
 use std::{
     io,
+    mem::MaybeUninit,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll, ready},
@@ -21,6 +22,8 @@ pub(crate) const MAX_HEAD: usize = 64 * 1024;
 const MAX_CHUNK_LINE: usize = 256;
 /// Longest trailer section.
 const MAX_TRAILERS: usize = 16 * 1024;
+/// Read at a time where it has to be looked at: a TLS record.
+const PIECE: usize = 16 * 1024;
 /// What the library reads in a bad head's stead.
 const HARMLESS: &[u8] = b"GET / HTTP/1.1\r\nHost: refused.invalid\r\nConnection: close\r\n\r\n";
 
@@ -63,10 +66,10 @@ enum Part {
 /// A guest's stream, guarded.
 pub struct GuardedIo<S> {
     inner: S,
-    /// Read from the guest, not yet looked at.
+    /// Read from the guest. Holds no memory while the guest is silent.
     raw: BytesMut,
-    /// Looked at and let through.
-    out: BytesMut,
+    /// So many octets of it were looked at and let through.
+    passed: usize,
     part: Part,
     heads: u64,
     refusal: Refusal,
@@ -79,7 +82,7 @@ impl<S> GuardedIo<S> {
         Self {
             inner,
             raw: BytesMut::new(),
-            out: BytesMut::new(),
+            passed: 0,
             part: Part::Head(0),
             heads: 0,
             refusal: Refusal::default(),
@@ -95,48 +98,50 @@ impl<S> GuardedIo<S> {
     fn refuse(&mut self, why: Refused) {
         self.refusal.set(self.heads, why);
         self.heads += 1;
-        self.out.extend_from_slice(HARMLESS);
-        self.raw.clear();
-        self.part = Part::End;
+        self.broken();
+        self.raw.extend_from_slice(HARMLESS);
+        self.passed = self.raw.len();
+    }
+
+    /// What is still to be looked at.
+    fn fresh(&self) -> &[u8] {
+        &self.raw[self.passed..]
     }
 
     /// Moves the next `length` octets through.
     fn pass(&mut self, length: usize) {
-        self.out.unsplit(self.raw.split_to(length));
+        self.passed += length;
     }
 
-    /// The length of the line that `raw` begins with, its CR LF included.
+    /// The length of the next line, its CR LF included.
     fn line(&self, most: usize) -> Result<Option<usize>, ()> {
-        match self.raw.iter().position(|b| *b == b'\n') {
+        let fresh = self.fresh();
+        match fresh.iter().position(|b| *b == b'\n') {
             Some(0) => Err(()),
-            Some(end) if end > most || self.raw[end - 1] != b'\r' => Err(()),
+            Some(end) if end > most || fresh[end - 1] != b'\r' => Err(()),
             Some(end) => Ok(Some(end + 1)),
-            None if self.raw.len() > most => Err(()),
+            None if fresh.len() > most => Err(()),
             None => Ok(None),
         }
     }
 
     /// Takes one step; false if more input is needed first.
     fn step(&mut self) -> bool {
-        if self.raw.is_empty() {
+        let fresh = self.fresh();
+        if fresh.is_empty() {
             return false;
         }
         match self.part {
             Part::Head(searched) => return self.head(searched),
-            Part::Body(left) | Part::Chunk(left) => {
-                let length = self.raw.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+            Part::Body(_) | Part::Chunk(_) | Part::Tunnel => {
+                let length = fresh.len();
+                let length = self.left().map_or(length, |left| length.min(left));
                 self.pass(length);
-                let left = left - length as u64;
-                self.part = match (self.part, left) {
-                    (Part::Body(_), 0) => Part::Head(0),
-                    (Part::Body(_), left) => Part::Body(left),
-                    (_, 0) => Part::ChunkEnd,
-                    (_, left) => Part::Chunk(left),
-                };
+                self.used(length);
             }
-            Part::ChunkEnd => match self.raw.len() {
-                1 if self.raw[0] == b'\r' => return false,
-                2.. if self.raw.starts_with(b"\r\n") => {
+            Part::ChunkEnd => match fresh {
+                b"\r" => return false,
+                _ if fresh.starts_with(b"\r\n") => {
                     self.pass(2);
                     self.part = Part::ChunkSize;
                 }
@@ -144,7 +149,7 @@ impl<S> GuardedIo<S> {
             },
             Part::ChunkSize => match self.line(MAX_CHUNK_LINE) {
                 Ok(None) => return false,
-                Ok(Some(length)) => match chunk_size(&self.raw[..length - 2]) {
+                Ok(Some(length)) => match chunk_size(&fresh[..length - 2]) {
                     Some(size) => {
                         self.pass(length);
                         self.part = if size == 0 { Part::Trailers(0) } else { Part::Chunk(size) };
@@ -155,42 +160,54 @@ impl<S> GuardedIo<S> {
             },
             Part::Trailers(passed) => match self.line(MAX_TRAILERS.saturating_sub(passed)) {
                 Ok(None) => return false,
-                Ok(Some(length)) if length > 2 && matches!(self.raw[0], b' ' | b'\t') => self.broken(),
+                Ok(Some(length)) if length > 2 && matches!(fresh[0], b' ' | b'\t') => self.broken(),
                 Ok(Some(length)) => {
                     self.pass(length);
                     self.part = if length == 2 { Part::Head(0) } else { Part::Trailers(passed + length) };
                 }
                 Err(()) => self.broken(),
             },
-            Part::Tunnel => {
-                let length = self.raw.len();
-                self.pass(length);
-            }
-            Part::End => self.raw.clear(),
+            Part::End => self.broken(),
         }
         true
     }
 
+    /// How much of what comes next is content, which needs no look; none means all.
+    fn left(&self) -> Option<usize> {
+        match self.part {
+            Part::Body(left) | Part::Chunk(left) => Some(usize::try_from(left).unwrap_or(usize::MAX)),
+            Part::Tunnel => None,
+            _ => Some(0),
+        }
+    }
+
+    /// Counts content that has passed.
+    fn used(&mut self, length: usize) {
+        self.part = match self.part {
+            Part::Body(left) if left == length as u64 => Part::Head(0),
+            Part::Body(left) => Part::Body(left - length as u64),
+            Part::Chunk(left) if left == length as u64 => Part::ChunkEnd,
+            Part::Chunk(left) => Part::Chunk(left - length as u64),
+            part => part,
+        };
+    }
+
     /// Framing inside a body is wrong: the library sees the body cut short, and fails the request.
     fn broken(&mut self) {
-        self.raw.clear();
+        self.raw.truncate(self.passed);
         self.part = Part::End;
     }
 
     fn head(&mut self, searched: usize) -> bool {
+        let fresh = self.fresh();
         let from = searched.saturating_sub(3);
-        let end =
-            self.raw[from..].windows(4).position(|window| window == b"\r\n\r\n").map(|at| from + at + 4);
+        let end = fresh[from..].windows(4).position(|window| window == b"\r\n\r\n").map(|at| from + at + 4);
         match end {
-            Some(end) if end <= MAX_HEAD => match check_head(&self.raw[..end]) {
+            Some(end) if end <= MAX_HEAD => match check_head(&fresh[..end]) {
                 Ok(head) => {
-                    self.pass(end);
-                    self.heads += 1;
                     self.part = match (head.upgrade, head.framing) {
                         (true, Framing::Length(0)) => Part::Tunnel,
                         (true, _) => {
-                            self.out.clear();
-                            self.heads -= 1;
                             self.refuse((Reason::BadRequest, "an Upgrade with a body"));
                             return true;
                         }
@@ -198,28 +215,24 @@ impl<S> GuardedIo<S> {
                         (_, Framing::Length(length)) => Part::Body(length),
                         (_, Framing::Chunked) => Part::ChunkSize,
                     };
-                    true
+                    self.pass(end);
+                    self.heads += 1;
                 }
-                Err(why) => {
-                    self.refuse(why);
-                    true
-                }
+                Err(why) => self.refuse(why),
             },
-            None if self.raw.len() < MAX_HEAD => {
+            None if fresh.len() < MAX_HEAD => {
                 // A bare LF or a NUL never becomes a good head; waiting for its end would only take time.
-                let odd = |at: usize, b: u8| b == 0 || b == b'\n' && (at == 0 || self.raw[at - 1] != b'\r');
-                if self.raw[searched..].iter().enumerate().any(|(at, b)| odd(searched + at, *b)) {
+                let odd = |at: usize, b: u8| b == 0 || b == b'\n' && (at == 0 || fresh[at - 1] != b'\r');
+                if fresh[searched..].iter().enumerate().any(|(at, b)| odd(searched + at, *b)) {
                     self.refuse((Reason::BadRequest, "a line that does not end in CR LF"));
                     return true;
                 }
-                self.part = Part::Head(self.raw.len());
-                false
+                self.part = Part::Head(fresh.len());
+                return false;
             }
-            _ => {
-                self.refuse((Reason::BadRequest, "the request head is longer than 64 KiB"));
-                true
-            }
+            _ => self.refuse((Reason::BadRequest, "the request head is longer than 64 KiB")),
         }
+        true
     }
 }
 
@@ -234,14 +247,46 @@ fn chunk_size(line: &[u8]) -> Option<u64> {
     u64::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()
 }
 
+impl<S: AsyncRead + Unpin> GuardedIo<S> {
+    /// Reads content to where it is wanted, past the buffer.
+    fn poll_content(
+        &mut self,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+        most: usize,
+    ) -> Poll<io::Result<()>> {
+        let mut into = ReadBuf::new(buf.initialize_unfilled_to(most));
+        ready!(Pin::new(&mut self.inner).poll_read(cx, &mut into))?;
+        let length = into.filled().len();
+        buf.advance(length);
+        self.eof = length == 0;
+        self.used(length);
+        Poll::Ready(Ok(()))
+    }
+
+    /// Reads what has to be looked at.
+    fn poll_more(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut piece = [const { MaybeUninit::<u8>::uninit() }; PIECE];
+        let mut piece = ReadBuf::uninit(&mut piece);
+        ready!(Pin::new(&mut self.inner).poll_read(cx, &mut piece))?;
+        self.eof = piece.filled().is_empty();
+        self.raw.extend_from_slice(piece.filled());
+        Poll::Ready(Ok(()))
+    }
+}
+
 impl<S: AsyncRead + Unpin> AsyncRead for GuardedIo<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         loop {
-            if !this.out.is_empty() {
-                let length = this.out.len().min(buf.remaining());
-                buf.put_slice(&this.out[..length]);
-                this.out.advance(length);
+            if this.passed > 0 {
+                let length = this.passed.min(buf.remaining());
+                buf.put_slice(&this.raw[..length]);
+                this.raw.advance(length);
+                this.passed -= length;
+                if this.raw.is_empty() {
+                    this.raw = BytesMut::new();
+                }
                 return Poll::Ready(Ok(()));
             }
             if matches!(this.part, Part::End) || this.eof && this.raw.is_empty() {
@@ -254,21 +299,13 @@ impl<S: AsyncRead + Unpin> AsyncRead for GuardedIo<S> {
                 // A head or a chunk line that was never finished.
                 return Poll::Ready(Ok(()));
             }
-            this.raw.reserve(8 * 1024);
-            ready!(read_some(&mut this.inner, cx, &mut this.raw, &mut this.eof))?;
+            let most = this.left().map_or(buf.remaining(), |left| left.min(buf.remaining()));
+            if most > 0 {
+                return this.poll_content(cx, buf, most);
+            }
+            ready!(this.poll_more(cx))?;
         }
     }
-}
-
-fn read_some<S: AsyncRead + Unpin>(
-    inner: &mut S,
-    cx: &mut Context<'_>,
-    raw: &mut BytesMut,
-    eof: &mut bool,
-) -> Poll<io::Result<()>> {
-    let read = std::pin::pin!(tokio::io::AsyncReadExt::read_buf(inner, raw));
-    *eof = ready!(read.poll(cx))? == 0;
-    Poll::Ready(Ok(()))
 }
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for GuardedIo<S> {

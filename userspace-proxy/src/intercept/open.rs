@@ -18,13 +18,18 @@ use crate::{
     registry::{Subject, Ticket},
     table::VmEntry,
 };
-use bytes::Bytes;
-use std::{net::SocketAddr, sync::Arc};
+use bytes::{Bytes, BytesMut};
+use std::{net::SocketAddr, sync::Arc, time::Instant};
 use tapgate_model::{HostName, Protocol, Reason, Verdict, VmPolicy};
-use tokio::{net::TcpStream, time::timeout};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite},
+    net::TcpStream,
+    time::timeout,
+};
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 type Opened = TlsStream<Prefixed<TcpStream>>;
+type Upstreams = tokio_rustls::client::TlsStream<TcpStream>;
 
 impl Conn {
     /// Opens the connection and serves what is inside.
@@ -62,13 +67,26 @@ impl Conn {
             },
         };
         let offer = if hello.http2 { Alpn::Http2 } else { Alpn::Http1 };
+        let other = Other {
+            shared: shared.clone(),
+            entry: entry.clone(),
+            policy,
+            to,
+            name: name.clone(),
+            verdict: decision.verdict,
+            route: decision.route,
+            started,
+        };
+        let (first, raw) = match first {
+            First::Silent => match other.hear(&mut stream, &ticket).await {
+                Some(spoke) => spoke,
+                None => return,
+            },
+            _ => (first, raw),
+        };
         let conn = match first {
-            First::Other | First::Tls(_) | First::BadHello => {
-                let mut record =
-                    Record::begin(&shared.sink, &policy, Protocol::Tls, decision.verdict, started);
-                record.destination(Some(&name), to.ip(), to.port());
-                let other = Other { shared, entry, policy, to, name, route: decision.route };
-                return other.relay(stream, raw, record, ticket).await;
+            First::Other | First::Silent | First::Tls(_) | First::BadHello => {
+                return other.relay(&mut stream, raw, &ticket).await;
             }
             First::Http2 => HttpConn::new(shared, entry, to, Some(name), Alpn::Http2, Alpn::Http2),
             First::Http1 | First::BadHttp | First::Closed => {
@@ -102,33 +120,112 @@ struct Other {
     policy: Arc<VmPolicy>,
     to: SocketAddr,
     name: HostName,
+    verdict: Verdict,
     route: Route,
+    started: Instant,
 }
 
 impl Other {
-    async fn relay(self, stream: Opened, raw: Bytes, mut record: Record, ticket: Ticket) {
-        let mut guest =
-            Prefixed::new(raw, stream).counted(record.counters.clone()).throttled(self.entry.clone());
-        let passed = tokio::select! {
+    /// The guest says nothing: perhaps the server speaks first, perhaps the guest is slow. Relays to the end if it is the server
+    /// that speaks, and gives back what the guest says if it is the guest: that may be HTTP after all.
+    async fn hear(&self, stream: &mut Opened, ticket: &Ticket) -> Option<(First, Bytes)> {
+        let mut record = self.record();
+        let mut said = BytesMut::with_capacity(4 * 1024);
+        let heard = tokio::select! {
             biased;
             () = ticket.revoked.cancelled() => Err(Reason::Revoked),
-            passed = self.pass(&mut guest, &mut record) => passed.map_err(|error| error.reason()),
-            () = self.shared.stop.cancelled() => return,
+            heard = self.listen(stream, &mut said, &mut record) => heard.map_err(|error| error.reason()),
+            () = self.shared.stop.cancelled() => return None,
         };
-        if let Err(reason) = passed {
-            record.verdict(Verdict::Deny { reason });
-            farewell(&mut guest, b"").await;
+        match heard {
+            Ok(Some(upstream)) => self.pass(stream, upstream, &mut record, ticket).await,
+            Ok(None) => {
+                record.discard();
+                let timeouts = self.shared.config.timeouts;
+                let mut rest = Prefixed::new(said.freeze(), stream);
+                let spoke = peek::peek(&mut rest, timeouts.hello, timeouts.hello).await;
+                return Some(spoke.unwrap_or((First::Closed, Bytes::new())));
+            }
+            Err(reason) => {
+                record.verdict(Verdict::Deny { reason });
+                farewell(stream, b"").await;
+            }
+        }
+        None
+    }
+
+    /// The upstream, with what it said, if it speaks before the guest does.
+    async fn listen(
+        &self,
+        guest: &mut Opened,
+        said: &mut BytesMut,
+        record: &mut Record,
+    ) -> Result<Option<Prefixed<Upstreams>>, UpstreamError> {
+        let mut upstream = self.dial(record).await?;
+        let mut heard = BytesMut::with_capacity(4 * 1024);
+        tokio::select! {
+            biased;
+            // How it ends, if it ends, is seen by whoever goes on with it.
+            _ = guest.read_buf(said) => Ok(None),
+            _ = upstream.read_buf(&mut heard) => Ok(Some(Prefixed::new(heard.freeze(), upstream))),
         }
     }
 
-    async fn pass(&self, guest: &mut Prefixed<Opened>, record: &mut Record) -> Result<(), UpstreamError> {
+    async fn relay(&self, stream: &mut Opened, raw: Bytes, ticket: &Ticket) {
+        let mut record = self.record();
+        let dialled = tokio::select! {
+            biased;
+            () = ticket.revoked.cancelled() => Err(Reason::Revoked),
+            dialled = self.dial(&mut record) => dialled.map_err(|error| error.reason()),
+            () = self.shared.stop.cancelled() => return,
+        };
+        match dialled {
+            Ok(upstream) => {
+                let upstream = Prefixed::new(Bytes::new(), upstream);
+                self.pass(&mut Prefixed::new(raw, stream), upstream, &mut record, ticket).await;
+            }
+            Err(reason) => {
+                record.verdict(Verdict::Deny { reason });
+                farewell(stream, b"").await;
+            }
+        }
+    }
+
+    fn record(&self) -> Record {
+        let (sink, verdict) = (&self.shared.sink, self.verdict.clone());
+        let mut record = Record::begin(sink, &self.policy, Protocol::Tls, verdict, self.started);
+        record.destination(Some(&self.name), self.to.ip(), self.to.port());
+        record
+    }
+
+    async fn dial(&self, record: &mut Record) -> Result<Upstreams, UpstreamError> {
         let connector = &self.shared.connector;
         let (stream, address) = connector.dialer.dial(&self.policy, &self.route, self.to).await?;
-        let upstream = connector.tls(stream, &self.name, None).await?;
         record.dialled(address.ip());
-        let mut upstream = Prefixed::new(Bytes::new(), upstream).throttled(self.entry.clone());
-        // How it ends is between the two.
-        let _ = tokio::io::copy_bidirectional_with_sizes(guest, &mut upstream, 16 * 1024, 16 * 1024).await;
-        Ok(())
+        connector.tls(stream, &self.name, None).await
+    }
+
+    async fn pass<S: AsyncRead + AsyncWrite + Unpin>(
+        &self,
+        stream: &mut S,
+        upstream: Prefixed<Upstreams>,
+        record: &mut Record,
+        ticket: &Ticket,
+    ) {
+        let mut guest = Prefixed::new(Bytes::new(), &mut *stream)
+            .counted(record.counters.clone())
+            .throttled(self.entry.clone());
+        let mut upstream = upstream.throttled(self.entry.clone());
+        let revoked = tokio::select! {
+            biased;
+            () = ticket.revoked.cancelled() => true,
+            // How it ends is between the two.
+            _ = tokio::io::copy_bidirectional_with_sizes(&mut guest, &mut upstream, 16 * 1024, 16 * 1024) => false,
+            () = self.shared.stop.cancelled() => return,
+        };
+        if revoked {
+            record.verdict(Verdict::Deny { reason: Reason::Revoked });
+            farewell(stream, b"").await;
+        }
     }
 }

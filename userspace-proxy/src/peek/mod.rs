@@ -34,8 +34,10 @@ pub(crate) enum First {
     Http2,
     /// It began like HTTP and ended unlike anything.
     BadHttp,
-    /// Something else, or nothing: the server speaks first.
+    /// Something else.
     Other,
+    /// Nothing yet: perhaps the server speaks first, perhaps the guest is slow.
+    Silent,
     /// The guest closed before it said anything.
     Closed,
 }
@@ -67,7 +69,7 @@ pub(crate) async fn peek<S: AsyncRead + Unpin>(
             }
             Guess::More(otherwise) => (start + deadline, otherwise),
             Guess::Silence if closed => return Ok((First::Closed, Bytes::new())),
-            Guess::Silence => (start + server_first.min(deadline), First::Other),
+            Guess::Silence => (start + server_first.min(deadline), First::Silent),
         };
         if buffer.capacity() == buffer.len() {
             buffer.reserve(buffer.len().clamp(START, MOST));
@@ -161,6 +163,13 @@ mod tests {
         let (first, raw) = peek(&mut all, Duration::from_secs(60), Duration::from_secs(60)).await.unwrap();
         assert!(matches!(first, First::BadHello), "{first:?}");
         assert!(raw.len() <= 2 * MOST, "{}", raw.len());
+    }
+
+    #[tokio::test]
+    async fn silence_is_told_from_everything_that_is_said() {
+        let (_guest, mut ours) = tokio::io::duplex(64);
+        let (first, raw) = peek(&mut ours, Duration::from_secs(60), Duration::from_millis(20)).await.unwrap();
+        assert!(matches!(first, First::Silent) && raw.is_empty(), "{first:?}");
     }
 
     #[tokio::test]

@@ -176,6 +176,28 @@ mod tests {
     }
 
     #[test]
+    fn values_that_mean_nothing_are_skipped() {
+        // GREASE (RFC 8701): a cipher suite and an extension that nobody knows.
+        let mut bytes = hello("a.example", &[b"h2"]);
+        let mut add = |at: usize, more: u16| {
+            let old = u16::from_be_bytes([bytes[at], bytes[at + 1]]);
+            bytes[at..at + 2].copy_from_slice(&(old + more).to_be_bytes());
+            usize::from(old)
+        };
+        // Lengths: of the record, of the message, of the session id, of the suites, of the compressions, of the extensions.
+        add(3, 6);
+        add(7, 6);
+        let suites = 5 + 4 + 2 + 32 + 1 + 32;
+        let compressions = suites + 2 + add(suites, 2);
+        add(compressions + 2, 4);
+        bytes.splice(suites + 2..suites + 2, [0x0a, 0x0a]);
+        bytes.extend([0x1a, 0x1a, 0, 0]);
+        let read = HelloReader::default().advance(&bytes).unwrap().unwrap();
+        assert_eq!(read.name, Some("a.example".parse()));
+        assert!(read.http2);
+    }
+
+    #[test]
     fn an_address_is_no_name() {
         let read = HelloReader::default().advance(&hello("192.0.2.1", &[b"imap"])).unwrap().unwrap();
         assert_eq!(read.name, None);

@@ -2,7 +2,7 @@
 
 use super::{GUEST, World, config, sh};
 use tapgate_ebpf_common::net::port;
-use tapgate_proxy::{Listeners, Proxy};
+use tapgate_proxy::{Listeners, Proxy, ProxyConfig};
 
 /// A guest's namespace, removed with this value.
 pub struct Guest(String);
@@ -103,8 +103,13 @@ impl Drop for Guest {
 
 /// Serves the guest by real listeners.
 pub fn serve(w: &World) {
+    serve_with(w, config(&w.ca));
+}
+
+/// Serves the guest by real listeners, with these settings.
+pub fn serve_with(w: &World, config: ProxyConfig) {
     let listeners = Listeners::bind().unwrap();
     assert!(listeners.fds().service.is_some());
-    let proxy = Proxy::new(config(&w.ca), w.table.clone(), w.sink.clone());
+    let proxy = Proxy::new(config, w.table.clone(), w.sink.clone());
     tokio::spawn(proxy.serve(listeners, w.stop.clone()));
 }

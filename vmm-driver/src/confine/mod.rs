@@ -8,7 +8,8 @@ pub mod scratch;
 pub mod tool;
 pub mod view;
 
-use crate::cgroup::{Cgroup, Limits};
+use crate::block;
+use crate::cgroup::{Cgroup, IoLimits, Limits};
 use crate::process::ProcessRef;
 use crate::spec::{VmSpec, VmmError};
 use nix::sched::{CloneFlags, setns, unshare};
@@ -32,8 +33,8 @@ pub fn uid_of(slot: u32) -> u32 {
     UID_BASE + slot % UIDS
 }
 
-/// Threads of a VMM beyond its virtual CPUs.
-const THREADS: u32 = 64;
+/// Threads of a VMM beyond its virtual CPUs. QEMU starts up to 64 for disk I/O alone, beside its own few, and ends when it gets none.
+const THREADS: u32 = 128;
 
 /// Which network a VMM's process is in.
 #[derive(Debug)]
@@ -84,6 +85,7 @@ impl Launch<'_> {
         let prepare = move || -> io::Result<()> {
             // A session of its own: no terminal's signal and no daemon's end reaches it.
             nix::unistd::setsid()?;
+            inherit_nothing()?;
             if let Some(cgroup) = &cgroup {
                 nix::unistd::write(cgroup, b"0")?;
             }
@@ -121,15 +123,20 @@ pub fn present(program: &Path, package: &'static str) -> Result<(), VmmError> {
 }
 
 /// The VM's control group with its limits. What the host does not offer is noted and said aloud.
-pub fn enclose(root: Option<&Path>, spec: &VmSpec, notes: &mut Vec<String>) -> Option<Cgroup> {
+pub fn enclose(root: Option<&Path>, spec: &VmSpec, io: IoLimits, notes: &mut Vec<String>) -> Option<Cgroup> {
     let Some(root) = root else {
         notes.push("no control group".into());
-        tracing::warn!(vm = %spec.id, "this host delegates no control groups of version 2: the VM has no CPU, memory and process \
+        tracing::warn!(vm = %spec.id, "this host delegates no control groups of version 2: the VM has no CPU, memory, process and disk \
             limits of the host's; under systemd set Delegate=yes in the unit, elsewhere mount cgroup2 at /sys/fs/cgroup");
         return None;
     };
-    let limits = Limits { cpus: spec.vcpus, memory_mib: spec.memory_mib, pids: spec.vcpus + THREADS };
-    match Cgroup::create(root, spec.id.as_str(), limits) {
+    let limits = Limits { cpus: spec.vcpus, memory_mib: spec.memory_mib, pids: spec.vcpus + THREADS, io };
+    // Its own disk and the image's, which may lie elsewhere.
+    let folders = [Some(spec.dir.as_path()), spec.image.as_ref().map(|image| image.dir())];
+    let mut disks: Vec<_> = folders.into_iter().flatten().filter_map(block::device_of).collect();
+    disks.sort();
+    disks.dedup();
+    match Cgroup::create(root, spec.id.as_str(), limits, &disks) {
         Ok((group, missing)) => {
             if !missing.is_empty() {
                 notes.push(format!("no limit for {}", missing.join(", ")));
@@ -184,6 +191,16 @@ fn duplicate(from: RawFd, to: RawFd) -> io::Result<()> {
         -1 => Err(io::Error::last_os_error()),
         _ => Ok(()),
     }
+}
+
+/// No descriptor that the daemon itself was started with goes on to a VMM: a lock, a log, a socket of whoever started it. Those that
+/// are given numbers after this lose the mark again.
+#[expect(unsafe_code, reason = "close_range has no safe form")]
+pub fn inherit_nothing() -> io::Result<()> {
+    // SAFETY: only marks descriptors; none is closed before exec.
+    let done =
+        unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 fn limit_core() -> io::Result<()> {

@@ -13,7 +13,7 @@ pub use memory::{DATA as MEMORY, keeps_memory, place_memory};
 pub(crate) use supervise::{append, file, words};
 
 use crate::accel::Accel;
-use crate::cgroup::Cgroup;
+use crate::cgroup::{Cgroup, IoLimits};
 use crate::confine::scratch::Scratch;
 use crate::confine::view::View;
 use crate::confine::{self, Confined, Launch, Network, uid_of};
@@ -33,6 +33,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use supervise::{Command, Supervisor};
 use tapgate_datapath::Gate;
+use tapgate_fault::point;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
 
@@ -54,12 +55,14 @@ pub struct QemuDriver {
     pub accel: Accel,
     /// The host's version-2 control group tree, where there is one.
     pub cgroups: Option<PathBuf>,
+    /// What each VM may do with the host's disks.
+    pub io: IoLimits,
 }
 
 impl QemuDriver {
     /// The driver with the program from the usual place and the host's control groups.
     pub fn new(accel: Accel) -> Self {
-        Self { program: default_program(), accel, cgroups: Cgroup::root() }
+        Self { program: default_program(), accel, cgroups: Cgroup::root(), io: IoLimits::default() }
     }
 
     async fn start(&self, spec: &VmSpec, mut gate: Gate) -> Result<Box<dyn Running>, VmmError> {
@@ -109,6 +112,7 @@ impl QemuDriver {
         let image = &disk::origin(&spec.dir, image)?;
         let disk = disk::prepare(&spec.dir, image, spec.snapshot.as_deref(), spec.disk_bytes)?;
         let seed = spec.dir.join(file::SEED);
+        point("vmm.disk");
         spec.seed.write(&seed)?;
         let _ = fs::remove_file(spec.dir.join(file::VMM));
         let control = spec.dir.join(file::CONTROL);
@@ -146,7 +150,8 @@ impl QemuDriver {
             incoming,
         };
         let mut notes = vec![format!("accel={:?}", self.accel).to_lowercase()];
-        let cgroup = confine::enclose(self.cgroups.as_deref(), spec, &mut notes);
+        let cgroup = confine::enclose(self.cgroups.as_deref(), spec, self.io, &mut notes);
+        point("vmm.enclosed");
         let log = match &scratch {
             Some(scratch) => scratch.append("log").map_err(VmmError::io("the VMM's log"))?,
             None => confine::log(&spec.dir.join(file::VMM))?,
@@ -161,7 +166,9 @@ impl QemuDriver {
             cgroup: cgroup.and_then(|group| group.entrance().ok()),
         }
         .spawn()?;
+        point("vmm.spawned");
         let (handle, process) = noted(spec, pid, control, notes).inspect_err(|_| confine::end_child(pid))?;
+        point("vmm.noted");
         Ok((handle, process, scratch))
     }
 

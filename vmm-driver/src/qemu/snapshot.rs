@@ -9,6 +9,7 @@ use crate::spec::{SnapshotInfo, VmmError};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::time::{Duration, Instant};
+use tapgate_fault::point;
 
 const NODE: &str = "snapshot";
 const JOB: &str = "snapshot";
@@ -96,8 +97,10 @@ async fn copy(vm: &QemuRunning, to: &Path) -> Result<SnapshotInfo, VmmError> {
         None => false,
     };
     let froze = held.elapsed();
+    point("snapshot.frozen");
     let started = begin(vm).await;
     let began = held.elapsed();
+    point("snapshot.begun");
     if let Some(agent) = &mut agent {
         // Also after a failure. Thawed by itself in between, the guest had written again before the copy began.
         frozen &= agent.thaw().await.is_ok_and(|count| count > 0);

@@ -11,7 +11,7 @@ mod judge;
 mod snapshot;
 mod supervise;
 
-use crate::cgroup::Cgroup;
+use crate::cgroup::{Cgroup, IoLimits};
 use crate::confine::scratch::Scratch;
 use crate::confine::view::View;
 use crate::confine::{self, Confined, Launch, Network, uid_of};
@@ -130,6 +130,8 @@ pub struct ApiDriver {
     pub program: PathBuf,
     /// The host's version-2 control group tree, where there is one.
     pub cgroups: Option<PathBuf>,
+    /// What each VM may do with the host's disks.
+    pub io: IoLimits,
 }
 
 /// What belongs to one process of a VMM.
@@ -165,7 +167,7 @@ enum Tap {
 impl ApiDriver {
     /// The driver for a program.
     pub fn new(kind: Kind, program: PathBuf) -> Self {
-        Self { kind, program, cgroups: Cgroup::root() }
+        Self { kind, program, cgroups: Cgroup::root(), io: IoLimits::default() }
     }
 
     async fn start(&self, spec: &VmSpec, mut gate: Gate) -> Result<Box<dyn Running>, VmmError> {
@@ -243,7 +245,7 @@ impl ApiDriver {
             cmdline: &image.manifest().cmdline,
         };
         let mut notes = Vec::new();
-        let cgroup = confine::enclose(self.cgroups.as_deref(), spec, &mut notes);
+        let cgroup = confine::enclose(self.cgroups.as_deref(), spec, self.io, &mut notes);
         let output = |name: &str| scratch.append(name).map_err(VmmError::io("the VMM's scratch space"));
         let stdout = if self.kind == Kind::Firecracker { "console" } else { "log" };
         let inside = match &network {

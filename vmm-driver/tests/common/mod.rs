@@ -119,6 +119,7 @@ impl World {
             pin_root: PathBuf::from(format!("/sys/fs/bpf/tgvm-{}", self.instance)),
             guest_v4: "10.214.0.0/16".parse().unwrap(),
             guest_v6: Some("fd74:6761:7465::/64".parse().unwrap()),
+            guest_v6_routed: false,
             uplink: None,
         }
     }
@@ -178,6 +179,10 @@ impl World {
 
     /// Runs a command in the guest, over SSH from the egress namespace.
     pub fn ssh(&self, egress: &Netns, net: GuestNet, command: &str) -> Output {
+        self.ssh_with(egress, net, command, Stdio::null())
+    }
+
+    fn ssh_with(&self, egress: &Netns, net: GuestNet, command: &str, input: Stdio) -> Output {
         let mut ssh = Command::new("ssh");
         ssh.arg("-i").arg(&self.key).args([
             "-o",
@@ -186,8 +191,27 @@ impl World {
             "UserKnownHostsFile=/dev/null",
         ]);
         ssh.args(["-o", "LogLevel=ERROR", "-o", "BatchMode=yes", "-o", "ConnectTimeout=60"]);
-        ssh.arg(format!("root@{}", net.v4)).arg(command).stdin(Stdio::null());
+        ssh.arg(format!("root@{}", net.v4)).arg(command).stdin(input);
         egress.run(move || ssh.output()).unwrap().unwrap()
+    }
+
+    /// Puts a Java runtime with its key store into the guest, made of this machine's: an image that has Java, as far as trust goes.
+    pub fn give_java(&self, egress: &Netns, net: GuestNet) {
+        let at = |name: &str| self.dir.path().join(name);
+        let root = at("java-root");
+        let (jvm, store) = (root.join("usr/lib/jvm/java"), root.join("etc/ssl/certs/java"));
+        for folder in [jvm.parent().unwrap(), &store, &root.join("usr/bin")] {
+            std::fs::create_dir_all(folder).unwrap();
+        }
+        let mut jlink = Command::new("jlink");
+        jlink.args(["--add-modules", "java.base", "--strip-debug", "--compress=2", "--output"]);
+        assert!(status(jlink.arg(&jvm)), "jlink, of default-jdk-headless");
+        std::fs::copy("/etc/ssl/certs/java/cacerts", store.join("cacerts")).unwrap();
+        std::os::unix::fs::symlink("/usr/lib/jvm/java/bin/keytool", root.join("usr/bin/keytool")).unwrap();
+        assert!(status(Command::new("tar").arg("-cf").arg(at("java.tar")).arg("-C").arg(&root).arg(".")));
+        let tar = std::fs::File::open(at("java.tar")).unwrap();
+        let unpacked = self.ssh_with(egress, net, "tar -xf - --no-overwrite-dir -C / && sync", tar.into());
+        assert!(unpacked.status.success(), "{}", String::from_utf8_lossy(&unpacked.stderr));
     }
 
     /// The same, for commands that must work.

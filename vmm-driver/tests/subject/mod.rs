@@ -15,6 +15,9 @@ use tapgate_vmm::{ApiDriver, ApiKind, Running, VmSpec, Vmm};
 /// A port that only a breach reaches.
 const OUTSIDE: u16 = 4444;
 
+/// The name of a file that this process has open for its children too, as a daemon may that was started carelessly.
+pub const INHERITABLE: &str = "inheritable";
+
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 77, 1);
 
 /// A driver under test.
@@ -173,6 +176,9 @@ impl Subject {
             let of = |pid: &str| std::fs::metadata(format!("/proc/{pid}/ns/{link}")).unwrap().ino();
             assert_ne!(of("self"), of(&pid.to_string()), "{link} namespace");
         }
+        let inherited = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+        let inherited: Vec<_> = inherited.filter_map(|fd| std::fs::read_link(fd.path()).ok()).collect();
+        assert!(!inherited.iter().any(|file| file.ends_with(INHERITABLE)), "{inherited:?}");
         let worked = inside::attempts(pid, uid, &spec.dir);
         assert!(worked.is_empty(), "from inside its view: {worked:?}");
         let group = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
@@ -182,12 +188,16 @@ impl Subject {
             let limit =
                 |name: &str| std::fs::read_to_string(dir.join(name)).map(|text| text.trim().to_owned());
             for (name, value) in
-                [("cpu.max", "150000 100000"), ("memory.max", "1073741824"), ("pids.max", "65")]
+                [("cpu.max", "150000 100000"), ("memory.max", "1073741824"), ("pids.max", "129")]
             {
                 // A controller that this host does not delegate is in the VM's notes.
                 if let Ok(found) = limit(name) {
                     assert_eq!(found, value, "{name}");
                 }
+            }
+            if let (Ok(found), Some(disk)) = (limit("io.max"), tapgate_vmm::block::device_of(&spec.dir)) {
+                let line = format!("{disk} rbps=536870912 wbps=536870912 riops=20000 wiops=20000");
+                assert!(found.lines().any(|found| found == line), "{found}");
             }
         }
     }

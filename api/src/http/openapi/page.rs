@@ -107,7 +107,7 @@ fn operation(out: &mut String, document: &Value, path: &str, method: &str, opera
 pub(super) fn render(document: &Value) -> String {
     let mut out = String::from(
         "<!doctype html><html lang=en><meta charset=utf-8><title>tapgate API</title>\
-         <meta name=viewport content=\"width=device-width\"><style>body{font:16px/1.5 system-ui;max-width:52rem;\
+         <meta name=viewport content=\"width=device-width\"><style>:root{color-scheme:light dark}body{font:16px/1.5 system-ui;max-width:52rem;\
          margin:2rem auto;padding:0 1rem}table{border-collapse:collapse;width:100%}td,th{border:1px solid #8886;\
          padding:.2rem .5rem;text-align:left}section{border-top:1px solid #8886}</style><h1>tapgate API</h1>\
          <p>For programs: <a href=\"/openapi.json\">openapi.json</a>. Send your API key as \

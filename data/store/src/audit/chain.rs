@@ -3,7 +3,7 @@
 //! The two ends are authenticated too: the head, so that events cannot be cut off the new end, and the anchor, which
 //! moves when retention removes events from the old end.
 
-use super::record;
+use super::{index, record};
 use crate::error::{Result, StoreError};
 use crate::seal::SealKey;
 use aws_lc_rs::hmac;
@@ -12,6 +12,29 @@ use tapgate_model::{AuditEvent, EventId};
 
 /// How many events one step of retention removes.
 const STEP: u64 = 5_000;
+
+/// How much of the log is kept.
+#[derive(Clone, Copy, Debug)]
+pub struct Keep {
+    /// No event from before this time (microseconds since the epoch).
+    pub since_us: i64,
+    /// No more events than this.
+    pub events: u64,
+    /// No more octets in the file than this.
+    pub octets: u64,
+}
+
+/// Octets of the file that are in use.
+fn size(db: &Connection) -> Result<u64> {
+    let used = number(db, "page_count")?.saturating_sub(number(db, "freelist_count")?);
+    Ok(used.saturating_mul(number(db, "page_size")?))
+}
+
+/// What SQLite says of the file.
+pub(super) fn number(db: &Connection, pragma: &str) -> Result<u64> {
+    let number: i64 = db.pragma_query_value(None, pragma, |row| row.get(0))?;
+    Ok(u64::try_from(number).unwrap_or(0))
+}
 
 pub(super) type Hash = [u8; 32];
 
@@ -74,7 +97,7 @@ impl Stored {
             user: row.get("user_name")?,
             vm: row.get("vm_name")?,
             class: row.get("class")?,
-            host: row.get("host_name")?,
+            host: row.get("host")?,
             address: row.get("address")?,
             port: row.get("port")?,
             rule: row.get("rule")?,
@@ -185,8 +208,8 @@ impl Chain {
             return Ok(Err("the record of where the log ends was changed".into()));
         };
         let mut statement = db.prepare(
-            "SELECT e.*, u.name AS user_name, v.name AS vm_name, h.name AS host_name FROM events e
-             LEFT JOIN names u ON u.id = e.user LEFT JOIN names v ON v.id = e.vm LEFT JOIN hosts h ON h.id = e.host
+            "SELECT e.*, u.name AS user_name, v.name AS vm_name FROM events e
+             LEFT JOIN names u ON u.id = e.user LEFT JOIN names v ON v.id = e.vm
              ORDER BY e.seq",
         )?;
         let mut rows = statement.query([])?;
@@ -215,21 +238,22 @@ impl Chain {
         Ok(Ok(count))
     }
 
-    /// Removes some of the oldest events that are too old or too many, and moves the anchor.
-    pub(super) fn trim(&self, tx: &Transaction<'_>, older_than_us: i64, at_most: u64) -> Result<u64> {
+    /// Removes some of the oldest events that are too old, too many or too large together, and moves the anchor.
+    pub(super) fn trim(&self, tx: &Transaction<'_>, keep: &Keep) -> Result<u64> {
         let (first, newest): (Option<i64>, Option<i64>) =
             tx.query_row("SELECT min(seq), max(seq) FROM events", [], |row| Ok((row.get(0)?, row.get(1)?)))?;
         let (Some(first), Some(newest)) = (first, newest) else { return Ok(0) };
         let step = i64::try_from(STEP).unwrap_or(i64::MAX);
         // Events come nearly in order of time; one that came late goes when its turn comes.
-        let too_many = newest.saturating_sub(i64::try_from(at_most).unwrap_or(i64::MAX));
+        let too_many = newest.saturating_sub(i64::try_from(keep.events).unwrap_or(i64::MAX));
         let old: Option<i64> = tx.query_row(
             "SELECT min(seq) - 1 FROM (SELECT seq, ts FROM events WHERE seq < ?1 ORDER BY seq) WHERE ts >= ?2",
-            params![first + step, older_than_us],
+            params![first + step, keep.since_us],
             |row| row.get(0),
         )?;
         let too_old = old.unwrap_or(first + step - 1);
-        let last = too_old.max(too_many).min(first + step - 1).min(newest);
+        let too_large = if size(tx)? > keep.octets { first + step - 1 } else { first - 1 };
+        let last = too_old.max(too_many).max(too_large).min(first + step - 1).min(newest);
         if last < first {
             return Ok(0);
         }
@@ -238,18 +262,8 @@ impl Chain {
         let hash: Hash =
             hash.try_into().map_err(|_| StoreError::Corrupt("an audit hash is not 32 bytes".into()))?;
         self.set_mark(tx, "anchor", last, &hash)?;
-        tx.execute("CREATE TEMP TABLE IF NOT EXISTS gone_hosts (id INTEGER PRIMARY KEY)", [])?;
-        tx.execute("DELETE FROM gone_hosts", [])?;
-        tx.execute(
-            "INSERT OR IGNORE INTO gone_hosts SELECT host FROM events WHERE seq <= ?1 AND host IS NOT NULL",
-            [last],
-        )?;
         let gone = tx.execute("DELETE FROM events WHERE seq <= ?1", [last])?;
-        tx.execute(
-            "DELETE FROM hosts WHERE id IN (SELECT g.id FROM gone_hosts g
-             WHERE NOT EXISTS (SELECT 1 FROM events e WHERE e.host = g.id))",
-            [],
-        )?;
+        index::remove(tx, first, last)?;
         Ok(gone as u64)
     }
 }

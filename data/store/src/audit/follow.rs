@@ -1,9 +1,9 @@
 //! Reading the log in the order in which it is written, for those who follow it: nothing that comes late is missed.
 
-use super::query::AuditFilter;
+use super::query::{self, AuditFilter};
 use super::record::{self, AuditRecord, COLUMNS};
 use crate::error::Result;
-use rusqlite::{Connection, OptionalExtension as _, params};
+use rusqlite::{Connection, params};
 use tapgate_model::UserId;
 
 /// Rows looked at in one step, whoever's they are.
@@ -33,16 +33,7 @@ impl AuditFilter {
 pub(super) fn begin(db: &Connection, user: &UserId, since_us: Option<i64>) -> Result<i64> {
     let end: i64 = db.query_row("SELECT ifnull(max(seq), 0) FROM events", [], |row| row.get(0))?;
     let Some(since) = since_us else { return Ok(end) };
-    let mut first = end;
-    let mut statement = db.prepare_cached(
-        "SELECT seq FROM events INDEXED BY events_user
-         WHERE user = (SELECT id FROM names WHERE name = ?1) AND class = ?2 AND ts > ?3 ORDER BY ts, seq LIMIT 1",
-    )?;
-    for class in 0..record::CLASSES {
-        let found: Option<i64> =
-            statement.query_row(params![user.as_str(), class, since], |row| row.get(0)).optional()?;
-        first = found.map_or(first, |seq| first.min(seq - 1));
-    }
+    let first = query::first_after(db, user, since)?.map_or(end, |seq| end.min(seq - 1));
     Ok(first.saturating_sub(MARGIN).max(0))
 }
 

@@ -1,16 +1,16 @@
-//! Reading the log by any combination of filters, a page at a time, without scanning.
+//! Reading the log by any combination of filters, a page at a time: every page is whole, however little matches.
 //!
-//! Each class (verdict, mode and protocol folded) is an ordered run in the index of the narrowest filter given: a user, a VM,
-//! a host or an address. A page is the merge of the runs that the filters admit, each read no further than the page needs.
-//! What the index does not answer is asked of each row; after so many rows the page ends short, with a cursor to go on from,
-//! so that no question takes long.
+//! Blocks are gone through in the order of their newest (or oldest) event, until no further one can hold an event of the page.
+//! In each, the sets of events that have what is asked for are intersected; only what is left is looked at.
 
-use super::plan::{Lead, Plan, plan};
+use super::index::{self, Term, Times};
 use super::record::{self, AuditRecord, COLUMNS};
+use super::rows::Rows;
 use crate::error::{Result, StoreError};
 use crate::page::{Cursors, Order, Page, PageRequest};
 use rusqlite::types::Value;
-use rusqlite::{CachedStatement, Connection, Rows, params_from_iter};
+use rusqlite::{Connection, OptionalExtension as _, params};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use tapgate_model::{Cidr, EventId, Mode, Protocol, UserId, VmId};
 
 /// Which events to list.
@@ -39,15 +39,17 @@ pub struct AuditFilter {
 }
 
 impl AuditFilter {
-    pub(super) fn classes(&self) -> impl Iterator<Item = i64> {
-        (0..record::CLASSES).filter(|class| {
+    /// The classes that are wanted, a bit each.
+    fn classes(&self) -> u64 {
+        let wanted = |class: &i64| {
             record::unfold(*class).is_some_and(|((rule_allows, passed), mode, protocol)| {
                 self.rule_allows.is_none_or(|want| want == rule_allows)
                     && self.passed.is_none_or(|want| want == passed)
                     && self.mode.is_none_or(|want| want == mode)
                     && self.protocol.is_none_or(|want| want == protocol)
             })
-        })
+        };
+        (0..record::CLASSES).filter(wanted).fold(0, |classes, class| classes | 1 << class)
     }
 
     fn scope(&self, user: &UserId) -> String {
@@ -70,11 +72,6 @@ pub(super) struct Span {
     before: Place,
 }
 
-/// Rows that are looked at for one page where the index does not answer everything.
-const BUDGET: usize = 4_000;
-/// Addresses in a range beyond which they are not sorted: going through the log by time finds a page sooner.
-const CROWD: usize = 40_000;
-
 impl Span {
     fn of(filter: &AuditFilter) -> Self {
         let least = (i64::MIN, i64::MIN);
@@ -92,15 +89,68 @@ impl Span {
         }
     }
 
-    fn bind(self) -> [Value; 4] {
-        [self.after.0, self.after.1, self.before.0, self.before.1].map(Value::Integer)
+    fn holds(self, place: Place) -> bool {
+        self.after < place && place < self.before
     }
 }
 
-/// A page of places, and where the search ended if there may be more.
-struct Found {
+/// A filter with its names looked up.
+pub(super) struct Question {
+    user: i64,
+    vm: Option<i64>,
+    host: Option<String>,
+    range: Option<([u8; 16], [u8; 16])>,
+    classes: u64,
+    span: Span,
+    order: Order,
+    limit: usize,
+}
+
+/// The first places of those that were offered, in an order.
+struct Best {
     places: Vec<Place>,
-    next: Option<Place>,
+    most: usize,
+    order: Order,
+}
+
+impl Best {
+    fn sort(&mut self) {
+        match self.order {
+            Order::Asc => self.places.sort_unstable(),
+            Order::Desc => self.places.sort_unstable_by(|a, b| b.cmp(a)),
+        }
+    }
+
+    fn add(&mut self, places: impl Iterator<Item = Place>) {
+        for place in places {
+            self.places.push(place);
+            // Now and then, so that a crowd costs neither memory nor a long sort.
+            if self.places.len() >= 16 * self.most + 1024 {
+                self.cut();
+            }
+        }
+        self.cut();
+    }
+
+    fn cut(&mut self) {
+        if self.places.len() > self.most {
+            match self.order {
+                Order::Asc => self.places.select_nth_unstable(self.most - 1),
+                Order::Desc => self.places.select_nth_unstable_by(self.most - 1, |a, b| b.cmp(a)),
+            };
+            self.places.truncate(self.most);
+        }
+        self.sort();
+    }
+
+    /// Whether an event at this time, or any later in the order, can no longer be among them.
+    fn is_beyond(&self, ts: i64) -> bool {
+        self.places.len() == self.most
+            && self.places.last().is_some_and(|(last, _)| match self.order {
+                Order::Asc => ts > *last,
+                Order::Desc => ts < *last,
+            })
+    }
 }
 
 pub(super) fn list(
@@ -114,18 +164,67 @@ pub(super) fn list(
     if let Some(cursor) = &filter.page.cursor {
         span.from(place_of(db, cursors, user, &scope, cursor)?, filter.page.order);
     }
-    let found = match plan(db, user, filter)? {
-        None => Found { places: Vec::new(), next: None },
-        Some(plan) => places(db, &plan, filter, span)?,
+    let Some(question) = ask(db, user, filter, span)? else {
+        return Ok(Page { items: Vec::new(), cursor: None });
     };
-    let cursor = found.next.map(|(ts, seq)| cursors.encode(&scope, &Value::Integer(ts), seq)).transpose()?;
+    let limit = question.limit;
+    let mut places = find(db, &question)?;
+    let more = places.len() > limit;
+    places.truncate(limit);
+    let last = places.last().filter(|_| more);
+    let cursor = last.map(|(ts, seq)| cursors.encode(&scope, &Value::Integer(*ts), *seq)).transpose()?;
     let mut fetch = db.prepare_cached(&format!("SELECT {COLUMNS} WHERE e.seq = ?1"))?;
-    let items = found
-        .places
+    let items = places
         .into_iter()
         .map(|(_, seq)| fetch.query_row([seq], record::read))
         .collect::<rusqlite::Result<_>>()?;
     Ok(Page { items, cursor })
+}
+
+/// The number of the first event of an account after a time.
+pub(super) fn first_after(db: &Connection, user: &UserId, since_us: i64) -> Result<Option<i64>> {
+    let Some(user) = name(db, user.as_str())? else { return Ok(None) };
+    let span = Span { after: (since_us, i64::MAX), before: (i64::MAX, i64::MAX) };
+    let question = Question {
+        user,
+        vm: None,
+        host: None,
+        range: None,
+        classes: u64::MAX,
+        span,
+        order: Order::Asc,
+        limit: 1,
+    };
+    Ok(find(db, &question)?.first().map(|(_, seq)| *seq))
+}
+
+fn name(db: &Connection, text: &str) -> Result<Option<i64>> {
+    Ok(db
+        .prepare_cached("SELECT id FROM names WHERE name = ?1")?
+        .query_row([text], |row| row.get(0))
+        .optional()?)
+}
+
+/// `None` if a name in the filter was never seen, so that nothing can match.
+fn ask(db: &Connection, user: &UserId, filter: &AuditFilter, span: Span) -> Result<Option<Question>> {
+    let Some(user) = name(db, user.as_str())? else { return Ok(None) };
+    let vm = match &filter.vm {
+        None => None,
+        Some(vm) => match name(db, vm.as_str())? {
+            None => return Ok(None),
+            found => found,
+        },
+    };
+    Ok(Some(Question {
+        user,
+        vm,
+        host: filter.host.clone(),
+        range: filter.cidr.map(bounds),
+        classes: filter.classes(),
+        span,
+        order: filter.page.order,
+        limit: usize::try_from(filter.page.limit.max(1)).unwrap_or(usize::MAX - 1),
+    }))
 }
 
 /// The place that a cursor names: one that we handed out, or the ID of an event of the account.
@@ -137,112 +236,231 @@ fn place_of(db: &Connection, cursors: &Cursors, user: &UserId, scope: &str, curs
         return Ok((ts, seq));
     };
     let ts = event.timestamp_us().ok_or(StoreError::Cursor)?;
-    let mut find = db.prepare_cached(
-        "SELECT seq, id FROM events INDEXED BY events_user
-         WHERE user = (SELECT id FROM names WHERE name = ?1) AND class = ?2 AND ts = ?3",
-    )?;
-    for class in 0..record::CLASSES {
-        let mut rows = find.query(rusqlite::params![user.as_str(), class, ts])?;
-        while let Some(row) = rows.next()? {
-            if row.get_ref(1)?.as_str().is_ok_and(|id| id == event.as_str()) {
-                return Ok((ts, row.get(0)?));
-            }
+    let user = name(db, user.as_str())?.ok_or(StoreError::Cursor)?;
+    let mut span = Span { after: (ts, i64::MIN), before: (ts, i64::MAX) };
+    // Ids hold their time: only events of that microsecond are looked at.
+    loop {
+        let (vm, host, range, classes) = (None, None, None, u64::MAX);
+        let places =
+            find(db, &Question { user, vm, host, range, classes, span, order: Order::Asc, limit: 1 })?;
+        let Some(place) = places.first() else { return Err(StoreError::Cursor) };
+        let id: String = db
+            .prepare_cached("SELECT id FROM events WHERE seq = ?1")?
+            .query_row([place.1], |row| row.get(0))?;
+        if id == event.as_str() {
+            return Ok(*place);
         }
-    }
-    Err(StoreError::Cursor)
-}
-
-fn places(db: &Connection, plan: &Plan, filter: &AuditFilter, span: Span) -> Result<Found> {
-    let limit = usize::try_from(filter.page.limit.max(1)).unwrap_or(usize::MAX);
-    match plan.lead {
-        Lead::Runs => merge(db, plan, filter, span, limit),
-        Lead::Range => match sorted(db, plan, filter, span, limit)? {
-            Some(found) => Ok(found),
-            None => merge(db, &plan.by_time(), filter, span, limit),
-        },
+        span.after = *place;
     }
 }
 
-/// Reads everything in a range of addresses and sorts it; `None` if that is too much.
-fn sorted(
-    db: &Connection,
-    plan: &Plan,
-    filter: &AuditFilter,
-    span: Span,
-    limit: usize,
-) -> Result<Option<Found>> {
-    let mut statement = db.prepare_cached(&plan.sql(filter))?;
-    let most = Value::Integer(i64::try_from(CROWD).unwrap_or(i64::MAX) + 1);
-    let values = plan.values.iter().cloned().chain(span.bind()).chain([most]);
-    let rows = statement.query_map(params_from_iter(values), |row| Ok((row.get(0)?, row.get(1)?)))?;
-    let mut places: Vec<Place> = rows.collect::<rusqlite::Result<_>>()?;
-    if places.len() > CROWD {
-        return Ok(None);
-    }
-    places.sort_unstable();
-    if filter.page.order == Order::Desc {
-        places.reverse();
-    }
-    let more = places.len() > limit;
-    places.truncate(limit);
-    Ok(Some(Found { next: places.last().copied().filter(|_| more), places }))
-}
-
-/// The next row of a run: its place, and whether the row fits.
-fn step(rows: &mut Rows<'_>) -> Result<Option<(Place, bool)>> {
-    match rows.next()? {
-        None => Ok(None),
-        Some(row) => Ok(Some(((row.get(0)?, row.get(1)?), row.get(2)?))),
-    }
-}
-
-/// Merges the runs of all classes in the order of time.
-fn merge(db: &Connection, plan: &Plan, filter: &AuditFilter, span: Span, limit: usize) -> Result<Found> {
-    let sql = plan.sql(filter);
-    let classes: Vec<i64> = filter.classes().collect();
-    let mut statements: Vec<CachedStatement<'_>> =
-        classes.iter().map(|_| db.prepare_cached(&sql)).collect::<rusqlite::Result<_>>()?;
-    let mut runs = Vec::with_capacity(classes.len());
-    for (statement, class) in statements.iter_mut().zip(classes) {
-        let values = plan.values.iter().cloned().chain([Value::Integer(class)]).chain(span.bind());
-        let mut rows = statement.query(params_from_iter(values))?;
-        if let Some(first) = step(&mut rows)? {
-            runs.push((first, rows));
-        }
-    }
-    let mut found = Found { places: Vec::new(), next: None };
-    let mut looked_at = 0;
-    while let Some(at) = nearest(&runs, filter.page.order) {
-        let ((place, fits), rows) = &mut runs[at];
-        let (place, fits) = (*place, *fits);
-        if fits && found.places.len() == limit {
-            found.next = found.places.last().copied();
-            return Ok(found);
-        }
-        if looked_at == BUDGET.max(limit) {
-            // Nothing between here and the last that fits: the search goes on from here.
-            return Ok(found);
-        }
-        looked_at += 1;
-        if fits {
-            found.places.push(place);
-        }
-        found.next = Some(place);
-        match step(rows)? {
-            Some(next) => runs[at].0 = next,
-            None => drop(runs.swap_remove(at)),
-        }
-    }
-    found.next = None;
-    Ok(found)
-}
-
-/// The run whose next row comes first.
-fn nearest(runs: &[((Place, bool), Rows<'_>)], order: Order) -> Option<usize> {
-    let places = runs.iter().enumerate().map(|(at, ((place, _), _))| (*place, at));
-    let nearest = match order {
-        Order::Asc => places.min(),
-        Order::Desc => places.max(),
+/// The first places that answer a question, one more than its limit if there are so many.
+fn find(db: &Connection, question: &Question) -> Result<Vec<Place>> {
+    let Question { span, order, .. } = question;
+    let mut best = Best { places: Vec::new(), most: question.limit.saturating_add(1), order: *order };
+    loose(db, question, &mut best)?;
+    // What retention removed may still stand in a block.
+    let first: Option<i64> =
+        db.prepare_cached("SELECT min(seq) FROM events")?.query_row([], |row| row.get(0))?;
+    let Some(first) = first else { return Ok(best.places) };
+    let mut blocks = db.prepare_cached(blocks_sql(*order))?;
+    // Blocks that end before the span are not in what is read; those that begin after it are passed over.
+    let (mut rows, from, to) = match order {
+        Order::Asc => (blocks.query([span.before.0])?, "oldest", "newest"),
+        Order::Desc => (blocks.query([span.after.0])?, "newest", "oldest"),
     };
-    nearest.map(|(_, at)| at)
+    while let Some(row) = rows.next()? {
+        let (near, far): (i64, i64) = (row.get(from)?, row.get(to)?);
+        if best.is_beyond(near) {
+            break;
+        }
+        let misses = match order {
+            Order::Asc => far < span.after.0,
+            Order::Desc => far > span.before.0,
+        };
+        if misses {
+            continue;
+        }
+        let block = Block { first: row.get("first")?, oldest: near.min(far), newest: near.max(far) };
+        search(db, question, &block, first, &mut best)?;
+    }
+    Ok(best.places)
+}
+
+/// Blocks in the order of the page, as far as they can hold an event of the span.
+pub(super) const fn blocks_sql(order: Order) -> &'static str {
+    match order {
+        Order::Asc => {
+            "SELECT first, oldest, newest FROM blocks INDEXED BY blocks_oldest WHERE oldest <= ?1 ORDER BY oldest, newest"
+        }
+        Order::Desc => {
+            "SELECT first, oldest, newest FROM blocks INDEXED BY blocks_newest WHERE newest >= ?1
+             ORDER BY newest DESC, oldest DESC"
+        }
+    }
+}
+
+struct Block {
+    first: i64,
+    oldest: i64,
+    newest: i64,
+}
+
+/// The events of a block that answer the question.
+fn search(db: &Connection, question: &Question, block: &Block, first: i64, best: &mut Best) -> Result<()> {
+    let Question { user, vm, host, range, classes, span, .. } = question;
+    let vm = vm.map(Term::Vm);
+    let host = host.clone().map(Term::Host);
+    // A VM's and a host's sets are within their account's.
+    let whole = (vm.is_none() && host.is_none()).then_some(Term::User);
+    let (mut left, mut of_class): (Option<Rows>, bool) = (None, false);
+    for term in [vm, host, whole].iter().flatten() {
+        let Some((has, rows)) = index::having(db, block.first, *user, term)? else { return Ok(()) };
+        if has & classes == 0 {
+            return Ok(());
+        }
+        of_class |= has & !classes == 0;
+        match &mut left {
+            None => left = Some(rows),
+            Some(left) => left.and(&rows),
+        }
+    }
+    let Some(mut left) = left.filter(|left| !left.is_empty()) else { return Ok(()) };
+    if let Some((low, high)) = range {
+        let Some(rows) = index::within(db, block.first, *user, low, high)? else { return Ok(()) };
+        left.and(&rows);
+        if left.is_empty() {
+            return Ok(());
+        }
+    }
+    let mut fits = |kept_classes: &[u8], kept_times: &[u8]| {
+        let times = Times::new(block.oldest, block.newest);
+        let wanted = |at: &usize| {
+            of_class || kept_classes.get(*at).is_some_and(|class| *class < 64 && classes >> class & 1 == 1)
+        };
+        let places = left.iter().filter(wanted).filter_map(|at| {
+            let seq = block.first + i64::try_from(at).ok()?;
+            let place = (times.at(kept_times, at), seq);
+            (seq >= first && span.holds(place)).then_some(place)
+        });
+        best.add(places);
+    };
+    db.prepare_cached(COLUMNS_OF)?.query_row([block.first], |row| {
+        fits(row.get_ref(0)?.as_blob()?, row.get_ref(1)?.as_blob()?);
+        Ok(())
+    })?;
+    Ok(())
+}
+
+pub(super) const COLUMNS_OF: &str = "SELECT classes, times FROM blocks WHERE first = ?1";
+/// The newest events, which are in no block yet: few.
+pub(super) const LOOSE: &str = "SELECT ts, seq, class FROM events
+     WHERE seq > ifnull((SELECT last FROM blocks ORDER BY first DESC LIMIT 1), 0) AND +user = ?1
+       AND (?2 IS NULL OR vm = ?2) AND (?3 IS NULL OR host = ?3) AND (?4 IS NULL OR address BETWEEN ?4 AND ?5)";
+
+fn loose(db: &Connection, question: &Question, best: &mut Best) -> Result<()> {
+    let Question { user, vm, host, range, classes, span, .. } = question;
+    let (low, high) = range.unzip();
+    let mut statement = db.prepare_cached(LOOSE)?;
+    let mut rows = statement.query(params![user, vm, host, low, high])?;
+    let mut places = Vec::new();
+    while let Some(row) = rows.next()? {
+        let (place, class): (Place, u32) = ((row.get(0)?, row.get(1)?), row.get(2)?);
+        if classes.checked_shr(class).is_some_and(|rest| rest & 1 == 1) && span.holds(place) {
+            places.push(place);
+        }
+    }
+    best.add(places.into_iter());
+    Ok(())
+}
+
+/// The first and last key of a range.
+fn bounds(cidr: Cidr) -> ([u8; 16], [u8; 16]) {
+    let last = match cidr.network() {
+        IpAddr::V4(v4) => {
+            let host = u32::MAX.checked_shr(u32::from(cidr.prefix_len())).unwrap_or(0);
+            IpAddr::V4(Ipv4Addr::from(u32::from(v4) | host))
+        }
+        IpAddr::V6(v6) => {
+            let host = u128::MAX.checked_shr(u32::from(cidr.prefix_len())).unwrap_or(0);
+            IpAddr::V6(Ipv6Addr::from(u128::from(v6) | host))
+        }
+    };
+    (record::address_key(cidr.network()), record::address_key(last))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pool::{Durability, connect};
+
+    #[test]
+    fn a_range_has_its_first_and_last_address() {
+        for (cidr, first, last) in [
+            ("10.0.0.0/8", "10.0.0.0", "10.255.255.255"),
+            ("192.0.2.7/32", "192.0.2.7", "192.0.2.7"),
+            ("0.0.0.0/0", "0.0.0.0", "255.255.255.255"),
+            ("2001:db8::/126", "2001:db8::", "2001:db8::3"),
+        ] {
+            let key = |text: &str| record::address_key(text.parse().unwrap());
+            assert_eq!(bounds(cidr.parse().unwrap()), (key(first), key(last)), "{cidr}");
+        }
+    }
+
+    #[test]
+    fn the_best_of_many_are_kept_in_order() {
+        for order in [Order::Asc, Order::Desc] {
+            let mut best = Best { places: Vec::new(), most: 3, order };
+            assert!(!best.is_beyond(0));
+            best.add((0..5000).map(|n| (n * 7919 % 5000, n)));
+            best.add([(0, -1), (4999, 9999)].into_iter());
+            let times: Vec<i64> = best.places.iter().map(|(ts, _)| *ts).collect();
+            let (expected, beyond) = match order {
+                Order::Asc => (vec![0, 0, 1], 2),
+                Order::Desc => (vec![4999, 4999, 4998], 4997),
+            };
+            assert_eq!(times, expected);
+            // One at the same time as the last could still come before it.
+            assert!(best.is_beyond(beyond) && !best.is_beyond(expected[2]));
+        }
+    }
+
+    /// What SQLite means to do for every statement that questions are made of: go down an index, never through a table, and
+    /// sort nothing.
+    #[test]
+    fn no_statement_of_a_question_scans_or_sorts() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("audit.db");
+        crate::schema::prepare_audit(&path).unwrap();
+        let db = connect(&path, Durability::Normal, true).unwrap();
+        let explain = |sql: &str| -> Vec<String> {
+            let mut statement = db.prepare(&format!("EXPLAIN QUERY PLAN {sql}")).unwrap();
+            let none: Vec<Option<i64>> = vec![None; statement.parameter_count()];
+            let values = rusqlite::params_from_iter(none);
+            statement.query_map(values, |row| row.get(3)).unwrap().map(std::result::Result::unwrap).collect()
+        };
+        let bad = |line: &String| {
+            line.contains("TEMP B-TREE") || line.contains("AUTOMATIC")
+                // The last block is the one row that a scan backwards by the primary key begins with.
+                || line.contains("SCAN") && line != "SCAN blocks"
+        };
+        for (sql, way) in [
+            (blocks_sql(Order::Asc), "USING COVERING INDEX blocks_oldest (oldest<?)"),
+            (blocks_sql(Order::Desc), "USING COVERING INDEX blocks_newest (newest>?)"),
+            (index::HAVING, "USING PRIMARY KEY (block=? AND user=? AND kind=? AND term=?)"),
+            (index::RUN_OF, "USING PRIMARY KEY (block=? AND user=? AND kind=? AND term<?)"),
+            (COLUMNS_OF, "USING INTEGER PRIMARY KEY (rowid=?)"),
+            (LOOSE, "USING INTEGER PRIMARY KEY (rowid>?)"),
+            (&format!("SELECT {COLUMNS} WHERE e.seq = ?1"), "USING INTEGER PRIMARY KEY (rowid=?)"),
+        ] {
+            let lines = explain(sql);
+            assert!(
+                lines.first().is_some_and(|line| line.starts_with("SEARCH") && line.ends_with(way)),
+                "{lines:?}: {sql}"
+            );
+            assert!(!lines.iter().any(bad), "{lines:?}: {sql}");
+        }
+        // The test sees what it is to see.
+        assert!(explain("SELECT ts FROM events WHERE ts > 1 ORDER BY ts").iter().any(bad));
+    }
 }

@@ -100,9 +100,9 @@ fn address_of(bytes: &[u8]) -> Option<IpAddr> {
 }
 
 /// Columns that [`read`] wants, from `events e` with its names joined.
-pub(super) const COLUMNS: &str = "e.seq, e.id, e.ts, v.name AS vm, h.name AS host, e.class, e.address, e.port, \
+pub(super) const COLUMNS: &str = "e.seq, e.id, e.ts, v.name AS vm, e.host, e.class, e.address, e.port, \
      e.rule, e.reason, e.method, e.path, e.status, e.secrets, e.withheld, e.bytes_out, e.bytes_in, e.duration_ms, \
-     e.count FROM events e JOIN names v ON v.id = e.vm LEFT JOIN hosts h ON h.id = e.host";
+     e.count FROM events e JOIN names v ON v.id = e.vm";
 
 pub(super) fn read(row: &Row<'_>) -> rusqlite::Result<AuditRecord> {
     let bad = |column: &str| rusqlite::Error::InvalidColumnName(column.to_owned());

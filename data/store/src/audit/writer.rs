@@ -1,6 +1,7 @@
 //! The one thread that writes events. A batch is one transaction; what cannot be written waits, it is not lost.
 
 use super::chain::{Chain, Hash, Stored};
+use super::index::{self, Reach};
 use super::queue::{Batch, Queue};
 use crate::error::{Result, StoreError};
 use rusqlite::{Connection, OptionalExtension as _, Transaction, TransactionBehavior, params};
@@ -15,15 +16,8 @@ const NAMES: usize = 50_000;
 /// Between two tries while the disk is full or the file locked.
 const PAUSE: Duration = Duration::from_secs(1);
 
-#[derive(Default)]
-struct Names {
-    /// Users and VMs.
-    names: HashMap<String, i64>,
-    /// Hosts of a user.
-    hosts: HashMap<(i64, String), i64>,
-    /// SQLite's count of changes by other connections, when `hosts` was begun.
-    version: i64,
-}
+/// Users and VMs by name.
+type Names = HashMap<String, i64>;
 
 pub(super) struct Writer {
     connection: Connection,
@@ -31,10 +25,12 @@ pub(super) struct Writer {
     names: Names,
     seq: i64,
     hash: Hash,
+    reach: Reach,
 }
 
 impl Writer {
-    pub(super) fn new(connection: Connection, chain: Chain) -> Result<Self> {
+    /// Blocks while it makes what is missing of the index: after a change of its form, that is all.
+    pub(super) fn new(mut connection: Connection, chain: Chain) -> Result<Self> {
         let (seq, hash) = match chain.get_mark(&connection, "head")? {
             Some(head) => head,
             None => {
@@ -43,7 +39,17 @@ impl Writer {
                 last(&connection)?
             }
         };
-        Ok(Self { connection, chain, names: Names::default(), seq, hash })
+        // Blocks beyond the end are of events that someone removed: new ones take their numbers.
+        let tx = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        index::remove(&tx, seq + 1, i64::MAX)?;
+        tx.commit()?;
+        let mut reach = Reach::read(&connection)?;
+        while reach.is_behind(seq) {
+            let tx = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+            reach = reach.extend(&tx, seq, 1)?;
+            tx.commit()?;
+        }
+        Ok(Self { connection, chain, names: Names::default(), seq, hash, reach })
     }
 
     pub(super) fn run(mut self, queue: &Queue) {
@@ -61,17 +67,11 @@ impl Writer {
     }
 
     fn write(&mut self, events: &[Stored], dropped: &HashMap<VmId, u64>) -> Result<()> {
-        if self.names.names.len() + self.names.hosts.len() > NAMES {
+        if self.names.len() > NAMES {
             self.names = Names::default();
         }
-        let Self { connection, chain, names, seq, hash } = self;
+        let Self { connection, chain, names, seq, hash, reach } = self;
         let tx = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        // Retention removes hosts that no event names; one remembered here may have gone.
-        let version: i64 = tx.query_row("PRAGMA data_version", [], |row| row.get(0))?;
-        if names.version != version {
-            names.hosts.clear();
-            names.version = version;
-        }
         let (mut next_seq, mut next_hash) = (*seq, *hash);
         let mut scratch = Vec::with_capacity(512);
         for event in events {
@@ -89,8 +89,9 @@ impl Writer {
         if !events.is_empty() {
             chain.set_mark(&tx, "head", next_seq, &next_hash)?;
         }
+        let next_reach = reach.extend(&tx, next_seq, usize::MAX)?;
         tx.commit()?;
-        (*seq, *hash) = (next_seq, next_hash);
+        (*seq, *hash, *reach) = (next_seq, next_hash, next_reach);
         Ok(())
     }
 }
@@ -107,9 +108,8 @@ fn last(connection: &Connection) -> Result<(i64, Hash)> {
 }
 
 fn insert(tx: &Transaction<'_>, names: &mut Names, seq: i64, event: &Stored, hash: &Hash) -> Result<()> {
-    let user = names.name(tx, &event.user)?;
-    let vm = names.name(tx, &event.vm)?;
-    let host = event.host.as_ref().map(|host| names.host(tx, user, host)).transpose()?;
+    let user = id_of(tx, names, &event.user)?;
+    let vm = id_of(tx, names, &event.vm)?;
     tx.prepare_cached(
         "INSERT INTO events (seq, id, ts, user, vm, class, host, address, port, rule, reason, method, path, status,
                              secrets, withheld, bytes_out, bytes_in, duration_ms, count, hash)
@@ -122,7 +122,7 @@ fn insert(tx: &Transaction<'_>, names: &mut Names, seq: i64, event: &Stored, has
         user,
         vm,
         event.class,
-        host,
+        event.host,
         event.address,
         event.port,
         event.rule,
@@ -141,30 +141,13 @@ fn insert(tx: &Transaction<'_>, names: &mut Names, seq: i64, event: &Stored, has
     Ok(())
 }
 
-impl Names {
-    fn name(&mut self, tx: &Transaction<'_>, name: &str) -> Result<i64> {
-        if let Some(id) = self.names.get(name) {
-            return Ok(*id);
-        }
-        tx.prepare_cached("INSERT INTO names (name) VALUES (?1) ON CONFLICT DO NOTHING")?.execute([name])?;
-        let id =
-            tx.prepare_cached("SELECT id FROM names WHERE name = ?1")?.query_row([name], |row| row.get(0))?;
-        self.names.insert(name.to_owned(), id);
-        Ok(id)
+fn id_of(tx: &Transaction<'_>, names: &mut Names, name: &str) -> Result<i64> {
+    if let Some(id) = names.get(name) {
+        return Ok(*id);
     }
-
-    fn host(&mut self, tx: &Transaction<'_>, user: i64, host: &str) -> Result<i64> {
-        let key = (user, host.to_owned());
-        if let Some(id) = self.hosts.get(&key) {
-            return Ok(*id);
-        }
-        let values = params![user, host];
-        tx.prepare_cached("INSERT INTO hosts (user, name) VALUES (?1, ?2) ON CONFLICT DO NOTHING")?
-            .execute(values)?;
-        let id = tx
-            .prepare_cached("SELECT id FROM hosts WHERE user = ?1 AND name = ?2")?
-            .query_row(values, |row| row.get(0))?;
-        self.hosts.insert(key, id);
-        Ok(id)
-    }
+    tx.prepare_cached("INSERT INTO names (name) VALUES (?1) ON CONFLICT DO NOTHING")?.execute([name])?;
+    let id =
+        tx.prepare_cached("SELECT id FROM names WHERE name = ?1")?.query_row([name], |row| row.get(0))?;
+    names.insert(name.to_owned(), id);
+    Ok(id)
 }

@@ -68,6 +68,7 @@ pub fn measure(long: bool) {
             ("known flow, TCP, IPv6", one(v6(6, &tcp(5000))), true),
             ("known flow, UDP, IPv4", one(v4(17, &udp(9))), true),
             ("known flow, UDP, IPv6", one(v6(17, &udp(9))), true),
+            ("known flows, UDP, IPv4, 100 in turn", many[..100].to_vec(), true),
             ("known flows, UDP, IPv4, 1,000 in turn", many, true),
             ("known ping, IPv4", one(v4(1, &frames::icmp(8))), false),
             ("to the proxy, segment", one(frames::ip("203.0.113.1", 6, &tcp(443))), false),

@@ -110,6 +110,7 @@ fn in_world_of<F: Future<Output = ()>>(v6: Option<&str>, test: impl FnOnce(Arc<W
             instance,
             guest_v4: "10.214.0.0/16".parse().unwrap(),
             guest_v6: v6.map(|range| range.parse().unwrap()),
+            guest_v6_routed: false,
             uplink: None,
         },
     };

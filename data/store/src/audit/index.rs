@@ -1,0 +1,360 @@
+//! The index of the log: for each block of events, which of them have a user, a VM, a host or an address, and their times.
+//!
+//! The newest events stand in no block until there are enough; small blocks are joined to a full one. Blocks are written by
+//! the thread that writes events, in the same transaction. Must never be needed to read an event: it can be made anew.
+
+use super::rows::{self, BLOCK, Rows};
+use crate::error::{Result, StoreError};
+use rusqlite::types::Value;
+use rusqlite::{Connection, OptionalExtension as _, Transaction, params};
+use std::collections::HashMap;
+
+/// Events in no block beyond which a small one is made: so many rows a question looks through at most.
+const LOOSE: i64 = 1_024;
+/// Addresses in one run of an index: below a quarter of a page, beyond which SQLite would put them elsewhere.
+const RUN: usize = 48;
+const KEY: usize = 16;
+
+const USER: i64 = 0;
+const VM: i64 = 1;
+const HOST: i64 = 2;
+const BY_ADDRESS: i64 = 3;
+const ADDRESSES: i64 = 4;
+
+/// A value that events are found by; the kind first, as the table is ordered.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) enum Term {
+    User,
+    Vm(i64),
+    Host(String),
+}
+
+impl Term {
+    fn key(&self) -> (i64, Value) {
+        match self {
+            Self::User => (USER, Value::Integer(0)),
+            Self::Vm(vm) => (VM, Value::Integer(*vm)),
+            Self::Host(host) => (HOST, Value::Text(host.clone())),
+        }
+    }
+}
+
+/// How far the index goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Reach {
+    /// The last event in a full block.
+    full: i64,
+    /// The last event in any block.
+    last: i64,
+}
+
+fn io(value: usize) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}
+
+impl Reach {
+    pub(super) fn read(db: &Connection) -> Result<Self> {
+        let of = |sql: &str| -> Result<Option<i64>> {
+            Ok(db.prepare_cached(sql)?.query_row([], |row| row.get(0)).optional()?.flatten())
+        };
+        let before = of("SELECT min(seq) - 1 FROM events")?.unwrap_or(0);
+        let last = of("SELECT last FROM blocks ORDER BY first DESC LIMIT 1")?.unwrap_or(before);
+        let full: Option<i64> = db
+            .query_row(
+                "SELECT last FROM blocks WHERE last - first = ?1 - 1 ORDER BY first DESC LIMIT 1",
+                [io(BLOCK)],
+                |row| row.get(0),
+            )
+            .optional()?;
+        Ok(Self { full: full.unwrap_or(before), last })
+    }
+
+    /// Makes the blocks that are due when the log ends at `end`; at most `most` full ones. Answers how far it came.
+    pub(super) fn extend(mut self, tx: &Transaction<'_>, end: i64, most: usize) -> Result<Self> {
+        for _ in 0..most {
+            if end - self.full < io(BLOCK) {
+                break;
+            }
+            remove(tx, self.full + 1, i64::MAX)?;
+            let last = self.full + io(BLOCK);
+            make(tx, self.full + 1, last)?;
+            self = Self { full: last, last };
+        }
+        if end - self.full < io(BLOCK) && end - self.last >= LOOSE {
+            make(tx, self.last + 1, end)?;
+            self.last = end;
+        }
+        Ok(self)
+    }
+
+    /// Whether more blocks are due.
+    pub(super) fn is_behind(self, end: i64) -> bool {
+        end - self.full >= io(BLOCK)
+    }
+}
+
+/// Removes blocks that end in a span of numbers.
+pub(super) fn remove(tx: &Transaction<'_>, from: i64, to: i64) -> Result<()> {
+    // A block is no longer than BLOCK: those before cannot reach into the span.
+    let values = [from.saturating_sub(io(BLOCK)), to, from];
+    tx.prepare_cached(
+        "DELETE FROM terms WHERE block IN (SELECT first FROM blocks WHERE first BETWEEN ?1 AND ?2 AND last BETWEEN ?3 AND ?2)",
+    )?
+    .execute(values)?;
+    tx.prepare_cached("DELETE FROM blocks WHERE first BETWEEN ?1 AND ?2 AND last BETWEEN ?3 AND ?2")?
+        .execute(values)?;
+    Ok(())
+}
+
+/// Makes the block of the events with these numbers.
+fn make(tx: &Transaction<'_>, first: i64, last: i64) -> Result<()> {
+    let size = usize::try_from(last - first + 1).unwrap_or(0);
+    if size == 0 || size > BLOCK {
+        return Err(StoreError::Internal(format!("a block of {size} audit events")));
+    }
+    let mut terms: HashMap<(i64, Term), (u64, Vec<u16>)> = HashMap::new();
+    let mut addresses: HashMap<i64, Vec<([u8; KEY], u16)>> = HashMap::new();
+    let (mut classes, mut times) = (vec![u8::MAX; size], vec![None; size]);
+    let mut statement = tx.prepare_cached(
+        "SELECT seq, ts, user, vm, class, host, address FROM events WHERE seq BETWEEN ?1 AND ?2 ORDER BY seq",
+    )?;
+    let mut found = statement.query([first, last])?;
+    while let Some(row) = found.next()? {
+        let at = usize::try_from(row.get::<_, i64>(0)? - first).unwrap_or(usize::MAX);
+        let (user, vm, class): (i64, i64, u8) = (row.get(2)?, row.get(3)?, row.get(4)?);
+        let (Some(time), Ok(place)) = (times.get_mut(at), u16::try_from(at)) else { continue };
+        *time = Some(row.get::<_, i64>(1)?);
+        classes[at] = class;
+        let mut add = |term: Term| {
+            let (mask, places) = terms.entry((user, term)).or_default();
+            *mask |= 1u64.checked_shl(u32::from(class)).unwrap_or(0);
+            places.push(place);
+        };
+        add(Term::User);
+        add(Term::Vm(vm));
+        if let Some(host) = row.get::<_, Option<String>>(5)? {
+            add(Term::Host(host));
+        }
+        if let Ok(Some(Ok(key))) =
+            row.get_ref(6)?.as_blob_or_null().map(|blob| blob.map(<[u8; KEY]>::try_from))
+        {
+            addresses.entry(user).or_default().push((key, place));
+        }
+    }
+    let Some(oldest) = times.iter().flatten().min().copied() else { return Ok(()) };
+    let newest = times.iter().flatten().max().copied().unwrap_or(oldest);
+    let times = times.into_iter().map(|time| time.unwrap_or(oldest));
+    tx.prepare_cached(
+        "INSERT INTO blocks (first, last, oldest, newest, classes, times) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+    )?
+    .execute(params![first, last, oldest, newest, classes, Times::encode(oldest, newest, times)])?;
+    let mut insert =
+        tx.prepare_cached("INSERT INTO terms (block, user, kind, term, rows) VALUES (?1, ?2, ?3, ?4, ?5)")?;
+    let mut terms: Vec<_> = terms.into_iter().collect();
+    terms.sort_unstable_by(|a, b| a.0.cmp(&b.0));
+    for ((user, term), (mask, places)) in terms {
+        let (kind, term) = term.key();
+        insert.execute(params![first, user, kind, term, rows::encode(mask, &places)])?;
+    }
+    for (user, mut list) in addresses {
+        list.sort_unstable();
+        let places: Vec<u8> = list.iter().flat_map(|(_, place)| place.to_le_bytes()).collect();
+        insert.execute(params![first, user, BY_ADDRESS, 0, places])?;
+        for (key, run) in runs(&list) {
+            insert.execute(params![first, user, ADDRESSES, key, run])?;
+        }
+    }
+    Ok(())
+}
+
+/// Sorted addresses in runs: how many events come before the run, then each address with how many there are up to its end.
+fn runs(list: &[([u8; KEY], u16)]) -> Vec<([u8; KEY], Vec<u8>)> {
+    let mut runs: Vec<([u8; KEY], Vec<u8>)> = Vec::new();
+    let (mut before, mut in_run) = (0u16, 0);
+    for same in list.chunk_by(|a, b| a.0 == b.0) {
+        let Some((key, _)) = same.first() else { continue };
+        if in_run % RUN == 0 {
+            runs.push((*key, before.to_le_bytes().to_vec()));
+        }
+        in_run += 1;
+        before = before.saturating_add(u16::try_from(same.len()).unwrap_or(u16::MAX));
+        if let Some((_, run)) = runs.last_mut() {
+            run.extend_from_slice(key);
+            run.extend_from_slice(&before.to_le_bytes());
+        }
+    }
+    runs
+}
+
+/// When the events of a block were.
+pub(super) struct Times {
+    oldest: i64,
+    wide: bool,
+}
+
+impl Times {
+    pub(super) fn new(oldest: i64, newest: i64) -> Self {
+        Self { oldest, wide: u32::try_from(newest.saturating_sub(oldest)).is_err() }
+    }
+
+    fn encode(oldest: i64, newest: i64, times: impl Iterator<Item = i64>) -> Vec<u8> {
+        if Self::new(oldest, newest).wide {
+            return times.flat_map(i64::to_le_bytes).collect();
+        }
+        times.flat_map(|time| u32::try_from(time - oldest).unwrap_or(0).to_le_bytes()).collect()
+    }
+
+    pub(super) fn at(&self, kept: &[u8], place: usize) -> i64 {
+        let cut = |width: usize| kept.get(place * width..).unwrap_or_default();
+        match self.wide {
+            true => cut(8).first_chunk().map_or(self.oldest, |bytes| i64::from_le_bytes(*bytes)),
+            false => cut(4)
+                .first_chunk()
+                .map_or(self.oldest, |bytes| self.oldest + i64::from(u32::from_le_bytes(*bytes))),
+        }
+    }
+}
+
+/// The events of a user in a block that have a value, and their classes; `None` if none has.
+pub(super) fn having(db: &Connection, block: i64, user: i64, term: &Term) -> Result<Option<(u64, Rows)>> {
+    let (kind, term) = term.key();
+    let mut statement = db.prepare_cached(HAVING)?;
+    Ok(statement
+        .query_row(params![block, user, kind, term], |row| {
+            let kept = row.get_ref(0)?.as_blob()?;
+            Ok((rows::classes(kept), rows::decode(kept)))
+        })
+        .optional()?)
+}
+
+/// The events of a user in a block whose address lies between two, both included; `None` if there are none.
+pub(super) fn within(
+    db: &Connection,
+    block: i64,
+    user: i64,
+    low: &[u8; KEY],
+    high: &[u8; KEY],
+) -> Result<Option<Rows>> {
+    // How many events have an address before `bound`, or up to it.
+    let rank = |bound: &[u8; KEY], included: bool| -> Result<usize> {
+        let run = db.prepare_cached(RUN_OF)?.query_row(params![block, user, ADDRESSES, bound], |row| {
+            let kept = row.get_ref(0)?.as_blob()?;
+            let Some((start, keys)) = kept.split_first_chunk::<2>() else { return Ok(0) };
+            let mut rank = u16::from_le_bytes(*start);
+            for entry in keys.as_chunks::<{ KEY + 2 }>().0 {
+                let (key, end) = entry.split_at(KEY);
+                if key > &bound[..] || key == &bound[..] && !included {
+                    break;
+                }
+                rank = end.first_chunk().map_or(rank, |bytes| u16::from_le_bytes(*bytes));
+            }
+            Ok(usize::from(rank))
+        });
+        Ok(run.optional()?.unwrap_or(0))
+    };
+    let (from, to) = (rank(low, false)?, rank(high, true)?);
+    if from >= to {
+        return Ok(None);
+    }
+    let mut statement = db.prepare_cached(HAVING)?;
+    Ok(statement
+        .query_row(params![block, user, BY_ADDRESS, 0], |row| {
+            let mut rows = Rows::none();
+            let kept = row.get_ref(0)?.as_blob()?.get(2 * from..2 * to).unwrap_or_default();
+            rows::numbers(kept).for_each(|place| rows.insert(place));
+            Ok(rows)
+        })
+        .optional()?)
+}
+
+pub(super) const HAVING: &str =
+    "SELECT rows FROM terms WHERE block = ?1 AND user = ?2 AND kind = ?3 AND term = ?4";
+pub(super) const RUN_OF: &str = "SELECT rows FROM terms WHERE block = ?1 AND user = ?2 AND kind = ?3 AND term <= ?4 ORDER BY term DESC LIMIT 1";
+
+#[cfg(test)]
+mod tests {
+    use super::super::chain::{Chain, Stored};
+    use super::super::query;
+    use crate::page::{Cursors, Order, PageRequest};
+    use crate::pool::{Durability, connect};
+    use crate::seal::SealKey;
+    use crate::{AuditFilter, AuditLog};
+    use rusqlite::params;
+    use tapgate_model::{AuditEvent, Mode, Protocol, Reason, UserId, Verdict, VmId, VmPolicy};
+
+    const EVENTS: i64 = 20_000;
+
+    /// A log as the schema before had it, hosts in a table of their own.
+    fn older(path: &std::path::Path, chain: &Chain, user: &UserId, vm: &VmId) {
+        let mut db = rusqlite::Connection::open(path).unwrap();
+        db.execute_batch(include_str!("../migrations/audit-1.sql")).unwrap();
+        db.execute_batch(include_str!("../migrations/audit-2.sql")).unwrap();
+        db.pragma_update(None, "user_version", 2).unwrap();
+        let tx = db.transaction().unwrap();
+        tx.execute("INSERT INTO names (id, name) VALUES (1, ?1), (2, ?2)", [user.as_str(), vm.as_str()])
+            .unwrap();
+        tx.execute("INSERT INTO hosts (id, user, name) VALUES (1, 1, 'a.example'), (2, 1, 'b.example')", [])
+            .unwrap();
+        let (mut hash, mut scratch) = ([0; 32], Vec::new());
+        for seq in 1..=EVENTS {
+            let policy = VmPolicy {
+                vm: vm.clone(),
+                user: user.clone(),
+                generation: 1,
+                mode: Mode::Enforce,
+                rules: Default::default(),
+                secrets: [].into(),
+                secrets_over_http: Default::default(),
+            };
+            let mut event =
+                AuditEvent::new(&policy, Protocol::Tls, Verdict::Deny { reason: Reason::NoRule }, seq);
+            let host = [Some(1i64), Some(2), None][usize::try_from(seq % 3).unwrap()];
+            event.host = host.map(|id| if id == 1 { "a.example" } else { "b.example" }.parse().unwrap());
+            event.address = Some("192.0.2.7".parse().unwrap());
+            let e = Stored::of(event);
+            hash = chain.next(&hash, &e, &mut scratch);
+            tx.prepare_cached(
+                "INSERT INTO events (seq, id, ts, user, vm, class, host, address, reason, bytes_out, bytes_in, duration_ms,
+                 count, hash) VALUES (?1, ?2, ?3, 1, 2, ?4, ?5, ?6, ?7, 0, 0, 0, 1, ?8)",
+            )
+            .unwrap()
+            .execute(params![seq, e.id, e.ts, e.class, host, e.address, e.reason, hash])
+            .unwrap();
+        }
+        chain.set_mark(&tx, "head", EVENTS, &hash).unwrap();
+        tx.commit().unwrap();
+    }
+
+    #[tokio::test]
+    async fn an_older_log_is_taken_over_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("audit.db");
+        let key = SealKey::load_or_create(&folder.path().join("seal.key")).unwrap();
+        let (user, vm) = (UserId::generate(), VmId::generate());
+        older(&path, &Chain::new(&key), &user, &vm);
+        let log = AuditLog::open(&path, &key, Cursors::new(&key)).unwrap();
+        assert_eq!(log.verify().await.unwrap(), Ok(u64::try_from(EVENTS).unwrap()));
+        let filter = AuditFilter {
+            vm: Some(vm),
+            rule_allows: None,
+            passed: None,
+            mode: None,
+            host: Some("b.example".into()),
+            cidr: Some("192.0.2.0/24".parse().unwrap()),
+            protocol: None,
+            since_us: None,
+            until_us: Some(1_000),
+            page: PageRequest { limit: 500, cursor: None, order: Order::Desc },
+        };
+        let page = log.list(&user, filter).await.unwrap();
+        assert_eq!(page.items.len(), 333);
+        assert!(page.items.iter().all(|event| event.host.as_deref() == Some("b.example")));
+        // What was there is in blocks: a question goes through few events one by one.
+        let db = connect(&path, Durability::Normal, false).unwrap();
+        let last: i64 = db.query_row("SELECT max(last) FROM blocks", [], |row| row.get(0)).unwrap();
+        assert!(last > EVENTS - super::LOOSE, "{last}");
+        assert_eq!(query::first_after(&db, &user, 17_000).unwrap(), Some(17_001));
+        let mode: i64 = db.pragma_query_value(None, "auto_vacuum", |row| row.get(0)).unwrap();
+        assert_eq!(mode, 2);
+    }
+}

@@ -1,0 +1,171 @@
+//! What a guest's resolver meets at the gateway beside plain answers: aliases, search lists, caching, answers that are none, and the
+//! bound on questions at one time.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod support;
+
+use hickory_proto::{
+    op::{Message, Query, ResponseCode},
+    rr::{Name, RData, RecordType},
+};
+use std::{
+    net::{IpAddr, Ipv4Addr, UdpSocket},
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+use support::{
+    OTHER, PRIVATE, RESOLVER, SERVER, World,
+    guest::{Guest, serve, serve_with},
+    sh, world_of,
+};
+use tapgate_model::{GuestNet, Mode, Reason, Verdict, VmId, VmPolicy};
+
+const HERE: &[Ipv4Addr] = &[SERVER, OTHER, RESOLVER];
+/// Questions of one VM at one time.
+const IN_FLIGHT: usize = 64;
+
+fn question(name: &str) -> Vec<u8> {
+    let mut message = Message::query();
+    message.metadata.recursion_desired = true;
+    message.add_query(Query::query(Name::from_ascii(name).unwrap(), RecordType::A));
+    message.to_vec().unwrap()
+}
+
+/// Asks from the address, so many times at once, and gives the first answer.
+async fn ask(guest: &Guest, from: Ipv4Addr, name: &'static str, times: usize) -> Message {
+    let work = move || {
+        let socket = UdpSocket::bind((from, 0)).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        socket.connect("198.51.100.53:53").unwrap();
+        for _ in 0..times {
+            socket.send(&question(name)).unwrap();
+        }
+        let mut buffer = [0; 4096];
+        let length = socket.recv(&mut buffer).unwrap();
+        Message::from_vec(&buffer[..length]).unwrap()
+    };
+    guest.run(work).await
+}
+
+fn given(answer: &Message) -> Vec<String> {
+    answer.answers.iter().map(|record| record.data.to_string()).collect()
+}
+
+fn count(w: &World, name: &str) -> usize {
+    w.zone.asked.lock().unwrap().iter().filter(|asked| *asked == name).count()
+}
+
+#[test]
+fn aliases_are_followed_and_lead_nowhere_that_the_name_may_not() {
+    world_of(HERE, |mut w| async move {
+        let guest = Guest::new("a");
+        serve(&w);
+        w.zone.set("real.cdn.example", &[SERVER]);
+        w.zone.set("inner.cdn.example", &[PRIVATE]);
+        for (name, to) in [
+            ("www.example", "edge.cdn.example"),
+            ("edge.cdn.example", "real.cdn.example"),
+            ("trap.example", "inner.cdn.example"),
+            ("round.example", "about.example"),
+            ("about.example", "round.example"),
+        ] {
+            w.zone.alias(name, to);
+        }
+        w.serve((SERVER, 80), None).await;
+        // Only what is asked for needs a rule, not what it is called elsewhere.
+        w.rules(Mode::Enforce, &["www.example", "trap.example", "round.example"], &[]);
+        let answer = ask(&guest, w.net.v4, "www.example.", 1).await;
+        assert_eq!(given(&answer).last().map(String::as_str), Some("192.0.2.10"), "{answer}");
+        assert!(answer.answers.iter().any(|record| matches!(record.data, RData::CNAME(_))));
+        let said =
+            w.http((SERVER, 80), "GET / HTTP/1.1\r\nHost: www.example\r\nConnection: close\r\n\r\n").await;
+        assert!(said.starts_with("HTTP/1.1 200"), "{said}");
+        w.sink.forget();
+        let answer = ask(&guest, w.net.v4, "trap.example.", 1).await;
+        assert!(!given(&answer).iter().any(|data| data.parse::<IpAddr>().is_ok()), "{answer}");
+        assert_eq!(w.event().await.verdict, Verdict::Deny { reason: Reason::Rebinding });
+        // Without end: an answer all the same.
+        let answer = ask(&guest, w.net.v4, "round.example.", 1).await;
+        assert!(!given(&answer).iter().any(|data| data.parse::<IpAddr>().is_ok()), "{answer}");
+        // What an alias is called is not allowed by that.
+        let answer = ask(&guest, w.net.v4, "edge.cdn.example.", 1).await;
+        assert_eq!(answer.metadata.response_code, ResponseCode::Refused);
+    });
+}
+
+#[test]
+fn a_guests_search_list_works_and_each_try_is_decided() {
+    world_of(HERE, |mut w| async move {
+        let guest = Guest::new("l");
+        serve(&w);
+        w.zone.set("api.corp.example", &[SERVER]);
+        w.rules(Mode::Enforce, &["api.corp.example"], &[]);
+        let search = |list: &str| {
+            format!(
+                "printf \"nameserver 169.254.77.1\\nsearch {list}\\n\" > /etc/resolv.conf; getent ahostsv4 api"
+            )
+        };
+        let said = guest.shell(&search("corp.example lab.example")).await.unwrap();
+        assert!(said.contains("192.0.2.10"), "{said}");
+        // A try that no rule allows is sent nowhere, and told.
+        let _ = guest.shell(&search("lab.example")).await;
+        let events = w.events(1).await;
+        assert_eq!(events[0].host.as_ref().unwrap().as_str(), "api.lab.example");
+        assert_eq!(count(&w, "api.lab.example"), 0);
+    });
+}
+
+#[test]
+fn answers_are_kept_for_their_time_and_handed_out_for_no_longer_than_a_pin() {
+    world_of(HERE, |mut w| async move {
+        let guest = Guest::new("k");
+        serve(&w);
+        w.zone.ttl.store(7 * 24 * 3600, Ordering::Relaxed);
+        w.zone.set("a.example", &[SERVER]);
+        w.rules(Mode::Enforce, &["a.example", "none.example"], &[]);
+        for _ in 0..3 {
+            let answer = ask(&guest, w.net.v4, "a.example.", 1).await;
+            assert!(answer.answers[0].ttl <= 1800, "{answer}");
+            let answer = ask(&guest, w.net.v4, "none.example.", 1).await;
+            assert_eq!(answer.metadata.response_code, ResponseCode::NXDomain);
+            assert!(matches!(answer.authorities[0].data, RData::SOA(_)), "how long it holds is said");
+        }
+        assert_eq!((count(&w, "a.example"), count(&w, "none.example")), (1, 1));
+    });
+}
+
+#[test]
+fn questions_beyond_the_bound_are_refused_and_only_that_vms() {
+    world_of(HERE, |mut w| async move {
+        let guest = Guest::new("b");
+        let other = GuestNet::new(1, Ipv4Addr::new(10, 214, 0, 0), None);
+        guest.shell(&format!("ip addr add {}/32 dev eth0", other.v4)).await.unwrap();
+        sh(&format!("ip route add {}/32 dev tgp{}b", other.v4, std::process::id()));
+        // A name server that never answers about one name.
+        let socket = tokio::net::UdpSocket::bind((RESOLVER, 5311)).await.unwrap();
+        let zone = w.zone.clone();
+        tokio::spawn(async move {
+            let mut buffer = [0; 4096];
+            loop {
+                let (length, from) = socket.recv_from(&mut buffer).await.unwrap();
+                let answer = zone.answer(&buffer[..length]);
+                if !buffer[..length].windows(4).any(|part| part == b"slow") {
+                    socket.send_to(&answer, from).await.unwrap();
+                }
+            }
+        });
+        let mut config = support::config(&w.ca);
+        config.resolvers = vec![std::net::SocketAddr::from((RESOLVER, 5311)).into()];
+        serve_with(&w, config);
+        w.zone.set("a.example", &[SERVER]);
+        w.rules(Mode::Enforce, &["a.example", "slow.example"], &[]);
+        let vm = VmId::generate();
+        w.table.insert(other, w.vm_ca.clone(), Arc::new(VmPolicy { vm, ..VmPolicy::clone(&w.policy) }));
+        let answer = ask(&guest, w.net.v4, "slow.example.", IN_FLIGHT + 8).await;
+        assert_eq!(answer.metadata.response_code, ResponseCode::ServFail);
+        let events = w.events(8).await;
+        assert!(events.iter().all(|event| event.verdict == Verdict::Deny { reason: Reason::Limit }));
+        let answer = ask(&guest, other.v4, "a.example.", 1).await;
+        assert_eq!(given(&answer), ["192.0.2.10"], "another VM notices nothing");
+    });
+}
