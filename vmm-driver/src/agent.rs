@@ -17,6 +17,9 @@ const DEADLINE: Duration = Duration::from_secs(5);
 /// Freezing waits for writes under way.
 const FREEZE: Duration = Duration::from_secs(15);
 
+/// A new identity makes keys and restarts services.
+const BECOME: Duration = Duration::from_secs(60);
+
 /// The port that the agent listens on where its channel is a vsock device; the guest agent's `channel.rs` has it too.
 pub const VSOCK_PORT: u32 = 777;
 
@@ -87,6 +90,24 @@ impl Agent {
             Ok(Err(error)) => Err(error),
             _ => Err(VmmError::Control("the guest's agent does not set the clock".into())),
         }
+    }
+
+    /// Makes a copied machine another one, and tells it the time. Its answer is all that says so.
+    pub async fn become_another(&mut self, mut identity: Value) -> Result<(), VmmError> {
+        let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        identity["time"] = u64::try_from(since.as_nanos()).unwrap_or(u64::MAX).into();
+        let exchange = async {
+            self.write(&json!({"execute": "guest-tapgate-become", "arguments": identity})).await?;
+            self.line().await
+        };
+        let late = || VmmError::Memory("the clone's agent does not say that it is someone else".into());
+        let answer = timeout(BECOME, exchange).await.map_err(|_| late())??;
+        if answer.get("return").is_some() {
+            return Ok(());
+        }
+        let said = answer.pointer("/error/desc").and_then(Value::as_str).unwrap_or("no reason");
+        let said: String = said.chars().filter(|c| !c.is_control()).take(200).collect();
+        Err(VmmError::Memory(format!("the clone cannot become another machine: {said}")))
     }
 
     /// Asks the guest to shut down. An agent answers this with nothing: it is on its way.

@@ -1,6 +1,6 @@
 //! The trait that every driver fulfils. No way to boot or adopt a VM leads past a gate.
 
-use crate::spec::{Exit, Handle, Observed, SnapshotInfo, Suspended, VmSpec, VmmError};
+use crate::spec::{Exit, Handle, MemorySnapshot, Observed, SnapshotInfo, Suspended, VmSpec, VmmError};
 use std::future::Future;
 use std::path::Path;
 use std::pin::Pin;
@@ -52,6 +52,15 @@ pub trait Running: Send + Sync {
     /// Copies the disk, as it is now, to a new file, while the guest runs on. See [`crate::VmSpec::snapshot`].
     fn snapshot<'a>(&'a self, _to: &'a Path) -> BoxFuture<'a, Result<SnapshotInfo, VmmError>> {
         Box::pin(async { Err(VmmError::Unsupported { driver: "this", what: "take snapshots" }) })
+    }
+
+    /// The same, and its memory of the same moment to another new file.
+    fn snapshot_memory<'a>(
+        &'a self,
+        _disk: &'a Path,
+        _memory: &'a Path,
+    ) -> BoxFuture<'a, Result<MemorySnapshot, VmmError>> {
+        Box::pin(async { Err(VmmError::Unsupported { driver: "this", what: "keep a guest's memory" }) })
     }
 
     /// Writes its memory into its folder and ends it: the next boot goes on from there, once. An error leaves it running.

@@ -31,10 +31,22 @@ pub struct VmSpec {
     pub seed: Seed,
     /// The file of a snapshot that its disk is made from, if it has none yet; not needed any more afterwards.
     pub snapshot: Option<PathBuf>,
-    /// Whether it goes on with the memory that its folder holds of a suspension. Otherwise such a memory is removed unread.
-    pub resume: bool,
+    /// Whether it goes on with the memory that its folder holds.
+    pub resume: Resume,
     /// For the namespace driver: where the guest's processes run. Other drivers ignore it.
     pub guest_ns: Option<Netns>,
+}
+
+/// What becomes of the memory in a VM's folder at its start; without one it boots.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Resume {
+    /// It is removed unread.
+    #[default]
+    Never,
+    /// It is the VM's own, of its suspension: the VM goes on.
+    Own,
+    /// It is another VM's, which runs too: the VM goes on as someone else.
+    Another,
 }
 
 /// What finds a running VM again after the daemon was restarted. Persisted by the caller.
@@ -147,6 +159,19 @@ pub struct SnapshotInfo {
     pub held_us: u64,
     /// The recipe of the image whose kernel the disk belongs to.
     pub image_recipe: String,
+}
+
+/// A snapshot that was taken with the guest's memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemorySnapshot {
+    /// Its disk's part.
+    pub disk: SnapshotInfo,
+    /// What [`crate::place_memory`] wants to know of the memory.
+    pub note: String,
+    /// Its memory and devices.
+    pub memory_bytes: u64,
+    /// The same as packed.
+    pub stored_bytes: u64,
 }
 
 /// A VM that was suspended.

@@ -9,7 +9,7 @@ use common::{Reap, World, driver, gate, ready};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tapgate_model::VmId;
-use tapgate_vmm::{Running, VmSpec, Vmm as _, VmmError};
+use tapgate_vmm::{Resume, Running, VmSpec, Vmm as _, VmmError};
 
 /// Boots or resumes; the network of its former run is taken away first.
 async fn again(
@@ -28,7 +28,7 @@ async fn again(
 fn real_vm_a_suspended_vm_goes_on_where_it_was_and_only_once() {
     World::run(|world| async move {
         let datapath = world.datapath().await;
-        let spec = VmSpec { resume: true, ..world.spec(&VmId::generate(), 0, Vec::new()) };
+        let spec = VmSpec { resume: Resume::Own, ..world.spec(&VmId::generate(), 0, Vec::new()) };
         let (machine, _reap) = common::boot(&datapath, &spec).await;
         let ask = |command: &str| world.ask(datapath.egress(), spec.net, command);
         ask("systemd-run --unit=count bash -c 'n=0; while sleep 0.2; do echo $((++n)) > /run/count; done'");

@@ -8,6 +8,7 @@ use serde_json::{Value, json as value};
 const COLUMNS: &[(&str, &str)] = &[
     ("ID", "id"),
     ("LABEL", "label"),
+    ("KIND", "kind"),
     ("VM", "source_virtual_machine_id"),
     ("STATUS", "status"),
     ("BYTES", "size_bytes"),
@@ -32,6 +33,9 @@ enum Command {
         /// What to call it
         #[arg(long)]
         label: Option<String>,
+        /// With its memory: a VM made from it goes on where this one is
+        #[arg(long)]
+        memory: bool,
     },
     /// List them
     #[command(visible_alias = "ls")]
@@ -57,9 +61,13 @@ impl Args {
     pub(super) fn run(self) -> Done {
         let api = Api::new(&self.options)?;
         match self.command {
-            Command::Create { vm, label } => {
+            Command::Create { vm, label, memory } => {
                 let path = format!("/v1/vms/{}/snapshots", api.vm_id(&vm)?);
-                let made = api.send("POST", &path, Some(value!({ "label": label })))?;
+                let made = api.send(
+                    "POST",
+                    &path,
+                    Some(value!({ "label": label, "kind": if memory { "memory" } else { "disk" } })),
+                )?;
                 one(api.json, COLUMNS, &made["data"])
             }
             Command::List { vm } => {
@@ -67,7 +75,11 @@ impl Args {
                     Some(vm) => format!("/v1/vms/{}/snapshots", api.vm_id(&vm)?),
                     None => "/v1/snapshots".to_owned(),
                 };
-                rows(api.json, COLUMNS, api.list(&path, &[], 200, usize::MAX)?)
+                let mut found = api.list(&path, &[], 200, usize::MAX)?;
+                for snapshot in found.iter_mut().filter(|snapshot| snapshot["kind"].is_null()) {
+                    snapshot["kind"] = "disk".into();
+                }
+                rows(api.json, COLUMNS, found)
             }
             Command::Show { snapshot } => {
                 one(api.json, COLUMNS, &api.get(&format!("/v1/snapshots/{snapshot}"), &[])?["data"])

@@ -1,13 +1,13 @@
 //! Snapshots: the records. Single ones are wrapped in `data`, as the contract has it.
 
-use super::vms::named;
+use super::vms::{find, keeps_memory, named};
 use crate::http::{Account, ApiError, AppState, Fields, Id, List, Params, fields_at_most as at_most, time};
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use serde::Serialize;
 use tapgate_model::{SnapshotId, VmId};
-use tapgate_store::SnapshotRecord;
+use tapgate_store::{SnapshotKind, SnapshotRecord};
 
 #[derive(Serialize)]
 pub(crate) struct SnapshotView {
@@ -16,11 +16,16 @@ pub(crate) struct SnapshotView {
     source_base_image: Option<String>,
     source_snapshot_id: Option<String>,
     label: Option<String>,
+    /// Not of the contract, so said only of what the contract does not have.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kind: Option<&'static str>,
     status: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     failure_reason: Option<String>,
     r2_key: Option<String>,
     size_bytes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    memory_size_bytes: Option<u64>,
     created_at: String,
 }
 
@@ -32,10 +37,12 @@ impl From<SnapshotRecord> for SnapshotView {
             source_base_image: snapshot.base_image,
             source_snapshot_id: snapshot.source_snapshot.map(Into::into),
             label: snapshot.label,
+            kind: (snapshot.kind != SnapshotKind::Disk).then_some(snapshot.kind.word()),
             status: snapshot.status.word(),
             failure_reason: snapshot.failure,
             r2_key: snapshot.r2_key,
             size_bytes: snapshot.size_bytes,
+            memory_size_bytes: snapshot.memory.map(|memory| memory.stored_bytes),
             created_at: time(snapshot.created_at),
         }
     }
@@ -56,14 +63,24 @@ pub(crate) async fn create(
 ) -> Result<(StatusCode, Json<Data<SnapshotView>>), ApiError> {
     params.finish()?;
     let label = fields.optional_text("label")?;
+    let kind = match fields.optional_text("kind")? {
+        None => SnapshotKind::Disk,
+        Some(word) => SnapshotKind::from_word(&word)
+            .ok_or_else(|| ApiError::validation("`kind` must be one of disk, memory"))?,
+    };
     fields.finish()?;
     if let Some(label) = &label {
         at_most("label", label, 128, false)?;
     }
+    if kind == SnapshotKind::Memory {
+        // Whose it is first: nobody learns of another's VM.
+        find(&state, &account, &vm).await?;
+        keeps_memory(&state)?;
+    }
     let settings = state.settings();
     let made = state
         .store()
-        .snapshot_create(&account.user, &vm, label, &settings.base_image, settings.quotas.snapshots)
+        .snapshot_create(&account.user, &vm, kind, label, &settings.base_image, settings.quotas.snapshots)
         .await
         .map_err(|error| named(&vm, error.into()))?;
     state.engine().wake(vm);

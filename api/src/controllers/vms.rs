@@ -9,7 +9,7 @@ use axum::http::StatusCode;
 use serde::Serialize;
 use tapgate_model::lifecycle::{Call, Refusal, decide};
 use tapgate_model::{SnapshotId, Status, StatusDetail, UserId, VmId};
-use tapgate_store::{NewVm, Resources, Suspension, VmFilter, VmRecord, VmSort};
+use tapgate_store::{NewVm, Resources, SnapshotKind, Suspension, VmFilter, VmRecord, VmSort};
 use tokio::time::Instant;
 
 #[derive(Serialize)]
@@ -62,29 +62,80 @@ pub(crate) async fn create(
     let name = fields.text("name")?;
     let public_key = fields.text("public_key")?;
     let snapshot = fields.optional_text("snapshot_id")?;
-    let resources = resources(&state, &mut fields)?;
+    let asked = asked(&state, &mut fields)?;
     fields.finish()?;
     bounded("name", &name, 64, false)?;
     let public_key = check_public_key(&public_key)?;
     let snapshot = snapshot.map(|text| parse_snapshot(&text)).transpose()?;
+    let resources = match &snapshot {
+        Some(snapshot) => of_snapshot(&state, &account, snapshot, asked).await?,
+        None => asked.or_default(&state),
+    };
     let new = new_vm(&state, account.user, name, public_key, snapshot, resources).await?;
     let vm = state.store().vm_create(new).await?;
     state.engine().wake(vm.id.clone());
     Ok((StatusCode::CREATED, Json(vm.into())))
 }
 
-/// A VM's share of the host, as the body asks for it.
-pub(super) fn resources(state: &AppState, fields: &mut Fields) -> Result<Resources, ApiError> {
-    let (default, max) = (state.settings().resources, state.settings().max_resources);
+/// A VM's share of the host, as far as the body says.
+#[derive(Clone, Copy)]
+pub(super) struct Asked {
+    vcpus: Option<u32>,
+    memory_mib: Option<u32>,
+    disk_bytes: Option<u64>,
+}
+
+impl Asked {
+    /// What is not said is as the settings have it.
+    pub(super) fn or_default(self, state: &AppState) -> Resources {
+        self.or(state.settings().resources)
+    }
+
+    fn or(self, other: Resources) -> Resources {
+        Resources {
+            vcpus: self.vcpus.unwrap_or(other.vcpus),
+            memory_mib: self.memory_mib.unwrap_or(other.memory_mib),
+            disk_bytes: self.disk_bytes.unwrap_or(other.disk_bytes),
+        }
+    }
+}
+
+pub(super) fn asked(state: &AppState, fields: &mut Fields) -> Result<Asked, ApiError> {
+    let max = state.settings().max_resources;
     let vcpus = fields.optional_number("vcpus", 1, max.vcpus.into())?;
     let memory_mib = fields.optional_number("memory_mib", 128, max.memory_mib.into())?;
     let disk_gib = fields.optional_number("disk_gib", 1, max.disk_bytes >> 30)?;
     let small = |number: u64| u32::try_from(number).unwrap_or(u32::MAX);
-    Ok(Resources {
-        vcpus: vcpus.map_or(default.vcpus, small),
-        memory_mib: memory_mib.map_or(default.memory_mib, small),
-        disk_bytes: disk_gib.map_or(default.disk_bytes, |gib| gib << 30),
+    Ok(Asked {
+        vcpus: vcpus.map(small),
+        memory_mib: memory_mib.map(small),
+        disk_bytes: disk_gib.map(|gib| gib << 30),
     })
+}
+
+/// A memory goes on in a machine like its own and in no other.
+async fn of_snapshot(
+    state: &AppState,
+    account: &Account,
+    snapshot: &SnapshotId,
+    asked: Asked,
+) -> Result<Resources, ApiError> {
+    let snapshot = state.store().snapshot(&account.user, snapshot).await?;
+    if snapshot.kind == SnapshotKind::Disk {
+        return Ok(asked.or_default(state));
+    }
+    keeps_memory(state)?;
+    let parent = state.store().vm_any(&snapshot.vm).await?.resources;
+    if asked.or(parent) != parent {
+        return Err(ApiError::validation(format!(
+            "A VM from a snapshot of kind `memory` has the `vcpus`, `memory_mib` and `disk_gib` of the VM that it was taken \
+             from: {}, {} and {}; leave them out",
+            parent.vcpus,
+            parent.memory_mib,
+            parent.disk_bytes >> 30
+        )));
+    }
+    Ok(parent)
 }
 
 pub(super) async fn new_vm(

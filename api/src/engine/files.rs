@@ -7,7 +7,7 @@ use tapgate_model::{UserId, VmId};
 use tapgate_netns::Netns;
 use tapgate_proxy::VmCa;
 use tapgate_store::{Suspension, VmRecord};
-use tapgate_vmm::{Seed, VmSpec};
+use tapgate_vmm::{Resume, Seed, VmSpec};
 
 /// The VM's folder.
 pub(super) fn dir(shared: &Shared, vm: &VmId) -> PathBuf {
@@ -22,7 +22,11 @@ pub(super) async fn spec(shared: &Shared, record: &VmRecord) -> Result<VmSpec, S
         id: record.id.clone(),
         dir: dir(shared, &record.id),
         image: shared.image.clone(),
-        resume: record.suspension == Suspension::Kept,
+        resume: match record.suspension {
+            Suspension::Kept => Resume::Own,
+            Suspension::Cloned => Resume::Another,
+            Suspension::None | Suspension::Wanted => Resume::Never,
+        },
         snapshot: Some(snapshots::fetched(shared, record)).filter(|file| file.exists()),
         guest_ns: guest_namespace(shared, record)?,
         vcpus: record.resources.vcpus,

@@ -18,6 +18,8 @@ use tokio::sync::Notify;
 
 /// For gate and VMM to be there; the guest's own boot comes after.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
+/// The same where a memory is read as well: five minutes for that, one for a clone to become someone else.
+const RESUME_TIMEOUT: Duration = Duration::from_secs(480);
 /// For a snapshot to come from its store.
 const FETCH_TIMEOUT: Duration = Duration::from_secs(3600);
 /// For an adopted VMM to answer.
@@ -59,7 +61,7 @@ pub(super) async fn drive(
             step(&shared, &record, &mut live, &waker).await
         } else {
             tokio::select! {
-                () = shared.stop.cancelled() => return,
+                () = shared.stop.cancelled() => return snapshots::let_go(&shared, &vm).await,
                 step = step(&shared, &record, &mut live, &waker) => step,
             }
         };
@@ -193,10 +195,11 @@ async fn start(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> 
     let _turn = shared.boots.acquire().await.map_err(|error| error.to_string())?;
     let mut attempt = 1;
     loop {
-        let reason = match tokio::time::timeout(BOOT_TIMEOUT, boot(shared, record)).await {
+        let limit = if suspend::keeps(shared, record) { RESUME_TIMEOUT } else { BOOT_TIMEOUT };
+        let reason = match tokio::time::timeout(limit, boot(shared, record)).await {
             Ok(Ok(live)) => return Ok(live),
             Ok(Err(reason)) => reason,
-            Err(_) => format!("it was not started within {} s", BOOT_TIMEOUT.as_secs()),
+            Err(_) => format!("it was not started within {} s", limit.as_secs()),
         };
         // What half was done goes before the next attempt.
         release(shared, record, None).await;

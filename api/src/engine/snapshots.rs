@@ -16,8 +16,11 @@ use std::{
 };
 use tapgate_fault::point;
 use tapgate_model::{SnapshotId, VmId};
-use tapgate_store::{SnapshotRecord, SnapshotStatus, StoreError, StoredSnapshot, VmRecord};
-use tapgate_vmm::Running;
+use tapgate_store::{
+    MemoryObject, SnapshotKind, SnapshotRecord, SnapshotStatus, StoreError, StoredSnapshot, Suspension,
+    VmRecord,
+};
+use tapgate_vmm::{Running, SnapshotInfo};
 
 use crate::{
     config::Config,
@@ -28,6 +31,8 @@ use crate::{
 const SWEEP: Duration = Duration::from_secs(60);
 /// How often an upload is begun before the snapshot fails. The store's own client tries each request again by itself.
 const UPLOADS: u32 = 3;
+/// Between two looks at whether a guest is held.
+const LOOK: Duration = Duration::from_millis(20);
 const PAUSE: Duration = Duration::from_secs(10);
 /// The file in a VM's folder that its disk is made from.
 const FETCHED: &str = "snapshot.qcow2";
@@ -40,6 +45,11 @@ fn staging(config: &Config) -> PathBuf {
 /// What the record calls the stored bytes.
 fn key(snapshot: &SnapshotId) -> String {
     format!("{FOLDER}/{snapshot}.qcow2.zst")
+}
+
+/// Where the stored memory is, for the kind that has one.
+fn memory_key(snapshot: &SnapshotId) -> String {
+    format!("{FOLDER}/{snapshot}.memory.zst")
 }
 
 fn staged(config: &Config, snapshot: &SnapshotId, kind: &str) -> PathBuf {
@@ -55,12 +65,16 @@ pub(super) fn take_up(shared: &Arc<Shared>, vm: &VmId, machine: Arc<dyn Running>
     }
     let (shared, vm) = (shared.clone(), vm.clone());
     tokio::spawn(async move {
-        tokio::select! {
-            () = shared.stop.cancelled() => {}
-            () = take_all(&shared, &vm, machine.as_ref()) => {}
-        }
+        take_all(&shared, &vm, machine.as_ref()).await;
         shared.taking.lock().unwrap_or_else(PoisonError::into_inner).remove(&vm);
     });
+}
+
+/// Comes back when nothing is being taken of this VM, for a daemon that ends: it is not to leave a guest held.
+pub(super) async fn let_go(shared: &Shared, vm: &VmId) {
+    while shared.taking.lock().unwrap_or_else(PoisonError::into_inner).contains(vm) {
+        tokio::time::sleep(LOOK).await;
+    }
 }
 
 async fn take_all(shared: &Shared, vm: &VmId, machine: &dyn Running) {
@@ -70,7 +84,16 @@ async fn take_all(shared: &Shared, vm: &VmId, machine: &dyn Running) {
             Err(error) => return tracing::error!(%vm, %error, "snapshot.records_unreadable"),
         };
         let Some(snapshot) = pending else { return };
-        let advanced = match take(shared, &snapshot, machine).await {
+        let taken = match snapshot.kind {
+            SnapshotKind::Disk => tokio::select! {
+                () = shared.stop.cancelled() => return,
+                taken = take(shared, &snapshot, machine) => taken,
+            },
+            // Cut off in the middle it would leave the guest held until there is a daemon again.
+            SnapshotKind::Memory if shared.stop.is_cancelled() => return,
+            SnapshotKind::Memory => take(shared, &snapshot, machine).await,
+        };
+        let advanced = match taken {
             Ok(()) => shared.store.snapshot_advance(&snapshot.id, SnapshotStatus::Uploading, None).await,
             Err(reason) => fail(shared, &snapshot, reason).await,
         };
@@ -92,7 +115,10 @@ async fn take(shared: &Shared, snapshot: &SnapshotRecord, machine: &dyn Running)
     let (part, whole) =
         (staged(&shared.config, &snapshot.id, "part"), staged(&shared.config, &snapshot.id, "qcow2"));
     let _ = tokio::fs::remove_file(&part).await;
-    let info = machine.snapshot(&part).await.map_err(|error| error.to_string())?;
+    let info = match snapshot.kind {
+        SnapshotKind::Disk => machine.snapshot(&part).await.map_err(|error| error.to_string())?,
+        SnapshotKind::Memory => take_with_memory(shared, snapshot, machine, &part).await?,
+    };
     point("snapshot.copied");
     let file = tokio::fs::File::open(&part).await.map_err(failed("open the snapshot"))?;
     file.sync_all().await.map_err(failed("write the snapshot out"))?;
@@ -102,6 +128,27 @@ async fn take(shared: &Shared, snapshot: &SnapshotRecord, machine: &dyn Running)
     tracing::info!(vm = %snapshot.vm, snapshot = %snapshot.id, held_us = info.held_us, frozen = info.frozen, bytes,
         "snapshot.taken");
     Ok(())
+}
+
+/// Copies disk and memory. The disk's copy gets its name last, so where that is the others are whole.
+async fn take_with_memory(
+    shared: &Shared,
+    snapshot: &SnapshotRecord,
+    machine: &dyn Running,
+    disk: &Path,
+) -> Result<SnapshotInfo, String> {
+    let failed = |what: &'static str| move |error: std::io::Error| format!("cannot {what}: {error}");
+    let [part, whole, note] =
+        ["memory-part", "memory", "note"].map(|kind| staged(&shared.config, &snapshot.id, kind));
+    let _ = tokio::fs::remove_file(&part).await;
+    let taken = machine.snapshot_memory(disk, &part).await.map_err(|error| error.to_string())?;
+    tokio::fs::write(&note, &taken.note).await.map_err(failed("note the memory"))?;
+    let noted = tokio::fs::File::open(&note).await.map_err(failed("note the memory"))?;
+    noted.sync_all().await.map_err(failed("note the memory"))?;
+    tokio::fs::rename(&part, &whole).await.map_err(failed("name the memory"))?;
+    tracing::info!(vm = %snapshot.vm, snapshot = %snapshot.id, memory_bytes = taken.memory_bytes,
+        stored_bytes = taken.stored_bytes, "snapshot.memory_taken");
+    Ok(taken.disk)
 }
 
 /// Stores what is staged and removes what is not needed, whenever something calls for it and now and then.
@@ -152,9 +199,8 @@ async fn upload_all(shared: &Shared) {
             () = shared.stop.cancelled() => return,
             result = upload(shared, &snapshot) => result,
         };
-        let file = staged(&shared.config, &snapshot.id, "qcow2");
         let noted = match result {
-            Ok(stored) => {
+            Ok((stored, memory)) => {
                 point("snapshot.stored");
                 tracing::info!(vm = %snapshot.vm, snapshot = %snapshot.id, stored = stored.stored_bytes, "snapshot.ready");
                 let stored = StoredSnapshot {
@@ -162,6 +208,7 @@ async fn upload_all(shared: &Shared) {
                     size_bytes: stored.stored_bytes,
                     sha256: stored.sha256,
                     file_bytes: stored.file_bytes,
+                    memory,
                 };
                 shared.store.snapshot_stored(&snapshot.id, stored).await
             }
@@ -171,19 +218,47 @@ async fn upload_all(shared: &Shared) {
             // The file stays: the upload is made again when the records can be written.
             return tracing::error!(snapshot = %snapshot.id, %error, "snapshot.record_unwritable");
         }
-        remove(&file);
+        for kind in ["qcow2", "memory", "note"] {
+            remove(&staged(&shared.config, &snapshot.id, kind));
+        }
     }
 }
 
-async fn upload(shared: &Shared, snapshot: &SnapshotRecord) -> Result<Stored, String> {
+/// Stores the memory, where there is one, and then the disk.
+async fn upload(
+    shared: &Shared,
+    snapshot: &SnapshotRecord,
+) -> Result<(Stored, Option<MemoryObject>), String> {
     let file = staged(&shared.config, &snapshot.id, "qcow2");
     if !file.exists() {
         return Err("the daemon ended before the disk was copied; take another".into());
     }
-    let note = staged(&shared.config, &snapshot.id, "upload");
+    let upload = staged(&shared.config, &snapshot.id, "upload");
+    let memory = match snapshot.kind {
+        SnapshotKind::Disk => None,
+        SnapshotKind::Memory => {
+            let of = |kind| staged(&shared.config, &snapshot.id, kind);
+            let unnoted = |error| format!("what was noted of the memory cannot be read: {error}");
+            let note = tokio::fs::read_to_string(of("note")).await.map_err(unnoted)?;
+            let key = memory_key(&snapshot.id);
+            let Stored { sha256, stored_bytes, file_bytes } =
+                put(shared, snapshot, &key, &of("memory"), &upload).await?;
+            Some(MemoryObject { sha256, stored_bytes, file_bytes, note })
+        }
+    };
+    Ok((put(shared, snapshot, &key(&snapshot.id), &file, &upload).await?, memory))
+}
+
+async fn put(
+    shared: &Shared,
+    snapshot: &SnapshotRecord,
+    key: &str,
+    file: &Path,
+    note: &Path,
+) -> Result<Stored, String> {
     let mut attempt = 1;
     loop {
-        match shared.storage.put(&key(&snapshot.id), &file, &note).await {
+        match shared.storage.put(key, file, note).await {
             Ok(stored) => return Ok(stored),
             Err(error) if attempt < UPLOADS => {
                 tracing::warn!(snapshot = %snapshot.id, %error, attempt, "snapshot.upload_failed");
@@ -191,7 +266,7 @@ async fn upload(shared: &Shared, snapshot: &SnapshotRecord) -> Result<Stored, St
                 tokio::time::sleep(PAUSE).await;
             }
             Err(error) => {
-                shared.storage.forget_upload(&key(&snapshot.id), &note).await;
+                shared.storage.forget_upload(key, note).await;
                 return Err(error.to_string());
             }
         }
@@ -202,7 +277,9 @@ async fn upload(shared: &Shared, snapshot: &SnapshotRecord) -> Result<Stored, St
 async fn collect(shared: &Shared) -> Result<(), String> {
     let gone = shared.store.snapshots_to_collect().await.map_err(|error| error.to_string())?;
     for snapshot in gone {
-        shared.storage.remove(&key(&snapshot)).await.map_err(|error| error.to_string())?;
+        for key in [key(&snapshot), memory_key(&snapshot)] {
+            shared.storage.remove(&key).await.map_err(|error| error.to_string())?;
+        }
         point("snapshot.removed");
         shared.store.snapshot_collected(&snapshot).await.map_err(|error| error.to_string())?;
         tracing::info!(%snapshot, "snapshot.collected");
@@ -225,11 +302,31 @@ pub(super) async fn fetch(shared: &Shared, record: &VmRecord) -> Result<(), Stri
     };
     let expected = Stored { sha256, stored_bytes, file_bytes };
     let began = Instant::now();
+    if record.suspension == Suspension::Cloned {
+        fetch_memory(shared, record, id, snapshot.memory).await?;
+    }
     let fetched = shared.storage.fetch(&key(id), &expected, &to).await;
     fetched.map_err(|error| format!("cannot bring {id} back: {error}"))?;
     point("create.fetched");
     tracing::info!(vm = %record.id, snapshot = %id, fetch_us = began.elapsed().as_micros() as u64, "snapshot.fetched");
     Ok(())
+}
+
+/// The same for the memory that a clone goes on with. The disk comes after it, so that where that is this is whole.
+async fn fetch_memory(
+    shared: &Shared,
+    record: &VmRecord,
+    id: &SnapshotId,
+    memory: Option<MemoryObject>,
+) -> Result<(), String> {
+    let memory =
+        memory.ok_or_else(|| format!("nothing is known of the memory of {id}; take another snapshot"))?;
+    let MemoryObject { sha256, stored_bytes, file_bytes, note } = memory;
+    let dir = files::dir(shared, &record.id);
+    let expected = Stored { sha256, stored_bytes, file_bytes };
+    let fetched = shared.storage.fetch(&memory_key(id), &expected, &dir.join(tapgate_vmm::MEMORY)).await;
+    fetched.map_err(|error| format!("cannot bring the memory of {id} back: {error}"))?;
+    tapgate_vmm::place_memory(&dir, &note).map_err(|error| error.to_string())
 }
 
 /// Where a fetched snapshot lies; it is needed until the disk is made.

@@ -75,14 +75,19 @@ async fn ended(shared: &Shared, vm: &VmId) -> Result<Next, String> {
     Ok(Next::Enter(S::Stopped))
 }
 
+/// Whether the records allow a memory to be used: its own, or that of the VM that it is a clone of.
+fn has(record: &VmRecord) -> bool {
+    matches!(record.suspension, Suspension::Kept | Suspension::Cloned)
+}
+
 /// Whether a start goes on from a memory.
 pub(super) fn keeps(shared: &Shared, record: &VmRecord) -> bool {
-    record.suspension == Suspension::Kept && tapgate_vmm::keeps_memory(&files::dir(shared, &record.id))
+    has(record) && tapgate_vmm::keeps_memory(&files::dir(shared, &record.id))
 }
 
 /// After a start that failed: whether it had a memory to go on with and has none any more.
 pub(super) async fn lost(shared: &Shared, record: &VmRecord) -> bool {
-    let lost = record.suspension == Suspension::Kept && !keeps(shared, record);
+    let lost = has(record) && !keeps(shared, record);
     if lost && let Err(error) = shared.store.vm_memory_gone(&record.id, None).await {
         tracing::error!(vm = %record.id, %error, "vm.record_unwritable");
     }

@@ -8,6 +8,7 @@ use crate::users::id;
 use crate::vms;
 use rusqlite::types::Value;
 use rusqlite::{Connection, OptionalExtension as _, Row, Transaction, params};
+use serde_json::json;
 use tapgate_model::lifecycle::{Call, decide};
 use tapgate_model::{SnapshotId, StatusDetail, UserId, VmId};
 
@@ -40,6 +41,62 @@ impl SnapshotStatus {
     }
 }
 
+/// What a snapshot holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SnapshotKind {
+    /// The disk.
+    #[default]
+    Disk,
+    /// The disk, and the memory of the same moment.
+    Memory,
+}
+
+impl SnapshotKind {
+    /// The word of the API and the database.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Disk => "disk",
+            Self::Memory => "memory",
+        }
+    }
+
+    /// The kind of a word.
+    pub fn from_word(word: &str) -> Option<Self> {
+        [Self::Disk, Self::Memory].into_iter().find(|kind| kind.word() == word)
+    }
+}
+
+/// A stored memory: what it is checked against when it comes back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemoryObject {
+    /// SHA-256 of its octets as they are stored, in hexadecimal.
+    pub sha256: String,
+    /// How many those are.
+    pub stored_bytes: u64,
+    /// How many they unpack to.
+    pub file_bytes: u64,
+    /// What the driver wants to know of it.
+    pub note: String,
+}
+
+impl MemoryObject {
+    fn to_json(&self) -> String {
+        let Self { sha256, stored_bytes, file_bytes, note } = self;
+        json!({"sha256": sha256, "stored_bytes": stored_bytes, "file_bytes": file_bytes, "note": note})
+            .to_string()
+    }
+
+    fn from_json(text: &str) -> Option<Self> {
+        let object: serde_json::Value = serde_json::from_str(text).ok()?;
+        Some(Self {
+            sha256: object["sha256"].as_str()?.to_owned(),
+            stored_bytes: object["stored_bytes"].as_u64()?,
+            file_bytes: object["file_bytes"].as_u64()?,
+            note: object["note"].as_str()?.to_owned(),
+        })
+    }
+}
+
 /// A snapshot.
 #[derive(Clone, Debug)]
 pub struct SnapshotRecord {
@@ -53,6 +110,10 @@ pub struct SnapshotRecord {
     pub base_image: Option<String>,
     /// The snapshot that the VM came from, if it came from one.
     pub source_snapshot: Option<SnapshotId>,
+    /// What it holds.
+    pub kind: SnapshotKind,
+    /// Its memory, if it holds one and is stored.
+    pub memory: Option<MemoryObject>,
     /// What the user calls it.
     pub label: Option<String>,
     /// How far it is.
@@ -82,10 +143,12 @@ pub struct StoredSnapshot {
     pub sha256: String,
     /// How many octets they unpack to.
     pub file_bytes: u64,
+    /// Its memory, if it holds one.
+    pub memory: Option<MemoryObject>,
 }
 
 const SELECT: &str = "SELECT seq, id, user, vm, base_image, source_snapshot, label, status, failure, r2_key, \
-     size_bytes, sha256, file_bytes, created_at FROM snapshots";
+     size_bytes, sha256, file_bytes, kind, memory, created_at FROM snapshots";
 
 fn read(row: &Row<'_>) -> rusqlite::Result<SnapshotRecord> {
     let status: String = row.get("status")?;
@@ -96,6 +159,9 @@ fn read(row: &Row<'_>) -> rusqlite::Result<SnapshotRecord> {
         vm: id(row, "vm")?,
         base_image: row.get("base_image")?,
         source_snapshot: source.and_then(|text| text.parse().ok()),
+        kind: SnapshotKind::from_word(&row.get::<_, String>("kind")?)
+            .ok_or_else(|| rusqlite::Error::InvalidColumnName("kind".into()))?,
+        memory: row.get::<_, Option<String>>("memory")?.as_deref().and_then(MemoryObject::from_json),
         label: row.get("label")?,
         status: SnapshotStatus::from_word(&status)
             .ok_or_else(|| rusqlite::Error::InvalidColumnName("status".into()))?,
@@ -121,6 +187,7 @@ impl Store {
         &self,
         user: &UserId,
         vm: &VmId,
+        kind: SnapshotKind,
         label: Option<String>,
         base_image: &str,
         limit: u32,
@@ -135,8 +202,8 @@ impl Store {
                 let snapshot = SnapshotId::generate();
                 let base = machine.snapshot.is_none().then_some(base_image);
                 tx.execute(
-                    "INSERT INTO snapshots (id, user, vm, base_image, source_snapshot, label, status, created_at)
-                     VALUES (?1, ?2, ?3, ?4, ?5, ?6, 'pending', ?7)",
+                    "INSERT INTO snapshots (id, user, vm, base_image, source_snapshot, label, status, created_at, kind)
+                     VALUES (?1, ?2, ?3, ?4, ?5, ?6, 'pending', ?7, ?8)",
                     params![
                         snapshot.as_str(),
                         user.as_str(),
@@ -144,7 +211,8 @@ impl Store {
                         base,
                         machine.snapshot.as_ref().map(SnapshotId::as_str),
                         label,
-                        now_us()
+                        now_us(),
+                        kind.word()
                     ],
                 )?;
                 find(tx, &snapshot)
@@ -247,13 +315,14 @@ impl Store {
                 let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
                 tx.execute(
                     "UPDATE snapshots SET status = 'ready', r2_key = ?2, size_bytes = ?3, sha256 = ?4, file_bytes = ?5,
-                            failure = NULL WHERE id = ?1",
+                            memory = ?6, failure = NULL WHERE id = ?1",
                     params![
                         snapshot.as_str(),
                         stored.key,
                         number(stored.size_bytes),
                         stored.sha256,
-                        number(stored.file_bytes)
+                        number(stored.file_bytes),
+                        stored.memory.as_ref().map(MemoryObject::to_json)
                     ],
                 )?;
                 Ok(())

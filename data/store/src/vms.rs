@@ -2,7 +2,9 @@
 
 use crate::error::{Conflict, Kind, Result, StoreError};
 use crate::page::{Listing, Page, PageRequest};
+use crate::snapshots::SnapshotKind;
 use crate::store::{Store, next_generation, quota};
+use crate::suspension::Suspension;
 use crate::time::now_us;
 use crate::users::id;
 use rusqlite::types::Value;
@@ -45,32 +47,6 @@ impl Desired {
 
     fn from_word(word: &str) -> Option<Self> {
         [Self::Destroyed, Self::Running, Self::Stopped].into_iter().find(|desired| desired.word() == word)
-    }
-}
-
-/// Whether a VM's memory is kept for its next start.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Suspension {
-    /// It is not.
-    #[default]
-    None,
-    /// A user asked for it, and it is not whole yet.
-    Wanted,
-    /// It is whole, and was not used.
-    Kept,
-}
-
-impl Suspension {
-    const fn word(self) -> Option<&'static str> {
-        match self {
-            Self::None => None,
-            Self::Wanted => Some("wanted"),
-            Self::Kept => Some("kept"),
-        }
-    }
-
-    fn from_word(word: Option<&str>) -> Self {
-        [Self::Wanted, Self::Kept].into_iter().find(|it| it.word() == word).unwrap_or_default()
     }
 }
 
@@ -239,7 +215,7 @@ pub enum VmSort {
 }
 
 const SELECT: &str = "SELECT seq, id, user, name, public_key, detail, desired, failure, suspension, \
-     suspend_failure, slot, ssh_port, vcpus, memory_mib, disk_bytes, snapshot, handle, created_at, updated_at FROM vms";
+     suspend_failure, clone, slot, ssh_port, vcpus, memory_mib, disk_bytes, snapshot, handle, created_at, updated_at FROM vms";
 
 fn read(row: &Row<'_>) -> rusqlite::Result<VmRecord> {
     let detail: String = row.get("detail")?;
@@ -254,7 +230,10 @@ fn read(row: &Row<'_>) -> rusqlite::Result<VmRecord> {
         detail: StatusDetail::from_word(&detail).ok_or_else(|| bad("detail"))?,
         desired: Desired::from_word(&desired).ok_or_else(|| bad("desired"))?,
         failure: row.get("failure")?,
-        suspension: Suspension::from_word(row.get::<_, Option<String>>("suspension")?.as_deref()),
+        suspension: Suspension::from_columns(
+            row.get::<_, Option<String>>("suspension")?.as_deref(),
+            row.get("clone")?,
+        ),
         suspend_failure: row.get("suspend_failure")?,
         slot: row.get("slot")?,
         ssh_port: row.get("ssh_port")?,
@@ -314,19 +293,20 @@ pub(crate) fn insert(store: &Store, tx: &Transaction<'_>, new: &NewVm) -> Result
     }
     let living = "SELECT count(*) FROM vms WHERE user = ?1 AND detail NOT IN ('destroying', 'destroyed')";
     quota(tx, "VMs", living, user, new.quota)?;
+    let mut clone = false;
     if let Some(snapshot) = &new.snapshot {
-        let status: Option<String> = tx
+        let found: Option<(String, String)> = tx
             .query_row(
-                "SELECT status FROM snapshots WHERE id = ?1 AND user = ?2 AND deleted_at IS NULL",
+                "SELECT status, kind FROM snapshots WHERE id = ?1 AND user = ?2 AND deleted_at IS NULL",
                 params![snapshot.as_str(), user],
-                |row| row.get(0),
+                |row| Ok((row.get(0)?, row.get(1)?)),
             )
             .optional()?;
-        match status.as_deref() {
-            None => return Err(StoreError::NotFound(Kind::Snapshot)),
-            Some("ready") => {}
-            Some(_) => return Err(Conflict::SnapshotNotReady.into()),
+        let (status, kind) = found.ok_or(StoreError::NotFound(Kind::Snapshot))?;
+        if status != "ready" {
+            return Err(Conflict::SnapshotNotReady.into());
         }
+        clone = kind == SnapshotKind::Memory.word();
     }
     new.capacity.check_memory(tx, new.resources)?;
     new.capacity.check_disk(tx, new.resources)?;
@@ -340,8 +320,8 @@ pub(crate) fn insert(store: &Store, tx: &Transaction<'_>, new: &NewVm) -> Result
     let now = now_us();
     tx.execute(
         "INSERT INTO vms (id, user, name, public_key, detail, desired, slot, ssh_port, vcpus, memory_mib, disk_bytes,
-                          snapshot, ca_cert, ca_key, generation, created_at, updated_at)
-         VALUES (?1, ?2, ?3, ?4, 'creating', 'running', ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?14)",
+                          snapshot, ca_cert, ca_key, generation, created_at, updated_at, suspension, clone)
+         VALUES (?1, ?2, ?3, ?4, 'creating', 'running', ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?14, ?15, ?16)",
         params![
             new.id.as_str(),
             user,
@@ -356,7 +336,9 @@ pub(crate) fn insert(store: &Store, tx: &Transaction<'_>, new: &NewVm) -> Result
             new.ca.cert,
             ca_key,
             next_generation(tx)?,
-            now
+            now,
+            Suspension::Cloned.word().filter(|_| clone),
+            clone
         ],
     )?;
     find(tx, &new.id)
@@ -382,7 +364,7 @@ pub(crate) fn call(tx: &Transaction<'_>, vm: &VmRecord, call: Call) -> Result<bo
         // A start needs to know whether there is a memory; the engine notes when it was used.
         let wanted = if call == Call::Suspend { Suspension::Wanted } else { Suspension::None };
         tx.execute(
-            "UPDATE vms SET suspension = ?2, suspend_failure = NULL WHERE id = ?1",
+            "UPDATE vms SET suspension = ?2, suspend_failure = NULL, clone = 0 WHERE id = ?1",
             params![vm.id.as_str(), wanted.word()],
         )?;
     }
@@ -530,55 +512,6 @@ impl Store {
                     tx.execute("UPDATE vms SET handle = NULL, ca_key = x'' WHERE id = ?1", [vm.as_str()])?;
                 }
                 find(tx, &vm)
-            })
-            .await
-    }
-
-    /// The engine's report that a VM whose suspension was asked for has ended and its memory is whole. What runs in it goes
-    /// on later, so its agent's state stays.
-    pub async fn vm_suspended(&self, vm: &VmId) -> Result<()> {
-        let vm = vm.clone();
-        self.db
-            .write(move |tx| {
-                let changed = tx.execute(
-                    "UPDATE vms SET detail = 'stopped', suspension = 'kept', updated_at = max(?2, created_at)
-                     WHERE id = ?1 AND detail = 'stopping' AND suspension = 'wanted'",
-                    params![vm.as_str(), now_us()],
-                )?;
-                match changed {
-                    0 => Ok(()),
-                    _ => crate::snapshots::follow(tx, &vm, StatusDetail::Stopped),
-                }
-            })
-            .await
-    }
-
-    /// The engine's report that a VM could not be suspended and runs on: the user's call is taken back.
-    pub async fn vm_not_suspended(&self, vm: &VmId, reason: String) -> Result<()> {
-        let vm = vm.clone();
-        self.db
-            .write(move |tx| {
-                tx.execute(
-                    "UPDATE vms SET detail = 'running', desired = 'running', suspension = NULL, suspend_failure = ?2,
-                            updated_at = max(?3, created_at)
-                     WHERE id = ?1 AND detail = 'stopping' AND suspension = 'wanted'",
-                    params![vm.as_str(), reason, now_us()],
-                )?;
-                Ok(())
-            })
-            .await
-    }
-
-    /// The engine's report that a VM has no memory to go on with any more: used, or lost for this reason.
-    pub async fn vm_memory_gone(&self, vm: &VmId, lost: Option<String>) -> Result<()> {
-        let vm = vm.clone();
-        self.db
-            .write(move |tx| {
-                tx.execute(
-                    "UPDATE vms SET suspension = NULL, suspend_failure = ?2 WHERE id = ?1",
-                    params![vm.as_str(), lost],
-                )?;
-                Ok(())
             })
             .await
     }

@@ -1,6 +1,6 @@
 //! The host's channel into the guest: a virtio port or a vsock port that speaks the part of QEMU's guest agent protocol that
 //! snapshots and a clean end need: `guest-sync`, `guest-ping`, `guest-fsfreeze-{freeze,status,thaw}`, `guest-set-time`, `guest-shutdown`;
-//! and `guest-tapgate-sync`, which writes out.
+//! `guest-tapgate-sync`, which writes out, and `guest-tapgate-become`, which makes a copied machine another.
 //!
 //! A frozen guest must never depend on the host to go on: a freeze ends by itself after a while, and then says so.
 
@@ -17,7 +17,8 @@ use std::time::{Duration, Instant};
 const PORT: &str = "org.qemu.guest_agent.0";
 /// Where the VMM has a vsock device instead; below 1024, so that only root may listen there.
 const VSOCK_PORT: u32 = 777;
-const MAX_LINE: usize = 64 << 10;
+/// A new identity carries a whole environment.
+const MAX_LINE: usize = 16 << 20;
 /// The longest freeze; a snapshot needs some milliseconds.
 const LONGEST: Duration = Duration::from_secs(20);
 /// How often a port that no host is connected to is looked at.
@@ -154,12 +155,22 @@ fn answer(line: &[u8], frozen: &Mutex<Frozen>) -> Value {
             Ok(()) => json!({"return": {}}),
             Err(error) => refuse(error),
         },
+        "guest-tapgate-become" => match become_another(request.get("arguments")) {
+            Ok(()) => json!({"return": {}}),
+            Err(error) => refuse(error),
+        },
         "guest-shutdown" => {
             crate::power::power_off();
             json!({"return": {}})
         }
         other => refuse(format!("unknown command {}", other.chars().take(64).collect::<String>())),
     }
+}
+
+fn become_another(arguments: Option<&Value>) -> Result<(), String> {
+    let arguments = arguments.ok_or("no arguments")?;
+    set_time(arguments.get("time").and_then(Value::as_u64))?;
+    crate::become_another::run(arguments)
 }
 
 /// Sets the clock to nanoseconds since the epoch: after a suspension it is as late as that was long.
@@ -242,6 +253,7 @@ mod tests {
             "",
             "rubbish",
             r#"{"execute":"guest-set-time"}"#,
+            r#"{"execute":"guest-tapgate-become"}"#,
             r#"{"execute":"guest-exec"}"#,
             r#"{"execute":7}"#,
         ] {

@@ -10,6 +10,7 @@
 
 mod agent;
 mod apply;
+mod become_another;
 mod channel;
 mod files;
 mod http;

@@ -32,6 +32,35 @@ pub fn apply(network: &Value) -> Result<(), String> {
     if status.success() { Ok(()) } else { Err(format!("ip: {status}")) }
 }
 
+/// Takes the one network device off its old addresses, and gives it the MAC address that the next ones are for.
+pub fn forget(mac: &str) -> Result<(), String> {
+    let digits = mac.split(':').filter(|pair| pair.len() == 2 && u8::from_str_radix(pair, 16).is_ok());
+    if digits.count() != 6 || mac.len() != 17 {
+        return Err(format!("{mac:?} is not a MAC address"));
+    }
+    let devices = fs::read_dir("/sys/class/net").map_err(|e| format!("/sys/class/net: {e}"))?;
+    // What has a device behind it; bridges and tunnels of the guest's own are not the way out.
+    let real = devices.flatten().find(|entry| entry.path().join("device").exists());
+    let link =
+        real.and_then(|entry| entry.file_name().into_string().ok()).ok_or("there is no network device")?;
+    if !link.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c)) {
+        return Err("the network device has an unusable name".into());
+    }
+    for words in [
+        &["link", "set", "dev", &link, "down"][..],
+        &["address", "flush", "dev", &link],
+        &["neighbour", "flush", "dev", &link],
+        &["link", "set", "dev", &link, "address", mac],
+    ] {
+        let mut command = Command::new("/sbin/ip");
+        let status = command.args(words).stdin(Stdio::null()).status().map_err(|e| format!("ip: {e}"))?;
+        if !status.success() {
+            return Err(format!("ip {}: {status}", words.join(" ")));
+        }
+    }
+    Ok(())
+}
+
 /// The commands for `ip -batch`. `replace` so that a second run changes nothing.
 fn batch(link: &str, nic: &Value) -> Result<String, String> {
     let mut text = String::from("link set dev lo up\n");
@@ -89,6 +118,13 @@ fn link_with(mac: &str) -> Option<String> {
 mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn only_a_mac_address_is_set() {
+        for bad in ["", "02:00:00:00:00", "02:00:00:00:00:0g", "02:00:00:00:00:001", "02:00:00:00:00:01 up"] {
+            assert!(forget(bad).unwrap_err().contains("MAC"), "{bad:?}");
+        }
+    }
 
     #[test]
     fn only_addresses_reach_the_command() {

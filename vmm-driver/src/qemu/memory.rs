@@ -6,43 +6,34 @@
 //! ```
 //!
 //! `memory.json` is what makes the state count: without it there is none, and the VM boots from its disk as after a power cut.
-//! It is gone before a VMM reads the memory: used twice with one disk, it would destroy the disk's file systems. The VMM is
-//! handed one end of a socket pair, never a name or a file (`fd:` to anything but a socket is deprecated in QEMU).
+//! It is gone before a VMM reads the memory: used twice with one disk, it would destroy the disk's file systems. A clone comes with
+//! a memory of its parent's and a disk of the same moment: to the folder that is a suspended VM. What moves the octets in and out
+//! of QEMU is in `transfer`.
 
-use super::{QemuDriver, QemuRunning, snapshot};
+use super::QemuDriver;
 use crate::accel::Accel;
-use crate::agent::Agent;
 use crate::disk;
-use crate::qmp::Qmp;
-use crate::spec::{Suspended, VmSpec, VmmError};
+use crate::spec::{Resume, VmSpec, VmmError};
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, Write};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::{Duration, Instant};
 
-const DATA: &str = "memory.zst";
+/// The packed memory in a VM's folder.
+pub const DATA: &str = "memory.zst";
 const NOTE: &str = "memory.json";
 /// Packs about as fast as a disk writes.
 const LEVEL: i32 = 1;
 /// What devices may add to the guest's memory.
-const DEVICES: u64 = 256 << 20;
-const NAME: &str = "memory";
-const POLL: Duration = Duration::from_millis(20);
-/// For the memory to be written or read: sixteen GiB at 60 MB a second.
-const PATIENCE: Duration = Duration::from_secs(300);
-/// For QEMU to give up writing a memory that is not wanted any more.
-const CANCEL: Duration = Duration::from_secs(15);
-/// For a resumed guest to be told the time: it is asked again, and then left to find out by itself.
-const CLOCK: Duration = Duration::from_secs(10);
+pub(super) const DEVICES: u64 = 256 << 20;
 
 /// What the machine must be, to go on with a memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Machine {
+pub struct Machine {
     accel: String,
     vcpus: u32,
     memory_mib: u32,
@@ -53,7 +44,8 @@ struct Machine {
 }
 
 impl Machine {
-    fn of(accel: Accel, spec: &VmSpec) -> io::Result<Self> {
+    /// This host's, for the VM.
+    pub fn of(accel: Accel, spec: &VmSpec) -> io::Result<Self> {
         let cpu = match accel {
             Accel::Kvm => Some(host_cpu(&fs::read_to_string("/proc/cpuinfo")?)),
             Accel::Tcg => None,
@@ -73,142 +65,34 @@ fn host_cpu(info: &str) -> String {
 }
 
 /// What is noted of a memory that is whole.
-#[derive(Debug, Serialize, Deserialize)]
-struct Note {
-    machine: Machine,
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Note {
+    /// What it is a memory of.
+    pub machine: Machine,
     /// QEMU's version: its `microvm` machine is not versioned, so the next one's may differ.
-    qemu: Value,
+    pub qemu: Value,
     /// Of the packed file.
-    sha256: String,
-    stored_bytes: u64,
-    memory_bytes: u64,
+    pub sha256: String,
+    /// Size of the packed file.
+    pub stored_bytes: u64,
+    /// Size of what is in it.
+    pub memory_bytes: u64,
 }
 
 /// A memory that was checked and taken: nobody else will find it.
 pub struct Taken {
-    file: File,
-    qemu: Value,
-    memory_bytes: u64,
-}
-
-/// Holds the guest, writes its memory and ends the VMM. If that fails, the guest goes on.
-pub async fn save(vm: &QemuRunning) -> Result<Suspended, VmmError> {
-    let _turn = vm.turn.lock().await;
-    // A copy of the disk that nobody waits for any more would keep the memory from being written.
-    snapshot::clear(vm).await;
-    let began = Instant::now();
-    vm.command("stop", Value::Null).await?;
-    let error = match write(vm).await {
-        Ok((memory_bytes, stored_bytes)) => {
-            vm.end().await?;
-            let took_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
-            return Ok(Suspended { memory_bytes, stored_bytes, took_us });
-        }
-        Err(error) => error,
-    };
-    // The guest may go on only when no memory of it can come back, not even after a power cut.
-    let went_on = match forget_for_good(&vm.spec.dir) {
-        Ok(()) => go_on(vm).await,
-        Err(error) => Err(VmmError::io("the VM's folder")(error)),
-    };
-    if let Err(held) = went_on {
-        tracing::error!(vm = %vm.spec.id, %held, "a VM that could not be suspended does not go on and is ended");
-        vm.end().await?;
-    }
-    Err(error)
-}
-
-/// What takes commands for QEMU.
-pub trait Commands {
-    /// Carries one out.
-    async fn run(&mut self, name: &'static str, arguments: Value) -> Result<Value, VmmError>;
-}
-
-impl Commands for &mut Qmp {
-    async fn run(&mut self, name: &'static str, arguments: Value) -> Result<Value, VmmError> {
-        self.command(name, arguments).await
-    }
-}
-
-impl Commands for &QemuRunning {
-    async fn run(&mut self, name: &'static str, arguments: Value) -> Result<Value, VmmError> {
-        self.command(name, arguments).await
-    }
-}
-
-/// Lets a guest go on that was held while its memory was written, whatever became of that.
-pub async fn go_on(mut qemu: impl Commands) -> Result<(), VmmError> {
-    let _ = qemu.run("migrate_cancel", Value::Null).await;
-    let ended = async {
-        loop {
-            let state = qemu.run("query-migrate", Value::Null).await?;
-            // None, or one that has ended some way: QEMU refuses to go on before.
-            let ended = ["", "none", "completed", "failed", "cancelled"];
-            if ended.contains(&state["status"].as_str().unwrap_or_default()) {
-                return Ok::<(), VmmError>(());
-            }
-            tokio::time::sleep(POLL).await;
-        }
-    };
-    tokio::time::timeout(CANCEL, ended).await.map_err(|_| late("given up", CANCEL))??;
-    let _ = qemu.run("closefd", json!({"fdname": NAME})).await;
-    qemu.run("cont", Value::Null).await.map(drop)
-}
-
-async fn write(vm: &QemuRunning) -> Result<(u64, u64), VmmError> {
-    let dir = vm.spec.dir.clone();
-    forget(&dir);
-    let machine = Machine::of(vm.accel, &vm.spec).map_err(VmmError::io("this host's CPU"))?;
-    let qemu = vm.command("query-version", Value::Null).await?;
-    let (reader, writer) = UnixStream::pair().map_err(VmmError::io("socket pair"))?;
-    let limit = (u64::from(vm.spec.memory_mib) << 20) + DEVICES;
-    let to = dir.join(DATA);
-    let packing = tokio::task::spawn_blocking(move || pack(reader, &to, limit));
-    vm.command_with("getfd", json!({"fdname": NAME}), Some(writer.into())).await?;
-    // The guest is held: there is no other work that a slower pace would spare.
-    vm.command("migrate-set-parameters", json!({"max-bandwidth": 1_u64 << 40})).await?;
-    vm.command("migrate", json!({"uri": format!("fd:{NAME}")})).await?;
-    let migrated = async {
-        loop {
-            let state = vm.command("query-migrate", Value::Null).await?;
-            if over(&state)? {
-                return Ok::<(), VmmError>(());
-            }
-            tokio::time::sleep(POLL).await;
-        }
-    };
-    let both = async { tokio::join!(packing, migrated) };
-    let (packed, migrated) =
-        tokio::time::timeout(PATIENCE, both).await.map_err(|_| late("written", PATIENCE))?;
-    // A full disk ends both: what the packing says of it is the reason.
-    let packed = packed.map_err(|e| VmmError::Memory(e.to_string()))?;
-    let (sha256, memory_bytes, stored_bytes) = packed.map_err(VmmError::io("the VM's memory"))?;
-    migrated?;
-    let note = Note { machine, qemu, sha256, stored_bytes, memory_bytes };
-    let commit = move || commit(&dir, &note);
-    let committed = tokio::task::spawn_blocking(commit).await.map_err(|e| VmmError::Memory(e.to_string()))?;
-    committed.map_err(VmmError::io("the VM's memory"))?;
-    Ok((memory_bytes, stored_bytes))
-}
-
-fn late(what: &str, limit: Duration) -> VmmError {
-    VmmError::Memory(format!("it was not {what} within {} s", limit.as_secs()))
-}
-
-/// Whether the transfer is done; its failure is an error.
-fn over(state: &Value) -> Result<bool, VmmError> {
-    match state["status"].as_str().unwrap_or_default() {
-        "completed" => Ok(true),
-        "failed" | "cancelled" | "cancelling" => {
-            let why = state["error-desc"].as_str().unwrap_or("QEMU gives no reason");
-            Err(VmmError::Memory(why.chars().filter(|c| !c.is_control()).take(200).collect()))
-        }
-        _ => Ok(false),
-    }
+    /// The packed file, which has no name any more.
+    pub file: File,
+    /// QEMU's version.
+    pub qemu: Value,
+    /// Size of what is in it.
+    pub memory_bytes: u64,
+    /// Whether it is another VM's, which runs too.
+    pub clone: bool,
 }
 
 /// Packs what comes until its end; answers the packed file's hash, and both sizes.
-fn pack(from: UnixStream, to: &Path, limit: u64) -> io::Result<(String, u64, u64)> {
+pub fn pack(from: UnixStream, to: &Path, limit: u64) -> io::Result<(String, u64, u64)> {
     let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(to)?;
     let mut encoder =
         zstd::stream::write::Encoder::new(Hashing { file, hash: Sha256::new(), written: 0 }, LEVEL)?;
@@ -245,10 +129,14 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 /// Makes the memory count, after the disk that belongs to it is on its medium.
-fn commit(dir: &Path, note: &Note) -> io::Result<()> {
+pub fn commit(dir: &Path, note: &Note) -> io::Result<()> {
     if let Some(disk) = disk::find(dir) {
         File::open(disk.path)?.sync_all()?;
     }
+    name(dir, note)
+}
+
+fn name(dir: &Path, note: &Note) -> io::Result<()> {
     let new = dir.join("memory.new");
     let _ = fs::remove_file(&new);
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
@@ -258,20 +146,30 @@ fn commit(dir: &Path, note: &Note) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
 
+/// Makes a memory count that was brought into the folder of a VM that is to go on with it, beside the disk that belongs to it.
+pub fn place_memory(dir: &Path, note: &str) -> Result<(), VmmError> {
+    let wrong = |error: serde_json::Error| VmmError::Memory(format!("what is noted of it is wrong: {error}"));
+    let note: Note = serde_json::from_str(note).map_err(wrong)?;
+    File::open(dir.join(DATA))
+        .and_then(|file| file.sync_all())
+        .and_then(|()| name(dir, &note))
+        .map_err(VmmError::io("the VM's memory"))
+}
+
 /// Whether a VM's folder holds a memory that counts.
 pub fn keeps_memory(dir: &Path) -> bool {
     dir.join(NOTE).exists()
 }
 
 /// Removes a memory, whole or not.
-fn forget(dir: &Path) {
+pub fn forget(dir: &Path) {
     for name in [NOTE, DATA] {
         let _ = fs::remove_file(dir.join(name));
     }
 }
 
 /// The same, so that not even a power cut brings it back.
-fn forget_for_good(dir: &Path) -> io::Result<()> {
+pub fn forget_for_good(dir: &Path) -> io::Result<()> {
     forget(dir);
     if keeps_memory(dir) {
         return Err(io::Error::other("a VM's memory cannot be removed"));
@@ -288,7 +186,7 @@ pub fn take(dir: &Path, driver: &QemuDriver, spec: &VmSpec) -> Result<Option<Tak
         forget(dir);
         return Ok(None);
     }
-    if !spec.resume {
+    if spec.resume == Resume::Never {
         tracing::warn!(vm = %spec.id, "a memory that is not asked for is removed");
         forget_for_good(dir).map_err(gone)?;
         return Ok(None);
@@ -301,8 +199,14 @@ pub fn take(dir: &Path, driver: &QemuDriver, spec: &VmSpec) -> Result<Option<Tak
     forget_for_good(dir).map_err(gone)?;
     let (note, mut file) = read.map_err(VmmError::io("the VM's memory"))?;
     let here = Machine::of(driver.accel, spec).map_err(VmmError::io("this host's CPU"))?;
-    if note.machine != here {
-        let why = format!("it is of another machine: {:?}, and this is {here:?}", note.machine);
+    let clone = spec.resume == Resume::Another;
+    let mut was = note.machine;
+    if clone {
+        // It is given its own.
+        was.mac = here.mac;
+    }
+    if was != here {
+        let why = format!("it is of another machine: {was:?}, and this is {here:?}");
         return Err(VmmError::Memory(why));
     }
     let limit = note.stored_bytes;
@@ -321,54 +225,14 @@ pub fn take(dir: &Path, driver: &QemuDriver, spec: &VmSpec) -> Result<Option<Tak
         return Err(VmmError::Memory("its file is not what was stored".into()));
     }
     file.rewind().map_err(VmmError::io("the VM's memory"))?;
-    Ok(Some(Taken { file, qemu: note.qemu, memory_bytes: note.memory_bytes }))
-}
-
-/// Fills a VMM that waits for it, and lets the guest go on only when all of it is there.
-pub async fn load(qmp: &mut Qmp, memory: Taken) -> Result<(), VmmError> {
-    let qemu = qmp.command("query-version", Value::Null).await?;
-    if qemu != memory.qemu {
-        return Err(VmmError::Memory(format!("it is of QEMU {}, and this is {qemu}", memory.qemu)));
-    }
-    let (reader, mut writer) = UnixStream::pair().map_err(VmmError::io("socket pair"))?;
-    let unpacking = tokio::task::spawn_blocking(move || {
-        let decoder = zstd::stream::read::Decoder::new(memory.file)?;
-        io::copy(&mut decoder.take(memory.memory_bytes), &mut writer)
-    });
-    qmp.command_with("getfd", json!({"fdname": NAME}), Some(reader.into())).await?;
-    qmp.command("migrate-incoming", json!({"uri": format!("fd:{NAME}")})).await?;
-    let loaded = async {
-        while !over(&qmp.command("query-migrate", Value::Null).await?)? {
-            tokio::time::sleep(POLL).await;
-        }
-        Ok::<(), VmmError>(())
-    };
-    tokio::time::timeout(PATIENCE, loaded).await.map_err(|_| late("read", PATIENCE))??;
-    drop(unpacking);
-    qmp.command("cont", Value::Null).await.map(drop)
-}
-
-/// Tells the guest what time it is; one without the agent finds out by itself.
-pub async fn set_clock(channel: &Path) {
-    let set = async {
-        loop {
-            let set = async { Agent::connect(channel).await?.set_time().await };
-            match set.await {
-                Ok(()) => return,
-                Err(error) => tracing::debug!(%error, "the resumed guest's clock is not set yet"),
-            }
-            tokio::time::sleep(POLL).await;
-        }
-    };
-    if tokio::time::timeout(CLOCK, set).await.is_err() {
-        tracing::warn!(channel = %channel.display(), "no agent sets the resumed guest's clock");
-    }
+    Ok(Some(Taken { file, qemu: note.qemu, memory_bytes: note.memory_bytes, clone }))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::seed::Seed;
+    use serde_json::json;
     use std::net::Ipv4Addr;
     use tapgate_model::GuestNet;
 
@@ -394,7 +258,7 @@ mod tests {
             net,
             seed,
             snapshot: None,
-            resume: true,
+            resume: Resume::Own,
             guest_ns: None,
         }
     }
@@ -435,7 +299,7 @@ mod tests {
     fn a_memory_that_is_not_asked_for_is_removed() {
         let dir = tempfile::tempdir().unwrap();
         suspended(dir.path());
-        let other = VmSpec { resume: false, ..spec(dir.path()) };
+        let other = VmSpec { resume: Resume::Never, ..spec(dir.path()) };
         assert!(take(dir.path(), &QemuDriver::new(Accel::Tcg), &other).unwrap().is_none());
         assert!(!dir.path().join(DATA).exists() && taken(dir.path()).unwrap().is_none());
     }
@@ -470,6 +334,25 @@ mod tests {
         let other = VmSpec { vcpus: 2, ..spec(dir.path()) };
         let Err(error) = take(dir.path(), &QemuDriver::new(Accel::Tcg), &other) else { panic!("taken") };
         assert!(error.to_string().contains("vcpus: 1") && error.to_string().contains("vcpus: 2"), "{error}");
+    }
+
+    #[test]
+    fn a_clone_has_its_own_address_and_else_the_same_machine() {
+        let dir = tempfile::tempdir().unwrap();
+        suspended(dir.path());
+        let net = GuestNet::new(7, Ipv4Addr::new(192, 0, 2, 0), None);
+        let other = VmSpec { net, ..spec(dir.path()) };
+        assert!(
+            take(dir.path(), &QemuDriver::new(Accel::Tcg), &other).is_err(),
+            "a VM's own keeps its address"
+        );
+        suspended(dir.path());
+        let clone = VmSpec { resume: Resume::Another, ..other };
+        let larger = VmSpec { disk_bytes: 2 << 30, ..clone.clone() };
+        let taken = take(dir.path(), &QemuDriver::new(Accel::Tcg), &clone).unwrap().unwrap();
+        assert!(taken.clone);
+        suspended(dir.path());
+        assert!(take(dir.path(), &QemuDriver::new(Accel::Tcg), &larger).is_err());
     }
 
     #[test]

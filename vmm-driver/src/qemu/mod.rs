@@ -6,9 +6,10 @@ mod args;
 mod memory;
 mod snapshot;
 mod supervise;
+mod transfer;
 mod tsc;
 
-pub use memory::keeps_memory;
+pub use memory::{DATA as MEMORY, keeps_memory, place_memory};
 pub(crate) use supervise::{append, file, words};
 
 use crate::accel::Accel;
@@ -21,7 +22,7 @@ use crate::driver::{BoxFuture, Running, Vmm};
 use crate::image::Image;
 use crate::process::{Process, ProcessRef};
 use crate::qmp::Qmp;
-use crate::spec::{Exit, Handle, Observed, SnapshotInfo, Suspended, TapFd, VmSpec, VmmError};
+use crate::spec::{Exit, Handle, MemorySnapshot, Observed, SnapshotInfo, Suspended, TapFd, VmSpec, VmmError};
 use args::{Plan, fd};
 use serde_json::Value;
 use std::fs;
@@ -79,12 +80,8 @@ impl QemuDriver {
         let launched = launched.map_err(|e| VmmError::Start(e.to_string())).and_then(std::convert::identity);
         let ((handle, process, scratch), memory) =
             launched.inspect_err(|_| clean(self.cgroups.as_deref(), spec))?;
-        let resumes = memory.is_some();
-        match filled(&spec.dir, &process, memory).await {
+        match filled(spec, &process, memory).await {
             Ok(qmp) => {
-                if resumes {
-                    memory::set_clock(&spec.dir.join(file::AGENT)).await;
-                }
                 let seen = Seen { process, scratch, qmp, shut_down: false };
                 Ok(Box::new(QemuRunning::follow(self, spec, handle, seen, gate)))
             }
@@ -209,7 +206,7 @@ impl QemuDriver {
         }
         if matches!(status, "paused" | "finish-migrate" | "postmigrate") {
             // A daemon was lost while it held this VM.
-            memory::go_on(&mut qmp).await?;
+            transfer::go_on(&mut qmp).await?;
         }
         let scratch = Scratch::of(handle.process.pid, uid_of(spec.net.slot)).ok();
         let seen = Seen { process, scratch, qmp, shut_down };
@@ -308,10 +305,10 @@ async fn connect(dir: &Path, process: &Process) -> Result<Qmp, VmmError> {
 }
 
 /// Connects, and fills the VMM with the memory that it is to go on with.
-async fn filled(dir: &Path, process: &Process, memory: Option<memory::Taken>) -> Result<Qmp, VmmError> {
-    let mut qmp = connect(dir, process).await?;
+async fn filled(spec: &VmSpec, process: &Process, memory: Option<memory::Taken>) -> Result<Qmp, VmmError> {
+    let mut qmp = connect(&spec.dir, process).await?;
     if let Some(memory) = memory {
-        memory::load(&mut qmp, memory).await?;
+        transfer::load(&mut qmp, memory, spec).await?;
     }
     Ok(qmp)
 }
@@ -456,7 +453,15 @@ impl Running for QemuRunning {
     }
 
     fn suspend(&self) -> BoxFuture<'_, Result<Suspended, VmmError>> {
-        Box::pin(memory::save(self))
+        Box::pin(transfer::save(self))
+    }
+
+    fn snapshot_memory<'a>(
+        &'a self,
+        disk: &'a Path,
+        memory: &'a Path,
+    ) -> BoxFuture<'a, Result<MemorySnapshot, VmmError>> {
+        Box::pin(transfer::snapshot(self, disk, memory))
     }
 
     fn check(&self) -> BoxFuture<'_, Result<(), VmmError>> {

@@ -37,14 +37,29 @@ pub async fn take(vm: &QemuRunning, to: &Path) -> Result<SnapshotInfo, VmmError>
 
 /// Ends the job if there is one and clears QEMU's side, whatever happened before; what is not there is refused, which is
 /// as good.
-pub(super) async fn clear(vm: &QemuRunning) {
+pub async fn clear(vm: &QemuRunning) {
     let _ = vm.command("job-cancel", json!({"id": JOB})).await;
     let _ = tokio::time::timeout(CANCEL, finish(vm)).await;
     let _ = vm.command("blockdev-del", json!({"node-name": NODE})).await;
     let _ = vm.command("remove-fd", json!({"fdset-id": SET})).await;
 }
 
-async fn copy(vm: &QemuRunning, to: &Path) -> Result<SnapshotInfo, VmmError> {
+/// A file that QEMU has open for a copy of the disk.
+pub struct Target {
+    disk_bytes: u64,
+    image_recipe: String,
+}
+
+impl Target {
+    /// What is known of a snapshot whose guest was held, and not its file systems.
+    pub fn info(self, held_us: u64) -> SnapshotInfo {
+        let Self { disk_bytes, image_recipe } = self;
+        SnapshotInfo { disk_bytes, frozen: false, held_us, image_recipe }
+    }
+}
+
+/// Makes the file and hands it to QEMU.
+pub async fn target(vm: &QemuRunning, to: &Path) -> Result<Target, VmmError> {
     let image = vm.spec.image.as_ref().ok_or_else(|| VmmError::Disk("the VM has no image".into()))?;
     let (dir, image, target) = (vm.spec.dir.clone(), image.clone(), to.to_owned());
     let prepare = move || {
@@ -56,12 +71,21 @@ async fn copy(vm: &QemuRunning, to: &Path) -> Result<SnapshotInfo, VmmError> {
     };
     let (disk_bytes, image_recipe, target) =
         tokio::task::spawn_blocking(prepare).await.map_err(|e| VmmError::Disk(e.to_string()))??;
-
     vm.command_with("add-fd", json!({"fdset-id": SET}), Some(target)).await?;
     let node = json!({"node-name": NODE, "driver": "qcow2", "discard": "unmap", "detect-zeroes": "unmap",
         "file": {"driver": "file", "filename": format!("/dev/fdset/{SET}"), "locking": "off"}});
     vm.command("blockdev-add", node).await?;
+    Ok(Target { disk_bytes, image_recipe })
+}
 
+/// Starts the copy: of the disk as it is at this moment.
+pub async fn begin(vm: &QemuRunning) -> Result<(), VmmError> {
+    let job = json!({"job-id": JOB, "device": "root", "target": NODE, "sync": "full", "auto-dismiss": false});
+    vm.command("blockdev-backup", job).await.map(drop)
+}
+
+async fn copy(vm: &QemuRunning, to: &Path) -> Result<SnapshotInfo, VmmError> {
+    let target = target(vm, to).await?;
     let mut agent = Agent::connect(&vm.spec.dir.join(file::AGENT)).await.ok();
     if let Some(agent) = &mut agent {
         // What is written out now need not be while everyone is held. Other agents do not know this.
@@ -74,8 +98,7 @@ async fn copy(vm: &QemuRunning, to: &Path) -> Result<SnapshotInfo, VmmError> {
     };
     let froze = held.elapsed();
     point("snapshot.frozen");
-    let job = json!({"job-id": JOB, "device": "root", "target": NODE, "sync": "full", "auto-dismiss": false});
-    let started = vm.command("blockdev-backup", job).await;
+    let started = begin(vm).await;
     let began = held.elapsed();
     point("snapshot.begun");
     if let Some(agent) = &mut agent {
@@ -86,11 +109,11 @@ async fn copy(vm: &QemuRunning, to: &Path) -> Result<SnapshotInfo, VmmError> {
     tracing::debug!(vm = %vm.spec.id, froze = ?froze, began = ?(began - froze), thawed = ?(held.elapsed() - began), "held");
     started?;
     finish(vm).await?;
-    Ok(SnapshotInfo { disk_bytes, frozen, held_us, image_recipe })
+    Ok(SnapshotInfo { frozen, ..target.info(held_us) })
 }
 
 /// Waits for the job's end and says how it ended.
-async fn finish(vm: &QemuRunning) -> Result<(), VmmError> {
+pub async fn finish(vm: &QemuRunning) -> Result<(), VmmError> {
     loop {
         let jobs = match vm.command("query-jobs", Value::Null).await {
             // Busy with the copy on a slow host. One that hangs is ended by its supervisor.

@@ -154,7 +154,7 @@ impl World {
             net,
             seed,
             snapshot: None,
-            resume: false,
+            resume: tapgate_vmm::Resume::Never,
             guest_ns: None,
         }
     }

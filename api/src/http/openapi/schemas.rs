@@ -296,12 +296,13 @@ pub(super) fn schemas() -> Value {
                 "status": words(&["pending", "uploading", "ready", "failed"]), "r2_key": or_null(text()),
                 "size_bytes": or_null(count.clone()), "created_at": time(),
             }),
-            json!({ "failure_reason": text() }),
+            json!({ "failure_reason": text(), "kind": words(&["disk", "memory"]), "memory_size_bytes": count.clone() }),
         ),
     );
     put("SnapshotList", list("Snapshot"));
     put("SnapshotData", data("Snapshot"));
-    put("NewSnapshot", object(json!({}), json!({ "label": or_null(plain(128, false)) })));
+    let kind = or_null(words(&["disk", "memory"]));
+    put("NewSnapshot", object(json!({}), json!({ "label": or_null(plain(128, false)), "kind": kind })));
 
     put(
         "Env",
