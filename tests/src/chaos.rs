@@ -22,6 +22,8 @@ use std::{
 const VMS: usize = 5;
 /// How long a death may go unnoticed.
 const NOTICE: Duration = Duration::from_secs(20);
+/// What the names of taps begin with that are made ahead of VMs; one is there at most, and it is down.
+const SPARE: &str = "tgs";
 /// For a VM to come to rest.
 const REST: Duration = Duration::from_secs(240);
 
@@ -462,9 +464,15 @@ impl<'a, 'world> Chaos<'a, 'world> {
         let folders = names(&self.daemon.data_dir().join("vms"));
         ensure!(folders.is_empty(), "VMs' folders are left: {folders:?}");
         let links = sh::ip(&format!("-n {egress} -br link"))?;
-        ensure!(!links.lines().any(|line| line.starts_with("tg")), "taps are left: {links}");
-        let pins = names(&self.pins().join("links"));
+        let (spares, taps): (Vec<&str>, Vec<&str>) =
+            links.lines().filter(|line| line.starts_with("tg")).partition(|line| line.starts_with(SPARE));
+        ensure!(taps.is_empty(), "taps are left: {links}");
+        let closed = spares.len() <= 1 && spares.iter().all(|line| line.contains(" DOWN "));
+        ensure!(closed, "there is more than one spare tap, or it is up: {links}");
+        let (spares, pins): (Vec<_>, Vec<_>) =
+            names(&self.pins().join("links")).into_iter().partition(|name| name.starts_with(SPARE));
         ensure!(pins.is_empty(), "links are left: {pins:?}");
+        ensure!(spares.len() <= 2, "pins of former spare taps are left: {spares:?}");
         let ids: Vec<String> = self.records()?.into_iter().map(|(id, _)| id).collect();
         let groups: Vec<_> = reaper::CGROUPS.iter().flat_map(|groups| names(groups.as_ref())).collect();
         let ours: Vec<_> = ids.iter().filter(|id| groups.iter().any(|g| g.contains(id.as_str()))).collect();

@@ -27,7 +27,8 @@ const SHORT: [(&str, &str); 7] = [
     ("ipv6", "both_families_are_forwarded_refused_and_handed_over"),
 ];
 
-/// The newest build of a test binary, from beside this one.
+/// The newest build of a test binary of the datapath's, from beside this one. Other packages have tests of the same name: what
+/// a binary was made of stands in the file that cargo keeps beside it.
 fn built(name: &str) -> PathBuf {
     let own = std::env::current_exe().unwrap();
     let fits = |path: &PathBuf| {
@@ -35,6 +36,8 @@ fn built(name: &str) -> PathBuf {
         file.strip_prefix(name)
             .and_then(|rest| rest.strip_prefix('-'))
             .is_some_and(|hash| !hash.contains('.'))
+            && std::fs::read_to_string(path.with_extension("d"))
+                .is_ok_and(|sources| sources.contains(&format!("ebpf/datapath/tests/{name}.rs")))
     };
     let all = std::fs::read_dir(own.parent().unwrap()).unwrap().map(|entry| entry.unwrap().path());
     let newest = all.filter(fits).max_by_key(|path| path.metadata().unwrap().modified().unwrap());
