@@ -17,6 +17,8 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 
+use crate::http::Lingering;
+
 /// Connections of one guest at a time; its agent holds two.
 const CONNECTIONS: usize = 16;
 /// For a request's head, and between requests.
@@ -90,7 +92,7 @@ pub(super) async fn serve(listener: TcpListener, router: Router, stop: Cancellat
             request.extensions_mut().insert(ConnectInfo::<SocketAddr>(peer));
             router.clone().oneshot(request.map(axum::body::Body::new))
         });
-        let connection = graceful.watch(http.serve_connection(TokioIo::new(stream), service));
+        let connection = graceful.watch(http.serve_connection(TokioIo::new(Lingering::new(stream)), service));
         tokio::spawn(async move {
             let _place = place;
             if let Err(error) = connection.await {

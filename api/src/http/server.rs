@@ -2,7 +2,7 @@
 //!
 //! Must never let a slow or endless client hold more than its one connection.
 
-use super::Peer;
+use super::{Lingering, Peer};
 use axum::Router;
 use axum::extract::ConnectInfo;
 use hyper::service::service_fn;
@@ -150,6 +150,7 @@ pub async fn serve(listener: TcpListener, router: Router, tls: Option<Arc<Tls>>,
             continue;
         };
         let _ = stream.set_nodelay(true);
+        let stream = Lingering::new(stream);
         let (http, router, tls) = (http.clone(), router.clone(), tls.clone());
         let watcher = graceful.watcher();
         tokio::spawn(async move {
@@ -202,9 +203,9 @@ impl Drop for Guest {
 }
 
 async fn handshake(
-    stream: TcpStream,
+    stream: Lingering<TcpStream>,
     config: Arc<ServerConfig>,
-) -> std::io::Result<tokio_rustls::server::TlsStream<TcpStream>> {
+) -> std::io::Result<tokio_rustls::server::TlsStream<Lingering<TcpStream>>> {
     LazyConfigAcceptor::new(Acceptor::default(), stream).await?.into_stream(config).await
 }
 
