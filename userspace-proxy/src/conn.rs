@@ -259,10 +259,13 @@ impl Conn {
         record.dialled(address.ip());
         let timeouts = self.shared.config.timeouts;
         if hear {
+            // Something that is there to be read, or an end: readiness alone may be false, and the upstream's would let the
+            // guest go on unread.
+            let (mut of_guest, mut of_upstream) = ([0], [0]);
             let spoke = tokio::select! {
                 biased;
-                _ = self.stream.readable() => true,
-                _ = upstream.readable() => false,
+                _ = self.stream.peek(&mut of_guest) => true,
+                _ = upstream.peek(&mut of_upstream) => false,
                 () = tokio::time::sleep(timeouts.idle) => {
                     reset(&self.stream);
                     return Ok(None);

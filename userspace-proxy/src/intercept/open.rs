@@ -24,7 +24,7 @@ use tapgate_model::{HostName, Protocol, Reason, Verdict, VmPolicy};
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite},
     net::TcpStream,
-    time::timeout,
+    time::{sleep, timeout},
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
@@ -135,6 +135,10 @@ impl Other {
             biased;
             () = ticket.revoked.cancelled() => Err(Reason::Revoked),
             heard = self.listen(stream, &mut said, &mut record) => heard.map_err(|error| error.reason()),
+            () = sleep(self.shared.config.timeouts.idle) => {
+                farewell(stream, b"").await;
+                return None;
+            }
             () = self.shared.stop.cancelled() => return None,
         };
         match heard {
