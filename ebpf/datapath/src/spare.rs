@@ -58,7 +58,10 @@ async fn make(shared: &Arc<Shared>) -> Result<Spare, DatapathError> {
         // Held until it is over: a teardown waits here, and takes the programs with it.
         let mut programs = shared.programs();
         let Some(programs) = programs.as_mut() else { return Ok(None) };
-        hook::attach(shared.attachment, programs, &shared.egress, &shared.pins, &spare.name, &spare.name)?;
+        let Shared { attachment, egress, pins, .. } = &*shared;
+        let attached = hook::attach(*attachment, programs, egress, pins, &spare.name, &spare.name);
+        // Half of it would stay pinned, and more with each attempt.
+        attached.or_else(|error| hook::unpin(pins, &spare.name).and(Err(error)))?;
         Ok(Some(spare))
     });
     let closed = || DatapathError::Config("the datapath is being removed".into());
