@@ -279,6 +279,14 @@ pub(crate) async fn start(
     Ok(Json(record.into()))
 }
 
+/// Enters the call into the records and tells the engine.
+async fn called(state: &AppState, account: &Account, vm: VmId, call: Call) -> Result<Json<VmView>, ApiError> {
+    let called = state.store().vm_call(&account.user, &vm, call).await;
+    let (record, _) = called.map_err(|error| named(&vm, error.into()))?;
+    state.engine().wake(vm);
+    Ok(Json(record.into()))
+}
+
 pub(crate) async fn stop(
     State(state): State<AppState>,
     account: Account,
@@ -286,13 +294,7 @@ pub(crate) async fn stop(
     params: Params,
 ) -> Result<Json<VmView>, ApiError> {
     params.finish()?;
-    let (record, _) = state
-        .store()
-        .vm_call(&account.user, &vm, Call::Stop)
-        .await
-        .map_err(|error| named(&vm, error.into()))?;
-    state.engine().wake(vm);
-    Ok(Json(record.into()))
+    called(&state, &account, vm, Call::Stop).await
 }
 
 pub(crate) async fn suspend(
@@ -305,13 +307,7 @@ pub(crate) async fn suspend(
     // Whose it is first: nobody learns of another's VM.
     find(&state, &account, &vm).await?;
     keeps_memory(&state)?;
-    let (record, _) = state
-        .store()
-        .vm_call(&account.user, &vm, Call::Suspend)
-        .await
-        .map_err(|error| named(&vm, error.into()))?;
-    state.engine().wake(vm);
-    Ok(Json(record.into()))
+    called(&state, &account, vm, Call::Suspend).await
 }
 
 /// Refuses what needs a driver that can keep a guest's memory.
