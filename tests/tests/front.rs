@@ -1,12 +1,16 @@
-//! The daemon's front: it never listens where keys could be read on the way, and takes a new certificate while it runs.
+//! The daemon's front: it never listens where keys could be read on the way, takes a new certificate while it runs, and keeps its
+//! audit log to the size that it was told, with clients reading all the while.
 #![expect(clippy::unwrap_used, reason = "a test's helper fails by panicking")]
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::Duration;
-use tapgate_e2e::sh::{Done, capture};
-use tapgate_e2e::{World, daemon, sites};
+use tapgate_e2e::daemon::{self, Daemon, Driver, Settings};
+use tapgate_e2e::sh::{self, Done, capture};
+use tapgate_e2e::{World, sites};
+use tapgate_model::{AuditEvent, AuditSink as _, Mode, Protocol, Reason, Verdict, VmId, VmPolicy};
+use tapgate_store::{SealKey, Store, now_us};
 
 /// Tries, ten a second.
 const TRIES: usize = 300;
@@ -120,4 +124,77 @@ fn keys_never_cross_a_network_in_clear_and_certificates_change_while_it_runs() {
         assert!(look(&world, url, Some(&second)).ok());
     }
     assert_eq!(served.0.id(), pid);
+}
+
+#[test]
+fn the_audit_log_keeps_to_its_size_while_clients_read() {
+    const EVENTS: i64 = 240_000;
+    let world = World::new().unwrap();
+    let settings = || Settings {
+        binary: daemon::binary().unwrap(),
+        driver: Driver::Netns,
+        images: PathBuf::from("/var/cache/tapgate/images"),
+    };
+    let mut daemon = Daemon::start(&world, settings()).unwrap();
+    let client = daemon.client().sign_up("ada").unwrap();
+    daemon.kill().unwrap();
+
+    // A log of a day, made by the store itself while no daemon runs.
+    let data = daemon.data_dir();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let now = now_us();
+    runtime.block_on(async {
+        let key = SealKey::load_or_create(&data.join("seal.key")).unwrap();
+        let store = Store::open(&data, key).unwrap();
+        let (user, _) = store.user_by_email("ada@example.com").await.unwrap().unwrap();
+        let vm = VmId::generate();
+        for n in 0..EVENTS {
+            let policy = VmPolicy {
+                vm: vm.clone(),
+                user: user.id.clone(),
+                generation: 1,
+                mode: Mode::Enforce,
+                rules: Default::default(),
+                secrets: [].into(),
+                secrets_over_http: Default::default(),
+            };
+            let verdict = Verdict::Deny { reason: Reason::NoRule };
+            let mut event = AuditEvent::new(&policy, Protocol::Http, verdict, now - EVENTS + n);
+            event.path = Some(format!("/{n}"));
+            store.audit().record(event);
+            if n % 512 == 0 {
+                store.audit().flush().await;
+            }
+        }
+        store.audit().flush().await;
+    });
+    drop(daemon);
+    let file = data.join("audit.db");
+    let script = "import sqlite3, sys; db = sqlite3.connect(sys.argv[1]); \
+                  db.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchall()";
+    sh::run("python3", ["-c", script, file.to_str().unwrap()]).unwrap();
+    let filled = fs::metadata(&file).unwrap().len();
+    assert!(filled > 16 << 20, "only {filled} octets");
+
+    let daemon = Daemon::start_with(&world, settings(), "audit_mib = 4", &[]).unwrap();
+    // Readers are answered all the while.
+    let mut small = false;
+    for _ in 0..TRIES {
+        let page = client.get("/v1/audit/egress?limit=500").unwrap().expect(200).unwrap();
+        let events = page["data"].as_array().unwrap();
+        assert_eq!(events.len(), 500);
+        assert_eq!(events[0]["path"], format!("/{}", EVENTS - 1), "the newest stay");
+        client.put("/v1/env/K", &serde_json::json!({ "value": "v" })).unwrap().expect(200).unwrap();
+        small = fs::metadata(&file).unwrap().len() <= 13 << 20;
+        if small {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert!(small, "the file has {} octets; {}", fs::metadata(&file).unwrap().len(), daemon.log());
+    let oldest = client.get("/v1/audit/egress?limit=1&order=asc").unwrap().expect(200).unwrap();
+    assert_ne!(oldest["data"][0]["path"], "/0", "the oldest are gone");
+    let mut verify = world.on_host(daemon::binary().unwrap());
+    let done = capture(verify.args(["audit", "verify"]).env("TAPGATE_DATA_DIR", &data), b"").unwrap();
+    assert!(done.ok() && done.out.contains("whole"), "{done:?}");
 }

@@ -140,6 +140,16 @@ impl Pool {
         .await
     }
 
+    /// Moves what was committed into the file itself, as far as no reader needs it as it was: only then does a file that has
+    /// become shorter give its end back (sqlite.org/wal.html, "Checkpointing"). Nobody is waited for.
+    pub(crate) async fn checkpoint(&self) -> Result<()> {
+        submit(&self.writer, |connection| {
+            connection.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()))?;
+            Ok(())
+        })
+        .await
+    }
+
     /// Copies the database, as it is at one moment, into an empty file. Writing goes on meanwhile.
     pub(crate) async fn copy_to(&self, to: PathBuf) -> Result<()> {
         let from = self.path.clone();
