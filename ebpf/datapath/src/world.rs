@@ -317,6 +317,9 @@ table inet tapgate {{
 }
 
 /// In the host's namespace: the guests' addresses are translated, and the uplink reaches no address of the host's own.
+///
+/// `opened` is ahead of the host's own translations, which may send its addresses elsewhere. It asks for the address's kind
+/// once a connection, since that is a look-up of a route; `input` catches what became the host's own later.
 fn host_table(config: &DatapathConfig) -> String {
     let (table, link) = (config.host_table(), config.host_link());
     let v4 = config.guest_v4;
@@ -343,7 +346,14 @@ table inet {table} {{
         type filter hook prerouting priority raw; policy accept;
         iifname \"{link}\" ip saddr != {v4} drop
         {foreign_v6}
-        iifname \"{link}\" fib daddr type {{ local, broadcast, anycast, multicast }} drop
+    }}
+    chain opened {{
+        type filter hook prerouting priority mangle; policy accept;
+        iifname \"{link}\" ct state new fib daddr type {{ local, broadcast, anycast, multicast }} drop
+    }}
+    chain input {{
+        type filter hook input priority raw; policy accept;
+        iifname \"{link}\" drop
     }}
     chain forward {{
         type filter hook forward priority filter; policy accept;
