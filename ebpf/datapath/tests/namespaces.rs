@@ -213,7 +213,7 @@ fn an_address_of_the_host_that_no_list_has_is_not_reached() {
         let host = heard(&world.host.0, "0.0.0.0:9");
         let [other, server] = [OTHER, SERVER].map(|at| heard(&world.internet.0, &format!("{at}:9")));
         let socket = a.udp();
-        let send = |to: &str| drop(socket.send_to(b"x", to).unwrap());
+        let send = |to: &str| assert_eq!(socket.send_to(b"x", to).unwrap(), 1);
         send(&format!("{OTHER}:9"));
         assert!(other(), "a rule allows the internet");
         send(&format!("{HOST_OUT}:9"));
