@@ -214,3 +214,63 @@ fn the_quick_look_sees_what_most_frames_are() {
         }
     }
 }
+
+#[test]
+fn only_a_lone_syn_opens_and_controls_count_as_octets() {
+    use tapgate_ebpf_common::packet::{ACK, FIN, RST, SYN, Segment};
+    const PUSH: u8 = 8;
+    for flags in 0..=255u8 {
+        let lone = flags & (SYN | ACK | RST | FIN) == SYN;
+        let segment = Segment { flags, ..Segment::default() };
+        assert_eq!(segment.opens(), lone, "{flags:x}");
+        for (protocol, opens) in [(6, lone), (17, false), (0, false)] {
+            assert_eq!(Header { protocol, flags, ..Header::default() }.opens(), opens, "{flags:x}");
+        }
+    }
+    let next = |flags, sequence, payload| Segment { flags, sequence, payload, ..Segment::default() }.next();
+    assert_eq!(next(ACK, 7, 0), 7);
+    assert_eq!(next(ACK | PUSH, 7, 5), 12);
+    assert_eq!(next(SYN, 7, 0), 8);
+    assert_eq!(next(FIN | ACK, 7, 5), 13);
+    assert_eq!(next(FIN | ACK, u32::MAX, 1), 1, "it goes round");
+}
+
+#[test]
+fn segments_that_no_connection_sends_are_malformed() {
+    use frames::ip;
+    use tapgate_ebpf_common::{
+        Reason,
+        packet::{ACK, FIN, RST, SYN},
+    };
+    for to in ["198.51.100.1", "2001:db8:1::1"] {
+        let reason = |flags| {
+            let read = judge::read(
+                &ip(to, 6, &frames::tcp(5000, flags))[..],
+                &Setup::Rules.vm(1),
+                &mut Header::default(),
+            );
+            read.err()
+        };
+        for good in [SYN, ACK, FIN, RST, SYN | ACK, FIN | ACK, RST | ACK, FIN | RST] {
+            assert_eq!(reason(good), None, "{good:x} to {to}");
+        }
+        for bad in [0, 8, 0xf8 & !ACK, SYN | FIN, SYN | RST, SYN | ACK | FIN, SYN | ACK | RST] {
+            assert_eq!(reason(bad), Some(Verdict::Drop(Reason::Malformed)), "{bad:x} to {to}");
+        }
+    }
+}
+
+/// A ping of the other family is none.
+#[test]
+fn each_family_has_its_own_pings() {
+    for (to, protocol, question, pings) in [
+        ("198.51.100.1", 1, 8, true),
+        ("198.51.100.1", 58, 128, false),
+        ("2001:db8:1::1", 58, 128, true),
+        ("2001:db8:1::1", 1, 8, false),
+    ] {
+        let frame = frames::ip(to, protocol, &frames::icmp(question));
+        let (_, header) = verdict(&frame, Setup::Rules);
+        assert_eq!(header.pings(), pings, "{protocol} to {to}");
+    }
+}
