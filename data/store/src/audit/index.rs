@@ -53,20 +53,22 @@ fn io(value: usize) -> i64 {
 }
 
 impl Reach {
-    pub(super) fn read(db: &Connection) -> Result<Self> {
-        let of = |sql: &str| -> Result<Option<i64>> {
-            Ok(db.prepare_cached(sql)?.query_row([], |row| row.get(0)).optional()?.flatten())
-        };
-        let before = of("SELECT min(seq) - 1 FROM events")?.unwrap_or(0);
-        let last = of("SELECT last FROM blocks ORDER BY first DESC LIMIT 1")?.unwrap_or(before);
+    /// Of a log that ends at `end`.
+    pub(super) fn read(db: &Connection, end: i64) -> Result<Self> {
         let full: Option<i64> = db
             .query_row(
-                "SELECT last FROM blocks WHERE last - first = ?1 - 1 ORDER BY first DESC LIMIT 1",
+                "SELECT last FROM blocks WHERE last - first >= ?1 - 1 ORDER BY first DESC LIMIT 1",
                 [io(BLOCK)],
                 |row| row.get(0),
             )
             .optional()?;
-        Ok(Self { full: full.unwrap_or(before), last })
+        // Where retention took everything, nothing is to be made.
+        let next: Option<i64> =
+            db.query_row("SELECT min(seq) FROM events WHERE seq > ?1", [full.unwrap_or(i64::MIN)], |row| {
+                row.get(0)
+            })?;
+        let full = next.map_or(end, |next| next - 1);
+        Ok(Self { full, last: last(db)?.map_or(full, |last| last.max(full)) })
     }
 
     /// Makes the blocks that are due when the log ends at `end`; at most `most` full ones. Answers how far it came.
@@ -93,10 +95,59 @@ impl Reach {
     }
 }
 
+/// The last event in any block.
+pub(super) fn last(db: &Connection) -> Result<Option<i64>> {
+    let sql = "SELECT last FROM blocks ORDER BY first DESC LIMIT 1";
+    Ok(db.prepare_cached(sql)?.query_row([], |row| row.get(0)).optional()?)
+}
+
+/// Where the last block begins that begins no later than a number: none before it reaches so far.
+fn near(db: &Connection, number: i64) -> Result<i64> {
+    let sql = "SELECT max(first) FROM blocks WHERE first <= ?1";
+    let first: Option<i64> = db.prepare_cached(sql)?.query_row([number], |row| row.get(0))?;
+    Ok(first.unwrap_or(number))
+}
+
+/// The first block that ends at a number or later.
+pub(super) fn block_at(db: &Connection, from: i64) -> Result<Option<(i64, i64)>> {
+    let sql = "SELECT first, last FROM blocks WHERE first >= ?1 AND last >= ?2 ORDER BY first LIMIT 1";
+    let block = |row: &rusqlite::Row<'_>| Ok((row.get(0)?, row.get(1)?));
+    Ok(db.prepare_cached(sql)?.query_row([near(db, from)?, from], block).optional()?)
+}
+
+/// Makes a block anew that events were taken out of, so many are left, and joins it with the ones before that hold no more than
+/// twice as many: the index grows with the events that are kept, not with those that ever were, and an event is moved to a larger
+/// block some ten times at most. Blocks at the end that are not full yet keep their bounds, which the writer remembers.
+pub(super) fn remake(tx: &Transaction<'_>, first: i64, last: i64, left: usize) -> Result<()> {
+    let (mut first, mut rows) = (first, io(left));
+    remove(tx, first, last)?;
+    if rows == 0 {
+        return Ok(());
+    }
+    let is_whole = |first: i64, last: i64| last - first >= io(BLOCK) - 1;
+    let mut before = tx.prepare_cached(
+        "SELECT first, last, length(classes) FROM blocks WHERE first < ?1 ORDER BY first DESC LIMIT 1",
+    )?;
+    while is_whole(first, last) {
+        let block =
+            before.query_row([first], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?))).optional()?;
+        let Some((start, end, more)): Option<(i64, i64, i64)> = block else { break };
+        if !is_whole(start, end)
+            || more > 2 * rows
+            || more + rows > io(BLOCK)
+            || u32::try_from(last - start).is_err()
+        {
+            break;
+        }
+        remove(tx, start, end)?;
+        (first, rows) = (start, rows + more);
+    }
+    make(tx, first, last)
+}
+
 /// Removes blocks that end in a span of numbers.
 pub(super) fn remove(tx: &Transaction<'_>, from: i64, to: i64) -> Result<()> {
-    // A block is no longer than BLOCK: those before cannot reach into the span.
-    let values = [from.saturating_sub(io(BLOCK)), to, from];
+    let values = [near(tx, from)?, to, from];
     tx.prepare_cached(
         "DELETE FROM terms WHERE block IN (SELECT first FROM blocks WHERE first BETWEEN ?1 AND ?2 AND last BETWEEN ?3 AND ?2)",
     )?
@@ -108,23 +159,22 @@ pub(super) fn remove(tx: &Transaction<'_>, from: i64, to: i64) -> Result<()> {
 
 /// Makes the block of the events with these numbers.
 fn make(tx: &Transaction<'_>, first: i64, last: i64) -> Result<()> {
-    let size = usize::try_from(last - first + 1).unwrap_or(0);
-    if size == 0 || size > BLOCK {
-        return Err(StoreError::Internal(format!("a block of {size} audit events")));
-    }
     let mut terms: HashMap<(i64, Term), (u64, Vec<u16>)> = HashMap::new();
     let mut addresses: HashMap<i64, Vec<([u8; KEY], u16)>> = HashMap::new();
-    let (mut classes, mut times) = (vec![u8::MAX; size], vec![None; size]);
+    let (mut seqs, mut classes, mut times) = (Vec::new(), Vec::new(), Vec::new());
     let mut statement = tx.prepare_cached(
         "SELECT seq, ts, user, vm, class, host, address FROM events WHERE seq BETWEEN ?1 AND ?2 ORDER BY seq",
     )?;
     let mut found = statement.query([first, last])?;
     while let Some(row) = found.next()? {
-        let at = usize::try_from(row.get::<_, i64>(0)? - first).unwrap_or(usize::MAX);
         let (user, vm, class): (i64, i64, u8) = (row.get(2)?, row.get(3)?, row.get(4)?);
-        let (Some(time), Ok(place)) = (times.get_mut(at), u16::try_from(at)) else { continue };
-        *time = Some(row.get::<_, i64>(1)?);
-        classes[at] = class;
+        let place = u16::try_from(seqs.len()).ok().filter(|place| usize::from(*place) < BLOCK);
+        let Some(place) = place else {
+            return Err(StoreError::Internal(format!("more than {BLOCK} audit events in a block")));
+        };
+        seqs.push(row.get::<_, i64>(0)?);
+        times.push(row.get::<_, i64>(1)?);
+        classes.push(class);
         let mut add = |term: Term| {
             let (mask, places) = terms.entry((user, term)).or_default();
             *mask |= 1u64.checked_shl(u32::from(class)).unwrap_or(0);
@@ -141,13 +191,15 @@ fn make(tx: &Transaction<'_>, first: i64, last: i64) -> Result<()> {
             addresses.entry(user).or_default().push((key, place));
         }
     }
-    let Some(oldest) = times.iter().flatten().min().copied() else { return Ok(()) };
-    let newest = times.iter().flatten().max().copied().unwrap_or(oldest);
-    let times = times.into_iter().map(|time| time.unwrap_or(oldest));
+    let (Some(oldest), Some(newest)) = (times.iter().min().copied(), times.iter().max().copied()) else {
+        return Ok(());
+    };
+    let places = Places::encode(first, last, &seqs);
+    let times = Times::encode(oldest, newest, times.into_iter());
     tx.prepare_cached(
-        "INSERT INTO blocks (first, last, oldest, newest, classes, times) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+        "INSERT INTO blocks (first, last, oldest, newest, classes, times, places) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
     )?
-    .execute(params![first, last, oldest, newest, classes, Times::encode(oldest, newest, times)])?;
+    .execute(params![first, last, oldest, newest, classes, times, places])?;
     let mut insert =
         tx.prepare_cached("INSERT INTO terms (block, user, kind, term, rows) VALUES (?1, ?2, ?3, ?4, ?5)")?;
     let mut terms: Vec<_> = terms.into_iter().collect();
@@ -184,6 +236,32 @@ fn runs(list: &[([u8; KEY], u16)]) -> Vec<([u8; KEY], Vec<u8>)> {
         }
     }
     runs
+}
+
+/// The numbers of the events of a block.
+pub(super) struct Places<'a> {
+    first: i64,
+    listed: Option<&'a [u8]>,
+}
+
+impl<'a> Places<'a> {
+    pub(super) fn new(first: i64, listed: Option<&'a [u8]>) -> Self {
+        Self { first, listed }
+    }
+
+    /// Nothing if every number is there.
+    fn encode(first: i64, last: i64, seqs: &[i64]) -> Option<Vec<u8>> {
+        let offset = |seq: &i64| u32::try_from(seq - first).unwrap_or(u32::MAX).to_le_bytes();
+        (io(seqs.len()) != last - first + 1).then(|| seqs.iter().flat_map(offset).collect())
+    }
+
+    pub(super) fn at(&self, place: usize) -> Option<i64> {
+        let offset = match self.listed {
+            None => i64::try_from(place).ok()?,
+            Some(listed) => i64::from(u32::from_le_bytes(*listed.get(place * 4..)?.first_chunk()?)),
+        };
+        Some(self.first + offset)
+    }
 }
 
 /// When the events of a block were.
@@ -267,6 +345,8 @@ pub(super) fn within(
         .optional()?)
 }
 
+/// The VMs of an account that have events in a block.
+pub(super) const VMS_OF: &str = "SELECT term FROM terms WHERE block = ?1 AND user = ?2 AND kind = 1";
 pub(super) const HAVING: &str =
     "SELECT rows FROM terms WHERE block = ?1 AND user = ?2 AND kind = ?3 AND term = ?4";
 pub(super) const RUN_OF: &str = "SELECT rows FROM terms WHERE block = ?1 AND user = ?2 AND kind = ?3 AND term <= ?4 ORDER BY term DESC LIMIT 1";
