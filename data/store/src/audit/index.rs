@@ -358,7 +358,7 @@ mod tests {
     use crate::page::{Cursors, Order, PageRequest};
     use crate::pool::{Durability, connect};
     use crate::seal::SealKey;
-    use crate::{AuditFilter, AuditLog};
+    use crate::{AuditFilter, AuditLog, Keep};
     use rusqlite::params;
     use tapgate_model::{AuditEvent, Mode, Protocol, Reason, UserId, Verdict, VmId, VmPolicy};
 
@@ -426,7 +426,7 @@ mod tests {
             until_us: Some(1_000),
             page: PageRequest { limit: 500, cursor: None, order: Order::Desc },
         };
-        let page = log.list(&user, filter).await.unwrap();
+        let page = log.list(&user, filter.clone()).await.unwrap();
         assert_eq!(page.items.len(), 333);
         assert!(page.items.iter().all(|event| event.host.as_deref() == Some("b.example")));
         // What was there is in blocks: a question goes through few events one by one.
@@ -436,5 +436,63 @@ mod tests {
         assert_eq!(query::first_after(&db, &user, 17_000).unwrap(), Some(17_001));
         let mode: i64 = db.pragma_query_value(None, "auto_vacuum", |row| row.get(0)).unwrap();
         assert_eq!(mode, 2);
+        drop(log);
+        // As the schema after that one had it: nobody counted who holds how much, and blocks list no places.
+        let db = connect(&path, Durability::Normal, true).unwrap();
+        db.execute_batch("DROP TABLE holdings; DROP TABLE cuts; ALTER TABLE blocks DROP COLUMN places")
+            .unwrap();
+        db.pragma_update(None, "user_version", 3).unwrap();
+        let log = AuditLog::open(&path, &key, Cursors::new(&key)).unwrap();
+        assert_eq!(log.verify().await.unwrap(), Ok(u64::try_from(EVENTS).unwrap()));
+        assert_eq!(log.list(&user, filter.clone()).await.unwrap().items.len(), 333);
+        let keep = Keep { since_us: i64::MIN, events: 19_400, octets: u64::MAX };
+        assert_eq!(log.retain(keep).await.unwrap(), 600);
+        assert_eq!(log.verify().await.unwrap(), Ok(19_400));
+        assert_eq!(log.list(&user, filter).await.unwrap().items.len(), 133);
+    }
+
+    /// However many events there ever were, the index of those that are kept is small, and finds each.
+    #[test]
+    fn blocks_of_which_little_is_left_are_joined() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("audit.db");
+        crate::schema::prepare_audit(&path).unwrap();
+        let mut db = connect(&path, Durability::Normal, true).unwrap();
+        let (user, span) = (UserId::generate(), super::io(super::BLOCK));
+        db.execute("INSERT INTO names (id, name) VALUES (1, ?1)", [user.as_str()]).unwrap();
+        let mut all = Vec::new();
+        let mut most = 0;
+        for block in 0..300 {
+            let (first, last) = (1 + block * span, (1 + block) * span);
+            let left = [3, 1, 40, 0, 7][usize::try_from(block % 5).unwrap()];
+            let tx = db.transaction().unwrap();
+            for n in 0..left {
+                let seq = first + n * 397 + block;
+                tx.execute(
+                    "INSERT INTO events (seq, id, ts, user, vm, class, host, reason, bytes_out, bytes_in, duration_ms, count, hash)
+                     VALUES (?1, '', ?1, 1, 2, 0, 'a.example', 0, 0, 0, 0, 1, x'')",
+                    [seq],
+                )
+                .unwrap();
+                all.push(seq);
+            }
+            super::remake(&tx, first, last, usize::try_from(left).unwrap()).unwrap();
+            tx.commit().unwrap();
+            let blocks: i64 = db.query_row("SELECT count(*) FROM blocks", [], |row| row.get(0)).unwrap();
+            most = most.max(blocks);
+            if block == 299 {
+                let (rows, spans): (i64, i64) = db
+                    .query_row("SELECT sum(length(classes)), sum(last - first + 1) FROM blocks", [], |row| {
+                        Ok((row.get(0)?, row.get(1)?))
+                    })
+                    .unwrap();
+                assert_eq!(rows, super::io(all.len()));
+                assert!(spans <= 300 * span);
+            }
+        }
+        assert!(most < 16, "{most} blocks for {} events", all.len());
+        for seq in all {
+            assert_eq!(query::first_after(&db, &user, seq - 1).unwrap(), Some(seq));
+        }
     }
 }
