@@ -260,6 +260,39 @@ async fn large_events_pay_for_themselves() {
     assert_eq!(log.retain(Keep { octets: 5 << 20, ..KEEP }).await.unwrap(), 0);
 }
 
+/// What is taken from between others' events leaves the file too: nobody else has to give for it.
+#[tokio::test]
+async fn room_is_made_between_the_events_of_others() {
+    let (folder, store) = fresh();
+    let log = store.audit();
+    let mut flood = Guest::of(&UserId::generate());
+    let mut quiet: Vec<Guest> = (0..10).map(|_| Guest::of(&UserId::generate())).collect();
+    for n in 0..20_000 {
+        flood.act(log, 2 * n, "");
+        quiet[usize::try_from(n % 10).unwrap()].act(log, 2 * n + 1, "");
+        if n % 500 == 0 {
+            log.flush().await;
+        }
+    }
+    log.flush().await;
+    let db = raw(folder.path());
+    let number = |sql: &str| db.query_row(sql, [], |row| row.get::<_, i64>(0)).unwrap();
+    let used = || {
+        u64::try_from(
+            number("PRAGMA page_size") * (number("PRAGMA page_count") - number("PRAGMA freelist_count")),
+        )
+        .unwrap()
+    };
+    let octets = used() / 8 * 7;
+    let gone = log.retain(Keep { octets, ..KEEP }).await.unwrap();
+    assert!(gone < 15_000 && used() <= octets, "{gone}, {} of {octets}", used());
+    for guest in &quiet {
+        guest.has_from(log, 0).await;
+    }
+    flood.has_from(log, i64::try_from(gone).unwrap()).await;
+    assert_eq!(log.verify().await.unwrap(), Ok(40_000 - gone));
+}
+
 /// When nearly all is gone, the last blocks too, a start finds the end, and what comes then is in the index again.
 #[tokio::test]
 async fn a_log_that_is_nearly_empty_goes_on() {

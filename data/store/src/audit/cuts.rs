@@ -15,13 +15,17 @@ pub(super) struct Cut {
     pub(super) hash: Hash,
 }
 
+/// Octets of a cut's code.
+const PROOF: usize = 16;
 const FIRST_IS: &str = "SELECT first, last, hash, mac FROM cuts WHERE first = ?1";
 const BEFORE: &str = "SELECT first, last, hash, mac FROM cuts WHERE first < ?1 ORDER BY first DESC LIMIT 1";
 
 impl Chain {
-    fn prove(&self, cut: &Cut) -> Hash {
+    /// Half of the full code, no less (RFC 2104, section 5): there may be one for each event that is kept.
+    fn prove(&self, cut: &Cut) -> [u8; PROOF] {
         let Cut { first, last, hash } = cut;
-        self.sign(&[b"cut", &first.to_be_bytes()[..], &last.to_be_bytes(), hash].concat())
+        let code = self.sign(&[b"cut", &first.to_be_bytes()[..], &last.to_be_bytes(), hash].concat());
+        std::array::from_fn(|at| code[at])
     }
 
     /// A cut, if it proves to be ours.

@@ -9,7 +9,7 @@ use super::index;
 use super::rows::BLOCK;
 use super::shares::{self, Measure, OCTETS, Owner, Tally};
 use crate::error::{Result, StoreError};
-use rusqlite::{Connection, Row, Transaction, params};
+use rusqlite::{Connection, Row, Transaction};
 use std::collections::HashMap;
 
 /// Events that are too old: removed in one step at most.
@@ -73,6 +73,23 @@ pub(super) fn too_old(tx: &Transaction<'_>, chain: &Chain, since_us: i64) -> Res
     index::remove(tx, first, last)?;
     chain.begin_after(tx, last, hash)?;
     Ok(gone)
+}
+
+/// Removes the events of a span but for some runs of it. Those are taken out and put back together: SQLite would leave pages as
+/// they are until less than a third of each is in use, and removing a part of a log would not make it smaller.
+fn keep_only(tx: &Transaction<'_>, first: i64, last: i64, stay: &[(i64, i64)]) -> Result<()> {
+    // Not on a disk that may be full; some MiB.
+    tx.pragma_update(None, "temp_store", "memory")?;
+    tx.execute_batch("CREATE TEMP TABLE IF NOT EXISTS stay AS SELECT * FROM main.events WHERE 0")?;
+    let mut put =
+        tx.prepare_cached("INSERT INTO temp.stay SELECT * FROM main.events WHERE seq BETWEEN ?1 AND ?2")?;
+    for run in stay {
+        put.execute([run.0, run.1])?;
+    }
+    tx.prepare_cached("DELETE FROM main.events WHERE seq BETWEEN ?1 AND ?2")?.execute([first, last])?;
+    tx.prepare_cached("INSERT INTO main.events SELECT * FROM temp.stay ORDER BY rowid")?.execute([])?;
+    tx.prepare_cached("DELETE FROM temp.stay")?.execute([])?;
+    Ok(())
 }
 
 /// What is to be taken from a VM yet.
@@ -162,7 +179,8 @@ impl Plan {
 
     /// Takes events out of a span. Answers how many went, and how many are left.
     fn take(&mut self, tx: &Transaction<'_>, chain: &Chain, first: i64, last: i64) -> Result<(u64, usize)> {
-        let (mut tally, mut runs, mut gone, mut left) = (Tally::default(), Vec::<Cut>::new(), 0, 0);
+        let (mut tally, mut runs, mut gone) = (Tally::default(), Vec::<Cut>::new(), 0);
+        let (mut stay, mut left) = (Vec::<(i64, i64)>::new(), 0);
         let mut statement = tx.prepare_cached(&format!(
             "SELECT seq, user, vm, {OCTETS} AS octets, hash FROM events WHERE seq BETWEEN ?1 AND ?2 ORDER BY seq"
         ))?;
@@ -171,6 +189,10 @@ impl Plan {
             let (seq, owner): (i64, Owner) = (row.get("seq")?, (row.get("user")?, row.get("vm")?));
             let Some(take) = self.takes.get_mut(&owner).filter(|take| take.left > 0) else {
                 left += 1;
+                match stay.last_mut() {
+                    Some((_, end)) if *end + 1 == seq => *end = seq,
+                    _ => stay.push((seq, seq)),
+                }
                 continue;
             };
             let octets: i64 = row.get("octets")?;
@@ -187,9 +209,8 @@ impl Plan {
             }
         }
         drop(rows);
-        for run in &runs {
-            tx.prepare_cached("DELETE FROM events WHERE seq BETWEEN ?1 AND ?2")?
-                .execute(params![run.first, run.last])?;
+        if gone > 0 {
+            keep_only(tx, first, last, &stay)?;
         }
         tally.went(tx)?;
         chain.cut(tx, &runs)?;
