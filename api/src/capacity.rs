@@ -8,6 +8,8 @@ use tapgate_store::{Capacity, Resources};
 
 /// What a VMM takes beyond its guest's memory.
 const OVERHEAD_MIB: u64 = 64;
+/// What a kept memory may have beyond the guest's memory: its devices.
+const STREAM_MIB: u64 = 256;
 
 /// The operator's share for VMs.
 #[derive(Clone, Debug)]
@@ -55,7 +57,6 @@ impl Room {
     /// # Errors
     /// It is not enough for a VM of this size to be made or started.
     pub fn check(&self, wanted: Resources, new_disk: bool) -> Result<(), ApiError> {
-        let full = |code, message: String| ApiError { retry_after: Some(30), ..ApiError::new(code, message) };
         if let (Some(_), Some(free)) = (self.total_memory_mib, meminfo("MemAvailable:"))
             && self.share.memory_overcommit <= 1.0
             && free < u64::from(wanted.memory_mib) + OVERHEAD_MIB
@@ -65,17 +66,41 @@ impl Room {
             );
             return Err(full(Code::HostMemoryFull, message));
         }
+        match new_disk {
+            true => self.check_file(0),
+            false => Ok(()),
+        }
+    }
+
+    /// Whether a file with a guest's memory may be written: what is kept of it is not known before.
+    ///
+    /// # Errors
+    /// The host's reserve would be touched if none of it could be left out.
+    pub fn check_memory_file(&self, memory_mib: u32) -> Result<(), ApiError> {
+        self.check_file((u64::from(memory_mib) + STREAM_MIB) << 20)
+    }
+
+    /// Whether a file of so many octets leaves the host its reserve.
+    ///
+    /// # Errors
+    /// It would not.
+    pub fn check_file(&self, octets: u64) -> Result<(), ApiError> {
         match disk(&self.data_dir) {
-            Some((_, free)) if new_disk && free < self.share.disk_reserve => {
+            Some((_, free)) if free < self.share.disk_reserve.saturating_add(octets) => {
                 let message = format!(
-                    "The host has {} MiB of disk free, less than its reserve; destroy a VM or delete a snapshot",
-                    free >> 20
+                    "The host has {} MiB of disk free and needs {} MiB; destroy a VM or delete a snapshot",
+                    free >> 20,
+                    self.share.disk_reserve.saturating_add(octets) >> 20
                 );
                 Err(full(Code::HostDiskFull, message))
             }
             _ => Ok(()),
         }
     }
+}
+
+fn full(code: Code, message: String) -> ApiError {
+    ApiError { retry_after: Some(30), ..ApiError::new(code, message) }
 }
 
 impl Default for Room {
@@ -132,6 +157,9 @@ mod tests {
         let reserved = room(Share { disk_reserve: u64::MAX, ..PLAIN });
         assert_eq!(reserved.check(SMALL, true).unwrap_err().code, Code::HostDiskFull);
         assert!(reserved.check(SMALL, false).is_ok(), "a VM that has its disk may start");
+        assert!(room(PLAIN).check_memory_file(1).is_ok());
+        assert_eq!(room(PLAIN).check_memory_file(u32::MAX).unwrap_err().code, Code::HostDiskFull);
+        assert_eq!(reserved.check_file(0).unwrap_err().code, Code::HostDiskFull);
         assert!(Room::default().check(huge, true).is_ok());
     }
 }

@@ -59,3 +59,21 @@ async fn disk_is_given_as_often_as_the_operator_allows() {
     let token = reserved.user("alice@example.com").await;
     assert_eq!(reserved.post(&token, "/v1/vms", body).await.error(503), "host_disk_full");
 }
+
+#[tokio::test]
+async fn no_copy_and_no_memory_is_written_into_the_disks_reserve() {
+    let free = nix::sys::statvfs::statvfs("/").unwrap();
+    let free = free.blocks_available() * free.fragment_size();
+    // What is free beyond the reserve is less than the memory, and more than nothing.
+    let app = app(Share { disk_reserve: free - (300 << 20), ..ALL });
+    let key = app.user("alice@example.com").await;
+    let vm = app.vm(&key, "vm").await;
+    app.make_ready(&vm).await;
+    let full = app.call(&key, "POST", &format!("/v1/vms/{vm}/suspend"), None).await;
+    assert_eq!(full.headers["retry-after"], "30");
+    assert_eq!(full.error(503), "host_disk_full");
+    let of_vm = format!("/v1/vms/{vm}/snapshots");
+    assert_eq!(app.post(&key, &of_vm, json!({ "kind": "memory" })).await.error(503), "host_disk_full");
+    app.post(&key, &of_vm, json!({})).await.is(201);
+    assert_eq!(app.get(&key, &format!("/v1/vms/{vm}")).await.is(200)["status"], "running");
+}

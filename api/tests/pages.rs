@@ -160,6 +160,41 @@ async fn guesses_of_codes_and_passwords_are_few() {
     }
 }
 
+/// Whether an account exists is told by sign-up alone, as the contract has it, and a few times a minute.
+#[tokio::test]
+async fn nobody_learns_from_a_login_which_accounts_exist() {
+    let mut rates = no_limits();
+    rates.password = Rate { burst: 8, per_minute: 1 };
+    let app = TestApp::with(Settings { rates, ..Settings::default() });
+    app.user("alice@example.com").await;
+    let disabled = app.user("bob@example.com").await;
+    let bob = app.store.authenticate(&disabled).await.unwrap().unwrap().user;
+    app.store.user_disable(&bob, true).await.unwrap();
+    let login = async |email: &str, password: &str| {
+        let answer = app.post("", "/v1/auth/login", json!({ "email": email, "password": password })).await;
+        (answer.status, answer.body)
+    };
+    let wrong = login("alice@example.com", "not-the-password").await;
+    assert_eq!(wrong.0, 401);
+    assert_eq!(login("nobody@example.com", "s3cureP@ssword").await, wrong);
+    assert_eq!(login("bob@example.com", "s3cureP@ssword").await, wrong, "disabled, the right password");
+
+    let mut browser = Browser::new(&app);
+    browser.open("/activate").await.is(200);
+    let kept = browser.hidden.clone();
+    let mut activate = async |email: &str| {
+        browser.hidden = kept.clone();
+        let fields = [("code", "ABCD-1234"), ("email", email), ("password", "not-the-password")];
+        let answer = browser.submit("/activate", &fields).await;
+        (answer.status, answer.body)
+    };
+    assert_eq!(activate("alice@example.com").await, activate("nobody@example.com").await);
+
+    let again = json!({"first_name": "A", "last_name": "B", "email": "alice@example.com", "password": "s3cureP@ssword"});
+    app.post("", "/v1/users", again.clone()).await.is(409);
+    app.post("", "/v1/users", again).await.is(429);
+}
+
 #[tokio::test]
 async fn a_forgotten_password_is_replaced_once() {
     let folder = tempfile::tempdir().unwrap();

@@ -82,11 +82,19 @@ impl<'world> Bucket<'world> {
         Ok(between(&self.curl(&[], "?uploads")?.1, "UploadId"))
     }
 
+    /// Copies an object into a file.
+    pub fn fetch(&self, key: &str, file: &Path) -> Result<()> {
+        let name = file.to_str().context("a path that is text")?;
+        let (status, said) = self.curl(&["-o", name], &format!("/{key}"))?;
+        anyhow::ensure!(status == 200, "{key}: {status} {said}");
+        Ok(())
+    }
+
     /// Puts another object in the place of one: the same size, one octet changed.
     pub fn tamper(&self, key: &str) -> Result<()> {
         let file = self.world.folder().join("object");
         let name = file.to_str().context("a path that is text")?;
-        self.curl(&["-o", name], &format!("/{key}"))?;
+        self.fetch(key, &file)?;
         let mut octets = std::fs::read(&file)?;
         let middle = octets.len() / 2;
         octets[middle] ^= 1;

@@ -12,6 +12,7 @@ use std::{
 };
 use tapgate_e2e::{
     World,
+    bucket::Bucket,
     daemon::{self, Daemon, Driver, Settings},
     demo::Stage,
     sites, ssh,
@@ -128,7 +129,9 @@ fn real_vm_two_clones_of_one_parent_are_other_machines() {
     let world = World::new().unwrap();
     let images = "/var/cache/tapgate/images".into();
     let settings = Settings { binary: daemon::binary().unwrap(), driver: Driver::Qemu, images };
-    let daemon = Daemon::start(&world, settings).unwrap();
+    let bucket = Bucket::start(&world).unwrap();
+    let lines = bucket.as_ref().map(Bucket::lines).unwrap_or_default();
+    let daemon = Daemon::start_with(&world, settings, &lines, &Bucket::environment()).unwrap();
     let mut stage = Stage::new(&world, daemon).unwrap();
     stage.api().rule("host", sites::API.name).unwrap();
     let placeholder = stage.api().secret("token", "TOKEN", SECRET, &[sites::API.name]).unwrap();
@@ -161,9 +164,23 @@ fn real_vm_two_clones_of_one_parent_are_other_machines() {
     assert_eq!(before, moment(&stage), "the parent was booted");
     assert!(number(&stage, "cat /run/count") > count, "the parent goes on");
 
-    let stored = stage.daemon().data_dir().join("snapshots/snapshots");
-    let stored = if stored.exists() { stored } else { stage.daemon().data_dir().join("snapshots") };
-    let file = stored.join(format!("{snapshot}.memory.zst"));
+    let folder = stage.daemon().data_dir().join("snapshots");
+    let folder = [folder.join("snapshots"), folder].into_iter().find(|folder| folder.exists());
+    let stored = || match &bucket {
+        Some(bucket) => bucket.keys().unwrap().len(),
+        None => fs::read_dir(folder.as_ref().unwrap()).unwrap().count(),
+    };
+    assert_eq!(stored(), 2, "a disk and a memory");
+    let name = format!("{snapshot}.memory.zst");
+    let file = match &bucket {
+        Some(bucket) => {
+            assert_eq!(bucket.open_uploads().unwrap().len(), 0, "an upload that was cut off is left");
+            let file = world.folder().join(&name);
+            bucket.fetch(&format!("one/two/snapshots/{name}"), &file).unwrap();
+            file
+        }
+        None => folder.as_ref().unwrap().join(&name),
+    };
     assert_eq!(fs::metadata(&file).unwrap().len(), taken["memory_size_bytes"].as_u64().unwrap());
     assert_eq!(found(&file, 2, SECRET), 0, "the memory holds a secret");
     assert_ne!(found(&file, 2, &placeholder), 0, "the search finds nothing at all");
@@ -251,12 +268,12 @@ fn real_vm_two_clones_of_one_parent_are_other_machines() {
         stage.api().delete(&format!("/v1/snapshots/{snapshot}")).unwrap().expect(204).unwrap();
     }
     for _ in 0..TRIES {
-        if fs::read_dir(&stored).unwrap().count() == 0 {
+        if stored() == 0 {
             break;
         }
         thread::sleep(Duration::from_millis(100));
     }
-    assert_eq!(fs::read_dir(&stored).unwrap().count(), 0, "deleted snapshots' bytes are left");
+    assert_eq!(stored(), 0, "deleted snapshots' bytes are left");
     for line in stage.daemon().log().lines() {
         if ["snapshot.taken", "memory_taken", "vm.started"].iter().any(|word| line.contains(word)) {
             println!("{line}");

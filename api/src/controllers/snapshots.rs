@@ -72,12 +72,16 @@ pub(crate) async fn create(
     if let Some(label) = &label {
         at_most("label", label, 128, false)?;
     }
-    if kind == SnapshotKind::Memory {
-        // Whose it is first: nobody learns of another's VM.
-        find(&state, &account, &vm).await?;
-        keeps_memory(&state)?;
-    }
     let settings = state.settings();
+    // Whose it is first: nobody learns of another's VM.
+    let record = find(&state, &account, &vm).await?;
+    match kind {
+        SnapshotKind::Disk => settings.room.check_file(0)?,
+        SnapshotKind::Memory => {
+            keeps_memory(&state)?;
+            settings.room.check_memory_file(record.resources.memory_mib)?;
+        }
+    }
     let made = state
         .store()
         .snapshot_create(&account.user, &vm, kind, label, &settings.base_image, settings.quotas.snapshots)

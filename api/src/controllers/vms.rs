@@ -305,8 +305,9 @@ pub(crate) async fn suspend(
 ) -> Result<Json<VmView>, ApiError> {
     params.finish()?;
     // Whose it is first: nobody learns of another's VM.
-    find(&state, &account, &vm).await?;
+    let record = find(&state, &account, &vm).await?;
     keeps_memory(&state)?;
+    state.settings().room.check_memory_file(record.resources.memory_mib)?;
     called(&state, &account, vm, Call::Suspend).await
 }
 

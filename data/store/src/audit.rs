@@ -34,9 +34,9 @@ use std::time::Instant;
 use tapgate_model::{AuditEvent, AuditSink, UserId, VmId};
 
 /// Empty pages that stay in the file: 4 MiB.
-const SPARE_PAGES: u64 = 1_024;
+const SPARE_PAGES: u64 = 256;
 /// Pages given back in one step.
-const SHRINK: &str = "PRAGMA incremental_vacuum(512)";
+const SHRINK: &str = "PRAGMA incremental_vacuum(128)";
 
 /// The audit log. Clones share everything.
 #[derive(Clone)]
@@ -69,7 +69,7 @@ impl AuditLog {
         let connection = crate::pool::connect(path, Durability::Normal, true)?;
         // The ends of the indexes that are written to stay in memory, and go to the file in large steps.
         connection.pragma_update(None, "cache_size", -32_768)?;
-        connection.pragma_update(None, "wal_autocheckpoint", 8192)?;
+        connection.pragma_update(None, "wal_autocheckpoint", 2048)?;
         connection.pragma_update(None, "secure_delete", false)?;
         let writer = writer::Writer::new(connection, chain.clone())?;
         let theirs = queue.clone();

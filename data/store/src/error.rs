@@ -121,6 +121,17 @@ pub enum StoreError {
     Internal(String),
 }
 
+impl StoreError {
+    /// Says which file is damaged, where that is not said yet.
+    pub(crate) fn of_file(self, path: &std::path::Path) -> Self {
+        let path = path.display().to_string();
+        match self {
+            Self::Corrupt(what) if !what.contains(&path) => Self::Corrupt(format!("{path}: {what}")),
+            other => other,
+        }
+    }
+}
+
 pub(crate) use crate::seal::SealError;
 
 /// The crate's result.

@@ -36,11 +36,12 @@ impl Store {
             .create(folder)
             .map_err(|source| StoreError::Io { path: folder.into(), source })?;
         let main = folder.join("tapgate.db");
-        schema::prepare_main(&main)?;
-        check_key(&main, &key)?;
+        schema::prepare_main(&main).map_err(|error| error.of_file(&main))?;
+        check_key(&main, &key).map_err(|error| error.of_file(&main))?;
         let cursors = Cursors::new(&key);
         let tickets = Tickets::new(&key);
-        let audit = AuditLog::open(&folder.join("audit.db"), &key, cursors.clone())?;
+        let audit = folder.join("audit.db");
+        let audit = AuditLog::open(&audit, &key, cursors.clone()).map_err(|error| error.of_file(&audit))?;
         Ok(Self { db: Pool::start(&main, "store", Durability::Full)?, key, cursors, tickets, audit })
     }
 

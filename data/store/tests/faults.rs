@@ -277,11 +277,16 @@ async fn a_damaged_audit_file_is_said_and_the_records_go_on() {
     store.audit().flush().await;
     drop(store);
     let path = folder.path().join("db/audit.db");
-    rusqlite::Connection::open(&path).unwrap().execute_batch("PRAGMA wal_checkpoint(TRUNCATE)").unwrap();
+    let db = rusqlite::Connection::open(&path).unwrap();
+    db.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)").unwrap();
+    let id: String = db.query_row("SELECT id FROM events WHERE seq = 1000", [], |row| row.get(0)).unwrap();
+    let page: u32 = db.pragma_query_value(None, "page_size", |row| row.get(0)).unwrap();
+    let page = usize::try_from(page).unwrap();
+    drop(db);
     let mut bytes = std::fs::read(&path).unwrap();
-    // Everything but the head and the schema.
-    let from = bytes.len() / 2 / 4096 * 4096;
-    bytes[from..].fill(0xff);
+    // The page that an event in the middle stands on.
+    let at = bytes.windows(id.len()).position(|window| window == id.as_bytes()).unwrap();
+    bytes[at / page * page..][..page].fill(0xff);
     std::fs::write(&path, &bytes).unwrap();
     let store = open(folder.path());
     let damage = store.audit().verify().await;
@@ -293,4 +298,5 @@ async fn a_damaged_audit_file_is_said_and_the_records_go_on() {
     let key = SealKey::load(&folder.path().join("seal.key")).unwrap();
     let refused = Store::open(&folder.path().join("db"), key).unwrap_err().to_string();
     assert!(refused.contains("damaged") && refused.contains("restore the last backup"), "{refused}");
+    assert!(refused.contains("audit.db"), "{refused}");
 }

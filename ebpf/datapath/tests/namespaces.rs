@@ -195,6 +195,50 @@ fn guests_never_reach_each_other_nor_the_host_with_or_without_programs() {
     });
 }
 
+/// The host's own addresses by its routes alone: the programs were told of none.
+#[test]
+fn an_address_of_the_host_that_no_list_has_is_not_reached() {
+    in_world(|world| async move {
+        let datapath = world.open().await;
+        let a = guest(&datapath, 0, Mode::Enforce, &["0.0.0.0/0"]).await;
+        let heard = |netns: &Netns, at: &str| {
+            let socket = netns.run(|| UdpSocket::bind(at).unwrap()).unwrap();
+            socket.set_read_timeout(Some(SILENCE)).unwrap();
+            move || {
+                let from = socket.recv_from(&mut [0; 8]).map(|(_, from)| from);
+                // An answer: the host's connection tracking takes no connection for opened before there is one.
+                from.and_then(|from| socket.send_to(b"y", from)).is_ok()
+            }
+        };
+        let host = heard(&world.host.0, "0.0.0.0:9");
+        let [other, server] = [OTHER, SERVER].map(|at| heard(&world.internet.0, &format!("{at}:9")));
+        let socket = a.udp();
+        let send = |to: &str| assert_eq!(socket.send_to(b"x", to).unwrap(), 1);
+        send(&format!("{OTHER}:9"));
+        assert!(other(), "a rule allows the internet");
+        send(&format!("{HOST_OUT}:9"));
+        assert!(!host(), "the host's address");
+
+        // It is published, as a container's port is.
+        let publish = format!(
+            "table ip published {{ chain prerouting {{ type nat hook prerouting priority dstnat; \
+             ip daddr {HOST_OUT} udp dport 10 dnat to {SERVER}:9;\n}}\n}}\n"
+        );
+        nft::load(&world.host.0, &publish).unwrap();
+        send(&format!("{HOST_OUT}:10"));
+        assert!(!server(), "what the host publishes at its address");
+
+        // An address that became the host's own after the connection was opened.
+        let rtnl = tapgate_netns::Rtnl::connect(&world.host.0).unwrap();
+        let loopback = rtnl.link("lo").await.unwrap();
+        rtnl.set_up(loopback).await.unwrap();
+        rtnl.add_address(loopback, ip(OTHER), 32).await.unwrap();
+        send(&format!("{OTHER}:9"));
+        assert!(!host() && !other(), "the host's address as of now");
+        datapath.teardown().await.unwrap();
+    });
+}
+
 #[test]
 fn nothing_from_outside_reaches_a_guest_that_did_not_ask() {
     in_world(|world| async move {
