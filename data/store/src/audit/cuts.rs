@@ -80,13 +80,9 @@ impl Chain {
         Ok(())
     }
 
-    /// Moves the old end of the log to behind an event that is gone, and over the cut that follows.
-    pub(super) fn begin_after(&self, tx: &Transaction<'_>, last: i64, hash: Hash) -> Result<()> {
+    /// Moves the old end of the log to behind an event that is gone; what is written down of numbers before it is of no more use.
+    pub(super) fn begin_after(&self, tx: &Transaction<'_>, last: i64, hash: &Hash) -> Result<()> {
         tx.prepare_cached("DELETE FROM cuts WHERE first <= ?1")?.execute([last])?;
-        self.set_mark(tx, "anchor", last, &hash)?;
-        if let Some(next) = self.cut_at(tx, last + 1)? {
-            return self.begin_after(tx, next.last, next.hash);
-        }
-        Ok(())
+        self.set_mark(tx, "anchor", last, hash)
     }
 }

@@ -451,6 +451,25 @@ mod tests {
         assert_eq!(log.list(&user, filter).await.unwrap().items.len(), 133);
     }
 
+    /// A start does not go through the numbers of what retention took.
+    #[test]
+    fn the_reach_begins_where_events_are() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("audit.db");
+        crate::schema::prepare_audit(&path).unwrap();
+        let db = connect(&path, Durability::Normal, true).unwrap();
+        let end = 1 << 40;
+        assert_eq!(super::Reach::read(&db, end).unwrap(), super::Reach { full: end, last: end });
+        db.execute(
+            "INSERT INTO events (seq, id, ts, user, vm, class, reason, bytes_out, bytes_in, duration_ms, count, hash)
+             VALUES (?1, '', 1, 1, 2, 0, 0, 0, 0, 0, 1, x'')",
+            [end - 5],
+        )
+        .unwrap();
+        let from = end - 6;
+        assert_eq!(super::Reach::read(&db, end).unwrap(), super::Reach { full: from, last: from });
+    }
+
     /// However many events there ever were, the index of those that are kept is small, and finds each.
     #[test]
     fn blocks_of_which_little_is_left_are_joined() {

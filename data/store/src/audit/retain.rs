@@ -71,7 +71,7 @@ pub(super) fn too_old(tx: &Transaction<'_>, chain: &Chain, since_us: i64) -> Res
     tx.execute("DELETE FROM events WHERE seq <= ?1", [last])?;
     tally.went(tx)?;
     index::remove(tx, first, last)?;
-    chain.begin_after(tx, last, hash)?;
+    chain.begin_after(tx, last, &hash)?;
     Ok(gone)
 }
 
