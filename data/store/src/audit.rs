@@ -7,6 +7,7 @@ mod chain;
 mod cuts;
 mod follow;
 mod index;
+mod lookup;
 mod query;
 mod queue;
 mod record;

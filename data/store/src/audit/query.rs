@@ -3,7 +3,8 @@
 //! Blocks are gone through in the order of their newest (or oldest) event, until no further one can hold an event of the page.
 //! In each, the sets of events that have what is asked for are intersected; only what is left is looked at.
 
-use super::index::{self, Places, Term, Times};
+use super::index::Term;
+use super::lookup::{self, Places, Times};
 use super::record::{self, AuditRecord, COLUMNS};
 use super::rows::Rows;
 use crate::error::{Result, StoreError};
@@ -315,7 +316,7 @@ fn search(db: &Connection, question: &Question, block: &Block, first: i64, best:
     let whole = (vm.is_none() && host.is_none()).then_some(Term::User);
     let (mut left, mut of_class): (Option<Rows>, bool) = (None, false);
     for term in [vm, host, whole].iter().flatten() {
-        let Some((has, rows)) = index::having(db, block.first, *user, term)? else { return Ok(()) };
+        let Some((has, rows)) = lookup::having(db, block.first, *user, term)? else { return Ok(()) };
         if has & classes == 0 {
             return Ok(());
         }
@@ -327,7 +328,7 @@ fn search(db: &Connection, question: &Question, block: &Block, first: i64, best:
     }
     let Some(mut left) = left.filter(|left| !left.is_empty()) else { return Ok(()) };
     if let Some((low, high)) = range {
-        let Some(rows) = index::within(db, block.first, *user, low, high)? else { return Ok(()) };
+        let Some(rows) = lookup::within(db, block.first, *user, low, high)? else { return Ok(()) };
         left.and(&rows);
         if left.is_empty() {
             return Ok(());
@@ -448,10 +449,10 @@ mod tests {
         for (sql, way) in [
             (blocks_sql(Order::Asc), "USING COVERING INDEX blocks_oldest (oldest<?)"),
             (blocks_sql(Order::Desc), "USING COVERING INDEX blocks_newest (newest>?)"),
-            (index::HAVING, "USING PRIMARY KEY (block=? AND user=? AND kind=? AND term=?)"),
-            (index::RUN_OF, "USING PRIMARY KEY (block=? AND user=? AND kind=? AND term<?)"),
+            (lookup::HAVING, "USING PRIMARY KEY (block=? AND user=? AND kind=? AND term=?)"),
+            (lookup::RUN_OF, "USING PRIMARY KEY (block=? AND user=? AND kind=? AND term<?)"),
             (COLUMNS_OF, "USING INTEGER PRIMARY KEY (rowid=?)"),
-            (index::VMS_OF, "USING PRIMARY KEY (block=? AND user=? AND kind=?)"),
+            (lookup::VMS_OF, "USING PRIMARY KEY (block=? AND user=? AND kind=?)"),
             (LOOSE, "USING INTEGER PRIMARY KEY (rowid>?)"),
             (&format!("SELECT {COLUMNS} WHERE e.seq = ?1"), "USING INTEGER PRIMARY KEY (rowid=?)"),
         ] {

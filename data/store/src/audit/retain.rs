@@ -6,11 +6,12 @@
 use super::chain::{Chain, Hash};
 use super::cuts::Cut;
 use super::index;
+use super::lookup;
 use super::rows::BLOCK;
 use super::shares::{self, Measure, OCTETS, Owner, Tally};
 use crate::error::{Result, StoreError};
 use rusqlite::{Connection, Row, Transaction};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 /// Events that are too old: removed in one step at most.
 const STEP: i64 = 5_000;
@@ -134,12 +135,13 @@ impl Plan {
 
     /// Takes from the next block, or from the events in none. Answers how many went. After an error it is of no more use.
     pub(super) fn step(&mut self, tx: &Transaction<'_>, chain: &Chain) -> Result<u64> {
+        let users: HashSet<i64> = self.takes.keys().map(|(user, _)| *user).collect();
         for _ in 0..LOOKED {
             let Some(oldest) = self.takes.values().map(|take| take.oldest).min() else { return Ok(0) };
             let from = self.at.max(oldest);
             let Some((first, last)) = index::block_at(tx, from)? else { return self.end(tx, chain) };
             self.at = last + 1;
-            if self.takes_from(tx, first)? {
+            if self.takes_from(tx, &users, first)? {
                 let (gone, left) = self.take(tx, chain, first, last)?;
                 if gone > 0 {
                     index::remake(tx, first, last, left)?;
@@ -151,13 +153,12 @@ impl Plan {
     }
 
     /// Whether a block has events of a VM that gives.
-    fn takes_from(&self, tx: &Transaction<'_>, block: i64) -> Result<bool> {
-        let users: std::collections::HashSet<i64> = self.takes.keys().map(|(user, _)| *user).collect();
-        let mut statement = tx.prepare_cached(index::VMS_OF)?;
+    fn takes_from(&self, tx: &Transaction<'_>, users: &HashSet<i64>, block: i64) -> Result<bool> {
+        let mut statement = tx.prepare_cached(lookup::VMS_OF)?;
         for user in users {
-            let mut rows = statement.query([block, user])?;
+            let mut rows = statement.query([block, *user])?;
             while let Some(row) = rows.next()? {
-                if self.takes.contains_key(&(user, row.get(0)?)) {
+                if self.takes.contains_key(&(*user, row.get(0)?)) {
                     return Ok(true);
                 }
             }
