@@ -447,3 +447,66 @@ async fn no_gap_is_right_but_those_of_retention() {
         assert!(store.audit().verify().await.unwrap().is_err(), "{what}, and retention after it");
     }
 }
+
+/// Bursts of any guest, bounds of any kind, and starts, in any order: each guest's newest events are there, each once, and what is
+/// written down of them is so.
+#[tokio::test]
+async fn whatever_comes_and_goes_all_that_is_written_down_is_right() {
+    let rounds = if std::env::var_os("TAPGATE_LONG").is_some() { 400 } else { 12 };
+    let (folder, mut store) = fresh();
+    let users: Vec<UserId> = (0..3).map(|_| UserId::generate()).collect();
+    let mut guests: Vec<Guest> = (0..7).map(|n| Guest::of(&users[n % 3])).collect();
+    let mut random = 20_261_125u64;
+    let mut below = |most: u64| {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (random >> 33) % most
+    };
+    let mut clock = 1_000_000;
+    for round in 0..rounds {
+        let (loud, events) = (below(7) as usize, below(6_000));
+        for n in 0..events {
+            clock += 1;
+            let guest = if below(3) == 0 { below(7) as usize } else { loud };
+            guests[guest].act(store.audit(), clock, "");
+            if n % 900 == 0 {
+                store.audit().flush().await;
+            }
+        }
+        store.audit().flush().await;
+        let keep = match below(5) {
+            0 => Keep { since_us: clock - 30_000, ..KEEP },
+            1 => Keep { octets: (1 + below(4)) << 20, ..KEEP },
+            2 => KEEP,
+            _ => Keep { events: 50 + below(20_000), ..KEEP },
+        };
+        store.audit().retain(keep).await.unwrap();
+        if below(4) == 0 {
+            drop(store);
+            store = open(folder.path());
+        }
+        let log = store.audit();
+        let mut left = 0;
+        for guest in &guests {
+            let there = guest.pages(log, guest.filter(page(500))).await.len();
+            guest.has_from(log, guest.made - i64::try_from(there).unwrap()).await;
+            left += there as u64;
+        }
+        assert_eq!(log.verify().await.unwrap(), Ok(left), "round {round}, {keep:?}");
+        let db = raw(folder.path());
+        let none = |what: &str, sql: &str| {
+            let found: i64 = db.query_row(sql, [], |row| row.get(0)).unwrap();
+            assert_eq!(found, 0, "round {round}, {keep:?}: {what}");
+        };
+        none(
+            "holdings",
+            "SELECT count(*) FROM (SELECT user, vm, count(*) AS n, min(seq) AS o FROM events GROUP BY user, vm) e
+             FULL JOIN holdings h ON h.user = e.user AND h.vm = e.vm
+             WHERE e.n IS NOT h.events OR h.oldest > e.o OR h.octets < 128 * e.n",
+        );
+        none(
+            "blocks that overlap",
+            "SELECT count(*) FROM blocks a JOIN blocks b ON b.first > a.first AND b.first <= a.last",
+        );
+        none("terms of no block", "SELECT count(*) FROM terms WHERE block NOT IN (SELECT first FROM blocks)");
+    }
+}
