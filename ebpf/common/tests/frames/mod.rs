@@ -616,6 +616,13 @@ pub fn cases() -> Vec<Case> {
         discovery(own_local, &solicit("fe80::1", Some(MAC)), 255),
         always(Gateway(Service)),
     );
+    for left in [1, 7] {
+        add(
+            &format!("ND with {left} octets of its option"),
+            discovery(OWN_V6, &solicit("fe80::1", Some(MAC))[..24 + left], 255),
+            always(Drop(Neighbour)),
+        );
+    }
     add("ND without its option", discovery(OWN_V6, &solicit("fe80::1", None), 255), always(Gateway(Service)));
     add(
         "ND with another's MAC",
