@@ -4,18 +4,22 @@
 //! VM that made it. Must never hold a caller up, and never lose an event uncounted.
 
 mod chain;
+mod cuts;
 mod follow;
 mod index;
+mod lookup;
 mod query;
 mod queue;
 mod record;
+mod retain;
 mod rows;
+mod shares;
 mod writer;
 
-pub use chain::Keep;
 pub use query::AuditFilter;
 pub use queue::AuditLoad;
 pub use record::AuditRecord;
+pub use retain::Keep;
 
 use crate::error::{Result, StoreError};
 use crate::page::{Cursors, Page};
@@ -176,18 +180,38 @@ impl AuditLog {
         self.db.copy_to(path).await
     }
 
-    /// Removes events that are too old, too many or too large together, the oldest first, a few thousand at a time so that
-    /// writing goes on between; then gives pages that were left empty back to the file system. Answers how many events went.
+    /// Removes events that are too old, then, while there are too many or they are too large together, the oldest of who holds
+    /// most: a few thousand at a time so that writing goes on between. Then gives pages that were left empty back to the file
+    /// system. Answers how many events went.
     pub async fn retain(&self, keep: Keep) -> Result<u64> {
         let mut gone = 0;
         loop {
             let (chain, began) = (self.chain.clone(), Instant::now());
-            let step = self.db.write(move |tx| chain.trim(tx, &keep)).await?;
+            let step = self.db.write(move |tx| retain::too_old(tx, &chain, keep.since_us)).await?;
             gone += step;
             if step == 0 {
                 break;
             }
             pause(began).await;
+        }
+        while let Some(mut plan) = self.db.read(move |db| retain::Plan::new(db, &keep)).await? {
+            let before = gone;
+            while !plan.is_done() {
+                let (chain, began) = (self.chain.clone(), Instant::now());
+                let step;
+                (plan, step) = self
+                    .db
+                    .write(move |tx| {
+                        let step = plan.step(tx, &chain)?;
+                        Ok((plan, step))
+                    })
+                    .await?;
+                gone += step;
+                pause(began).await;
+            }
+            if gone == before {
+                break;
+            }
         }
         loop {
             let began = Instant::now();
@@ -209,7 +233,7 @@ async fn pause(began: Instant) {
 
 /// Gives some empty pages at the end of the file back, if there are many. Answers whether there are more.
 fn shrink(tx: &rusqlite::Transaction<'_>) -> Result<bool> {
-    let (empty, all) = (chain::number(tx, "freelist_count")?, chain::number(tx, "page_count")?);
+    let (empty, all) = (retain::number(tx, "freelist_count")?, retain::number(tx, "page_count")?);
     // Some are left for what is written next.
     if empty <= SPARE_PAGES.max(all / 8) {
         return Ok(false);
@@ -218,5 +242,5 @@ fn shrink(tx: &rusqlite::Transaction<'_>) -> Result<bool> {
     let mut rows = step.query([])?;
     while rows.next()?.is_some() {}
     drop(rows);
-    Ok(chain::number(tx, "freelist_count")? < empty)
+    Ok(retain::number(tx, "freelist_count")? < empty)
 }

@@ -19,6 +19,7 @@ const AUDIT: &[&str] = &[
     include_str!("migrations/audit-1.sql"),
     include_str!("migrations/audit-2.sql"),
     include_str!("migrations/audit-3.sql"),
+    include_str!("migrations/audit-4.sql"),
 ];
 
 /// How SQLite names a file whose empty pages can be given back a few at a time.

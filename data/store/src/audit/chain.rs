@@ -1,40 +1,14 @@
 //! Tamper evidence: each event's hash covers the event and the hash before it, under a key that is not in the file.
 //!
 //! The two ends are authenticated too: the head, so that events cannot be cut off the new end, and the anchor, which
-//! moves when retention removes events from the old end.
+//! moves when retention removes events from the old end. What it took from the middle is in `cuts`.
 
-use super::{index, record};
-use crate::error::{Result, StoreError};
+use super::record;
+use crate::error::Result;
 use crate::seal::SealKey;
 use aws_lc_rs::hmac;
 use rusqlite::{Connection, OptionalExtension as _, Row, Transaction, params};
 use tapgate_model::{AuditEvent, EventId};
-
-/// How many events one step of retention removes.
-const STEP: u64 = 5_000;
-
-/// How much of the log is kept.
-#[derive(Clone, Copy, Debug)]
-pub struct Keep {
-    /// No event from before this time (microseconds since the epoch).
-    pub since_us: i64,
-    /// No more events than this.
-    pub events: u64,
-    /// No more octets in the file than this.
-    pub octets: u64,
-}
-
-/// Octets of the file that are in use.
-fn size(db: &Connection) -> Result<u64> {
-    let used = number(db, "page_count")?.saturating_sub(number(db, "freelist_count")?);
-    Ok(used.saturating_mul(number(db, "page_size")?))
-}
-
-/// What SQLite says of the file.
-pub(super) fn number(db: &Connection, pragma: &str) -> Result<u64> {
-    let number: i64 = db.pragma_query_value(None, pragma, |row| row.get(0))?;
-    Ok(u64::try_from(number).unwrap_or(0))
-}
 
 pub(super) type Hash = [u8; 32];
 
@@ -166,13 +140,16 @@ impl Chain {
         scratch.clear();
         scratch.extend_from_slice(before);
         event.bytes(scratch);
-        hash_of(&hmac::sign(&self.0, scratch))
+        self.sign(scratch)
+    }
+
+    pub(super) fn sign(&self, body: &[u8]) -> Hash {
+        hash_of(&hmac::sign(&self.0, body))
     }
 
     fn mark(&self, name: &str, seq: i64, hash: &Hash) -> Vec<u8> {
         let body = [&seq.to_be_bytes()[..], hash].concat();
-        let tag = hmac::sign(&self.0, &[name.as_bytes(), &body].concat());
-        [&body[..], tag.as_ref()].concat()
+        [&body[..], &self.sign(&[name.as_bytes(), &body].concat())].concat()
     }
 
     /// Keeps an end of the chain.
@@ -213,10 +190,15 @@ impl Chain {
              ORDER BY e.seq",
         )?;
         let mut rows = statement.query([])?;
-        let (mut count, mut scratch) = (0, Vec::new());
+        let (mut count, mut cuts, mut scratch) = (0, 0, Vec::new());
         while let Some(row) = rows.next()? {
             let seq: i64 = row.get("seq")?;
             let id: String = row.get("id").unwrap_or_default();
+            if seq != last + 1
+                && let Some(cut) = self.cut_at(db, last + 1)?
+            {
+                (last, hash, cuts) = (cut.last, cut.hash, cuts + 1);
+            }
             if seq != last + 1 {
                 return Ok(Err(format!(
                     "events are missing before {id} (number {seq}, expected {})",
@@ -230,40 +212,19 @@ impl Chain {
             }
             (last, count) = (seq, count + 1);
         }
+        if last != head
+            && let Some(cut) = self.cut_at(db, last + 1)?
+        {
+            (last, hash, cuts) = (cut.last, cut.hash, cuts + 1);
+        }
         if (last, hash) != (head, head_hash) {
             return Ok(Err(format!(
                 "events are missing at the end: the last is number {last}, expected {head}"
             )));
         }
-        Ok(Ok(count))
-    }
-
-    /// Removes some of the oldest events that are too old, too many or too large together, and moves the anchor.
-    pub(super) fn trim(&self, tx: &Transaction<'_>, keep: &Keep) -> Result<u64> {
-        let (first, newest): (Option<i64>, Option<i64>) =
-            tx.query_row("SELECT min(seq), max(seq) FROM events", [], |row| Ok((row.get(0)?, row.get(1)?)))?;
-        let (Some(first), Some(newest)) = (first, newest) else { return Ok(0) };
-        let step = i64::try_from(STEP).unwrap_or(i64::MAX);
-        // Events come nearly in order of time; one that came late goes when its turn comes.
-        let too_many = newest.saturating_sub(i64::try_from(keep.events).unwrap_or(i64::MAX));
-        let old: Option<i64> = tx.query_row(
-            "SELECT min(seq) - 1 FROM (SELECT seq, ts FROM events WHERE seq < ?1 ORDER BY seq) WHERE ts >= ?2",
-            params![first + step, keep.since_us],
-            |row| row.get(0),
-        )?;
-        let too_old = old.unwrap_or(first + step - 1);
-        let too_large = if size(tx)? > keep.octets { first + step - 1 } else { first - 1 };
-        let last = too_old.max(too_many).max(too_large).min(first + step - 1).min(newest);
-        if last < first {
-            return Ok(0);
+        if cuts != db.query_row("SELECT count(*) FROM cuts", [], |row| row.get::<_, i64>(0))? {
+            return Ok(Err("the records of what retention removed were changed".into()));
         }
-        let hash: Vec<u8> =
-            tx.query_row("SELECT hash FROM events WHERE seq = ?1", [last], |row| row.get(0))?;
-        let hash: Hash =
-            hash.try_into().map_err(|_| StoreError::Corrupt("an audit hash is not 32 bytes".into()))?;
-        self.set_mark(tx, "anchor", last, &hash)?;
-        let gone = tx.execute("DELETE FROM events WHERE seq <= ?1", [last])?;
-        index::remove(tx, first, last)?;
-        Ok(gone as u64)
+        Ok(Ok(count))
     }
 }

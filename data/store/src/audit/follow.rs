@@ -44,11 +44,14 @@ pub(super) fn step(
     filter: &AuditFilter,
     after: i64,
 ) -> Result<(Vec<AuditRecord>, i64)> {
-    let end: i64 = db.query_row("SELECT ifnull(max(seq), 0) FROM events", [], |row| row.get(0))?;
-    let last = end.min(after.saturating_add(WINDOW));
-    if last <= after {
-        return Ok((Vec::new(), after));
-    }
+    // Numbers that retention took are passed over.
+    let (next, end): (Option<i64>, Option<i64>) = db.query_row(
+        "SELECT (SELECT min(seq) FROM events WHERE seq > ?1), (SELECT max(seq) FROM events)",
+        [after],
+        |row| Ok((row.get(0)?, row.get(1)?)),
+    )?;
+    let (Some(next), Some(end)) = (next, end) else { return Ok((Vec::new(), after)) };
+    let last = end.min(next.saturating_add(WINDOW - 1));
     let mut statement = db.prepare_cached(&format!(
         "SELECT {COLUMNS} WHERE e.seq > ?1 AND e.seq <= ?2 AND +e.user = (SELECT id FROM names WHERE name = ?3)
          ORDER BY e.seq LIMIT ?4"

@@ -3,7 +3,8 @@
 //! The newest events stand in no block until there are enough; small blocks are joined to a full one. Blocks are written by
 //! the thread that writes events, in the same transaction. Must never be needed to read an event: it can be made anew.
 
-use super::rows::{self, BLOCK, Rows};
+use super::lookup::{Places, Times};
+use super::rows::{self, BLOCK};
 use crate::error::{Result, StoreError};
 use rusqlite::types::Value;
 use rusqlite::{Connection, OptionalExtension as _, Transaction, params};
@@ -13,13 +14,13 @@ use std::collections::HashMap;
 const LOOSE: i64 = 1_024;
 /// Addresses in one run of an index: below a quarter of a page, beyond which SQLite would put them elsewhere.
 const RUN: usize = 48;
-const KEY: usize = 16;
+pub(super) const KEY: usize = 16;
 
 const USER: i64 = 0;
 const VM: i64 = 1;
 const HOST: i64 = 2;
-const BY_ADDRESS: i64 = 3;
-const ADDRESSES: i64 = 4;
+pub(super) const BY_ADDRESS: i64 = 3;
+pub(super) const ADDRESSES: i64 = 4;
 
 /// A value that events are found by; the kind first, as the table is ordered.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -30,7 +31,7 @@ pub(super) enum Term {
 }
 
 impl Term {
-    fn key(&self) -> (i64, Value) {
+    pub(super) fn key(&self) -> (i64, Value) {
         match self {
             Self::User => (USER, Value::Integer(0)),
             Self::Vm(vm) => (VM, Value::Integer(*vm)),
@@ -53,20 +54,22 @@ fn io(value: usize) -> i64 {
 }
 
 impl Reach {
-    pub(super) fn read(db: &Connection) -> Result<Self> {
-        let of = |sql: &str| -> Result<Option<i64>> {
-            Ok(db.prepare_cached(sql)?.query_row([], |row| row.get(0)).optional()?.flatten())
-        };
-        let before = of("SELECT min(seq) - 1 FROM events")?.unwrap_or(0);
-        let last = of("SELECT last FROM blocks ORDER BY first DESC LIMIT 1")?.unwrap_or(before);
+    /// Of a log that ends at `end`.
+    pub(super) fn read(db: &Connection, end: i64) -> Result<Self> {
         let full: Option<i64> = db
             .query_row(
-                "SELECT last FROM blocks WHERE last - first = ?1 - 1 ORDER BY first DESC LIMIT 1",
+                "SELECT last FROM blocks WHERE last - first >= ?1 - 1 ORDER BY first DESC LIMIT 1",
                 [io(BLOCK)],
                 |row| row.get(0),
             )
             .optional()?;
-        Ok(Self { full: full.unwrap_or(before), last })
+        // Where retention took everything, nothing is to be made.
+        let next: Option<i64> =
+            db.query_row("SELECT min(seq) FROM events WHERE seq > ?1", [full.unwrap_or(i64::MIN)], |row| {
+                row.get(0)
+            })?;
+        let full = next.map_or(end, |next| next - 1);
+        Ok(Self { full, last: last(db)?.map_or(full, |last| last.max(full)) })
     }
 
     /// Makes the blocks that are due when the log ends at `end`; at most `most` full ones. Answers how far it came.
@@ -93,10 +96,59 @@ impl Reach {
     }
 }
 
+/// The last event in any block.
+pub(super) fn last(db: &Connection) -> Result<Option<i64>> {
+    let sql = "SELECT last FROM blocks ORDER BY first DESC LIMIT 1";
+    Ok(db.prepare_cached(sql)?.query_row([], |row| row.get(0)).optional()?)
+}
+
+/// Where the last block begins that begins no later than a number: none before it reaches so far.
+fn near(db: &Connection, number: i64) -> Result<i64> {
+    let sql = "SELECT max(first) FROM blocks WHERE first <= ?1";
+    let first: Option<i64> = db.prepare_cached(sql)?.query_row([number], |row| row.get(0))?;
+    Ok(first.unwrap_or(number))
+}
+
+/// The first block that ends at a number or later.
+pub(super) fn block_at(db: &Connection, from: i64) -> Result<Option<(i64, i64)>> {
+    let sql = "SELECT first, last FROM blocks WHERE first >= ?1 AND last >= ?2 ORDER BY first LIMIT 1";
+    let block = |row: &rusqlite::Row<'_>| Ok((row.get(0)?, row.get(1)?));
+    Ok(db.prepare_cached(sql)?.query_row([near(db, from)?, from], block).optional()?)
+}
+
+/// Makes a block anew that events were taken out of, so many are left, and joins it with the ones before that hold no more than
+/// twice as many: the index grows with the events that are kept, not with those that ever were, and an event is moved to a larger
+/// block some ten times at most. Blocks at the end that are not full yet keep their bounds, which the writer remembers.
+pub(super) fn remake(tx: &Transaction<'_>, first: i64, last: i64, left: usize) -> Result<()> {
+    let (mut first, mut rows) = (first, io(left));
+    remove(tx, first, last)?;
+    if rows == 0 {
+        return Ok(());
+    }
+    let is_whole = |first: i64, last: i64| last - first >= io(BLOCK) - 1;
+    let mut before = tx.prepare_cached(
+        "SELECT first, last, length(classes) FROM blocks WHERE first < ?1 ORDER BY first DESC LIMIT 1",
+    )?;
+    while is_whole(first, last) {
+        let block =
+            before.query_row([first], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?))).optional()?;
+        let Some((start, end, more)): Option<(i64, i64, i64)> = block else { break };
+        if !is_whole(start, end)
+            || more > 2 * rows
+            || more + rows > io(BLOCK)
+            || u32::try_from(last - start).is_err()
+        {
+            break;
+        }
+        remove(tx, start, end)?;
+        (first, rows) = (start, rows + more);
+    }
+    make(tx, first, last)
+}
+
 /// Removes blocks that end in a span of numbers.
 pub(super) fn remove(tx: &Transaction<'_>, from: i64, to: i64) -> Result<()> {
-    // A block is no longer than BLOCK: those before cannot reach into the span.
-    let values = [from.saturating_sub(io(BLOCK)), to, from];
+    let values = [near(tx, from)?, to, from];
     tx.prepare_cached(
         "DELETE FROM terms WHERE block IN (SELECT first FROM blocks WHERE first BETWEEN ?1 AND ?2 AND last BETWEEN ?3 AND ?2)",
     )?
@@ -108,23 +160,22 @@ pub(super) fn remove(tx: &Transaction<'_>, from: i64, to: i64) -> Result<()> {
 
 /// Makes the block of the events with these numbers.
 fn make(tx: &Transaction<'_>, first: i64, last: i64) -> Result<()> {
-    let size = usize::try_from(last - first + 1).unwrap_or(0);
-    if size == 0 || size > BLOCK {
-        return Err(StoreError::Internal(format!("a block of {size} audit events")));
-    }
     let mut terms: HashMap<(i64, Term), (u64, Vec<u16>)> = HashMap::new();
     let mut addresses: HashMap<i64, Vec<([u8; KEY], u16)>> = HashMap::new();
-    let (mut classes, mut times) = (vec![u8::MAX; size], vec![None; size]);
+    let (mut seqs, mut classes, mut times) = (Vec::new(), Vec::new(), Vec::new());
     let mut statement = tx.prepare_cached(
         "SELECT seq, ts, user, vm, class, host, address FROM events WHERE seq BETWEEN ?1 AND ?2 ORDER BY seq",
     )?;
     let mut found = statement.query([first, last])?;
     while let Some(row) = found.next()? {
-        let at = usize::try_from(row.get::<_, i64>(0)? - first).unwrap_or(usize::MAX);
         let (user, vm, class): (i64, i64, u8) = (row.get(2)?, row.get(3)?, row.get(4)?);
-        let (Some(time), Ok(place)) = (times.get_mut(at), u16::try_from(at)) else { continue };
-        *time = Some(row.get::<_, i64>(1)?);
-        classes[at] = class;
+        let place = u16::try_from(seqs.len()).ok().filter(|place| usize::from(*place) < BLOCK);
+        let Some(place) = place else {
+            return Err(StoreError::Internal(format!("more than {BLOCK} audit events in a block")));
+        };
+        seqs.push(row.get::<_, i64>(0)?);
+        times.push(row.get::<_, i64>(1)?);
+        classes.push(class);
         let mut add = |term: Term| {
             let (mask, places) = terms.entry((user, term)).or_default();
             *mask |= 1u64.checked_shl(u32::from(class)).unwrap_or(0);
@@ -141,13 +192,15 @@ fn make(tx: &Transaction<'_>, first: i64, last: i64) -> Result<()> {
             addresses.entry(user).or_default().push((key, place));
         }
     }
-    let Some(oldest) = times.iter().flatten().min().copied() else { return Ok(()) };
-    let newest = times.iter().flatten().max().copied().unwrap_or(oldest);
-    let times = times.into_iter().map(|time| time.unwrap_or(oldest));
+    let (Some(oldest), Some(newest)) = (times.iter().min().copied(), times.iter().max().copied()) else {
+        return Ok(());
+    };
+    let places = Places::encode(first, last, &seqs);
+    let times = Times::encode(oldest, newest, times.into_iter());
     tx.prepare_cached(
-        "INSERT INTO blocks (first, last, oldest, newest, classes, times) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+        "INSERT INTO blocks (first, last, oldest, newest, classes, times, places) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
     )?
-    .execute(params![first, last, oldest, newest, classes, Times::encode(oldest, newest, times)])?;
+    .execute(params![first, last, oldest, newest, classes, times, places])?;
     let mut insert =
         tx.prepare_cached("INSERT INTO terms (block, user, kind, term, rows) VALUES (?1, ?2, ?3, ?4, ?5)")?;
     let mut terms: Vec<_> = terms.into_iter().collect();
@@ -186,91 +239,6 @@ fn runs(list: &[([u8; KEY], u16)]) -> Vec<([u8; KEY], Vec<u8>)> {
     runs
 }
 
-/// When the events of a block were.
-pub(super) struct Times {
-    oldest: i64,
-    wide: bool,
-}
-
-impl Times {
-    pub(super) fn new(oldest: i64, newest: i64) -> Self {
-        Self { oldest, wide: u32::try_from(newest.saturating_sub(oldest)).is_err() }
-    }
-
-    fn encode(oldest: i64, newest: i64, times: impl Iterator<Item = i64>) -> Vec<u8> {
-        if Self::new(oldest, newest).wide {
-            return times.flat_map(i64::to_le_bytes).collect();
-        }
-        times.flat_map(|time| u32::try_from(time - oldest).unwrap_or(0).to_le_bytes()).collect()
-    }
-
-    pub(super) fn at(&self, kept: &[u8], place: usize) -> i64 {
-        let cut = |width: usize| kept.get(place * width..).unwrap_or_default();
-        match self.wide {
-            true => cut(8).first_chunk().map_or(self.oldest, |bytes| i64::from_le_bytes(*bytes)),
-            false => cut(4)
-                .first_chunk()
-                .map_or(self.oldest, |bytes| self.oldest + i64::from(u32::from_le_bytes(*bytes))),
-        }
-    }
-}
-
-/// The events of a user in a block that have a value, and their classes; `None` if none has.
-pub(super) fn having(db: &Connection, block: i64, user: i64, term: &Term) -> Result<Option<(u64, Rows)>> {
-    let (kind, term) = term.key();
-    let mut statement = db.prepare_cached(HAVING)?;
-    Ok(statement
-        .query_row(params![block, user, kind, term], |row| {
-            let kept = row.get_ref(0)?.as_blob()?;
-            Ok((rows::classes(kept), rows::decode(kept)))
-        })
-        .optional()?)
-}
-
-/// The events of a user in a block whose address lies between two, both included; `None` if there are none.
-pub(super) fn within(
-    db: &Connection,
-    block: i64,
-    user: i64,
-    low: &[u8; KEY],
-    high: &[u8; KEY],
-) -> Result<Option<Rows>> {
-    // How many events have an address before `bound`, or up to it.
-    let rank = |bound: &[u8; KEY], included: bool| -> Result<usize> {
-        let run = db.prepare_cached(RUN_OF)?.query_row(params![block, user, ADDRESSES, bound], |row| {
-            let kept = row.get_ref(0)?.as_blob()?;
-            let Some((start, keys)) = kept.split_first_chunk::<2>() else { return Ok(0) };
-            let mut rank = u16::from_le_bytes(*start);
-            for entry in keys.as_chunks::<{ KEY + 2 }>().0 {
-                let (key, end) = entry.split_at(KEY);
-                if key > &bound[..] || key == &bound[..] && !included {
-                    break;
-                }
-                rank = end.first_chunk().map_or(rank, |bytes| u16::from_le_bytes(*bytes));
-            }
-            Ok(usize::from(rank))
-        });
-        Ok(run.optional()?.unwrap_or(0))
-    };
-    let (from, to) = (rank(low, false)?, rank(high, true)?);
-    if from >= to {
-        return Ok(None);
-    }
-    let mut statement = db.prepare_cached(HAVING)?;
-    Ok(statement
-        .query_row(params![block, user, BY_ADDRESS, 0], |row| {
-            let mut rows = Rows::none();
-            let kept = row.get_ref(0)?.as_blob()?.get(2 * from..2 * to).unwrap_or_default();
-            rows::numbers(kept).for_each(|place| rows.insert(place));
-            Ok(rows)
-        })
-        .optional()?)
-}
-
-pub(super) const HAVING: &str =
-    "SELECT rows FROM terms WHERE block = ?1 AND user = ?2 AND kind = ?3 AND term = ?4";
-pub(super) const RUN_OF: &str = "SELECT rows FROM terms WHERE block = ?1 AND user = ?2 AND kind = ?3 AND term <= ?4 ORDER BY term DESC LIMIT 1";
-
 #[cfg(test)]
 mod tests {
     use super::super::chain::{Chain, Stored};
@@ -278,7 +246,7 @@ mod tests {
     use crate::page::{Cursors, Order, PageRequest};
     use crate::pool::{Durability, connect};
     use crate::seal::SealKey;
-    use crate::{AuditFilter, AuditLog};
+    use crate::{AuditFilter, AuditLog, Keep};
     use rusqlite::params;
     use tapgate_model::{AuditEvent, Mode, Protocol, Reason, UserId, Verdict, VmId, VmPolicy};
 
@@ -346,7 +314,7 @@ mod tests {
             until_us: Some(1_000),
             page: PageRequest { limit: 500, cursor: None, order: Order::Desc },
         };
-        let page = log.list(&user, filter).await.unwrap();
+        let page = log.list(&user, filter.clone()).await.unwrap();
         assert_eq!(page.items.len(), 333);
         assert!(page.items.iter().all(|event| event.host.as_deref() == Some("b.example")));
         // What was there is in blocks: a question goes through few events one by one.
@@ -356,5 +324,76 @@ mod tests {
         assert_eq!(query::first_after(&db, &user, 17_000).unwrap(), Some(17_001));
         let mode: i64 = db.pragma_query_value(None, "auto_vacuum", |row| row.get(0)).unwrap();
         assert_eq!(mode, 2);
+        drop(log);
+        // As the schema after that one had it: nobody counted who holds how much, and blocks list no places.
+        let db = connect(&path, Durability::Normal, true).unwrap();
+        db.execute_batch("DROP TABLE holdings; DROP TABLE cuts; ALTER TABLE blocks DROP COLUMN places")
+            .unwrap();
+        db.pragma_update(None, "user_version", 3).unwrap();
+        let log = AuditLog::open(&path, &key, Cursors::new(&key)).unwrap();
+        assert_eq!(log.verify().await.unwrap(), Ok(u64::try_from(EVENTS).unwrap()));
+        assert_eq!(log.list(&user, filter.clone()).await.unwrap().items.len(), 333);
+        let keep = Keep { since_us: i64::MIN, events: 19_400, octets: u64::MAX };
+        assert_eq!(log.retain(keep).await.unwrap(), 600);
+        assert_eq!(log.verify().await.unwrap(), Ok(19_400));
+        assert_eq!(log.list(&user, filter).await.unwrap().items.len(), 133);
+    }
+
+    /// A start does not go through the numbers of what retention took.
+    #[test]
+    fn the_reach_begins_where_events_are() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("audit.db");
+        crate::schema::prepare_audit(&path).unwrap();
+        let db = connect(&path, Durability::Normal, true).unwrap();
+        let end = 1 << 40;
+        assert_eq!(super::Reach::read(&db, end).unwrap(), super::Reach { full: end, last: end });
+        db.execute(
+            "INSERT INTO events (seq, id, ts, user, vm, class, reason, bytes_out, bytes_in, duration_ms, count, hash)
+             VALUES (?1, '', 1, 1, 2, 0, 0, 0, 0, 0, 1, x'')",
+            [end - 5],
+        )
+        .unwrap();
+        let from = end - 6;
+        assert_eq!(super::Reach::read(&db, end).unwrap(), super::Reach { full: from, last: from });
+    }
+
+    /// However many events there ever were, the index of those that are kept is small, and finds each.
+    #[test]
+    fn blocks_of_which_little_is_left_are_joined() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("audit.db");
+        crate::schema::prepare_audit(&path).unwrap();
+        let mut db = connect(&path, Durability::Normal, true).unwrap();
+        let (user, span) = (UserId::generate(), super::io(super::BLOCK));
+        db.execute("INSERT INTO names (id, name) VALUES (1, ?1)", [user.as_str()]).unwrap();
+        let mut all = Vec::new();
+        let mut most = 0;
+        for block in 0..300 {
+            let (first, last) = (1 + block * span, (1 + block) * span);
+            let left = [3, 1, 40, 0, 7][usize::try_from(block % 5).unwrap()];
+            let tx = db.transaction().unwrap();
+            for n in 0..left {
+                let seq = first + n * 397 + block;
+                tx.execute(
+                    "INSERT INTO events (seq, id, ts, user, vm, class, host, reason, bytes_out, bytes_in, duration_ms, count, hash)
+                     VALUES (?1, '', ?1, 1, 2, 0, 'a.example', 0, 0, 0, 0, 1, x'')",
+                    [seq],
+                )
+                .unwrap();
+                all.push(seq);
+            }
+            super::remake(&tx, first, last, usize::try_from(left).unwrap()).unwrap();
+            tx.commit().unwrap();
+            let blocks: i64 = db.query_row("SELECT count(*) FROM blocks", [], |row| row.get(0)).unwrap();
+            most = most.max(blocks);
+        }
+        let rows: i64 =
+            db.query_row("SELECT sum(length(classes)) FROM blocks", [], |row| row.get(0)).unwrap();
+        assert_eq!(rows, super::io(all.len()));
+        assert!(most < 16, "{most} blocks for {} events", all.len());
+        for seq in all {
+            assert_eq!(query::first_after(&db, &user, seq - 1).unwrap(), Some(seq));
+        }
     }
 }

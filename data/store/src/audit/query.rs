@@ -3,7 +3,8 @@
 //! Blocks are gone through in the order of their newest (or oldest) event, until no further one can hold an event of the page.
 //! In each, the sets of events that have what is asked for are intersected; only what is left is looked at.
 
-use super::index::{self, Term, Times};
+use super::index::Term;
+use super::lookup::{self, Places, Times};
 use super::record::{self, AuditRecord, COLUMNS};
 use super::rows::Rows;
 use crate::error::{Result, StoreError};
@@ -259,7 +260,7 @@ fn find(db: &Connection, question: &Question) -> Result<Vec<Place>> {
     let Question { span, order, .. } = question;
     let mut best = Best { places: Vec::new(), most: question.limit.saturating_add(1), order: *order };
     loose(db, question, &mut best)?;
-    // What retention removed may still stand in a block.
+    // What retention removed from the old end may still stand in a block.
     let first: Option<i64> =
         db.prepare_cached("SELECT min(seq) FROM events")?.query_row([], |row| row.get(0))?;
     let Some(first) = first else { return Ok(best.places) };
@@ -315,7 +316,7 @@ fn search(db: &Connection, question: &Question, block: &Block, first: i64, best:
     let whole = (vm.is_none() && host.is_none()).then_some(Term::User);
     let (mut left, mut of_class): (Option<Rows>, bool) = (None, false);
     for term in [vm, host, whole].iter().flatten() {
-        let Some((has, rows)) = index::having(db, block.first, *user, term)? else { return Ok(()) };
+        let Some((has, rows)) = lookup::having(db, block.first, *user, term)? else { return Ok(()) };
         if has & classes == 0 {
             return Ok(());
         }
@@ -327,32 +328,33 @@ fn search(db: &Connection, question: &Question, block: &Block, first: i64, best:
     }
     let Some(mut left) = left.filter(|left| !left.is_empty()) else { return Ok(()) };
     if let Some((low, high)) = range {
-        let Some(rows) = index::within(db, block.first, *user, low, high)? else { return Ok(()) };
+        let Some(rows) = lookup::within(db, block.first, *user, low, high)? else { return Ok(()) };
         left.and(&rows);
         if left.is_empty() {
             return Ok(());
         }
     }
-    let mut fits = |kept_classes: &[u8], kept_times: &[u8]| {
+    let mut fits = |kept_classes: &[u8], kept_times: &[u8], places: Option<&[u8]>| {
+        let numbers = Places::new(block.first, places);
         let times = Times::new(block.oldest, block.newest);
         let wanted = |at: &usize| {
             of_class || kept_classes.get(*at).is_some_and(|class| *class < 64 && classes >> class & 1 == 1)
         };
         let places = left.iter().filter(wanted).filter_map(|at| {
-            let seq = block.first + i64::try_from(at).ok()?;
+            let seq = numbers.at(at)?;
             let place = (times.at(kept_times, at), seq);
             (seq >= first && span.holds(place)).then_some(place)
         });
         best.add(places);
     };
     db.prepare_cached(COLUMNS_OF)?.query_row([block.first], |row| {
-        fits(row.get_ref(0)?.as_blob()?, row.get_ref(1)?.as_blob()?);
+        fits(row.get_ref(0)?.as_blob()?, row.get_ref(1)?.as_blob()?, row.get_ref(2)?.as_blob_or_null()?);
         Ok(())
     })?;
     Ok(())
 }
 
-pub(super) const COLUMNS_OF: &str = "SELECT classes, times FROM blocks WHERE first = ?1";
+pub(super) const COLUMNS_OF: &str = "SELECT classes, times, places FROM blocks WHERE first = ?1";
 /// The newest events, which are in no block yet: few.
 pub(super) const LOOSE: &str = "SELECT ts, seq, class FROM events
      WHERE seq > ifnull((SELECT last FROM blocks ORDER BY first DESC LIMIT 1), 0) AND +user = ?1
@@ -447,9 +449,10 @@ mod tests {
         for (sql, way) in [
             (blocks_sql(Order::Asc), "USING COVERING INDEX blocks_oldest (oldest<?)"),
             (blocks_sql(Order::Desc), "USING COVERING INDEX blocks_newest (newest>?)"),
-            (index::HAVING, "USING PRIMARY KEY (block=? AND user=? AND kind=? AND term=?)"),
-            (index::RUN_OF, "USING PRIMARY KEY (block=? AND user=? AND kind=? AND term<?)"),
+            (lookup::HAVING, "USING PRIMARY KEY (block=? AND user=? AND kind=? AND term=?)"),
+            (lookup::RUN_OF, "USING PRIMARY KEY (block=? AND user=? AND kind=? AND term<?)"),
             (COLUMNS_OF, "USING INTEGER PRIMARY KEY (rowid=?)"),
+            (lookup::VMS_OF, "USING PRIMARY KEY (block=? AND user=? AND kind=?)"),
             (LOOSE, "USING INTEGER PRIMARY KEY (rowid>?)"),
             (&format!("SELECT {COLUMNS} WHERE e.seq = ?1"), "USING INTEGER PRIMARY KEY (rowid=?)"),
         ] {

@@ -3,6 +3,7 @@
 use super::chain::{Chain, Hash, Stored};
 use super::index::{self, Reach};
 use super::queue::{Batch, Queue};
+use super::shares::{self, Tally};
 use crate::error::{Result, StoreError};
 use rusqlite::{Connection, OptionalExtension as _, Transaction, TransactionBehavior, params};
 use std::collections::HashMap;
@@ -31,7 +32,9 @@ pub(super) struct Writer {
 impl Writer {
     /// Blocks while it makes what is missing of the index: after a change of its form, that is all.
     pub(super) fn new(mut connection: Connection, chain: Chain) -> Result<Self> {
-        let (seq, hash) = match chain.get_mark(&connection, "head")? {
+        let head = chain.get_mark(&connection, "head")?;
+        let changed = head.is_none();
+        let (seq, hash) = match head {
             Some(head) => head,
             None => {
                 // Someone changed the log. Writing goes on from what is there; `audit verify` will tell.
@@ -42,8 +45,11 @@ impl Writer {
         // Blocks beyond the end are of events that someone removed: new ones take their numbers.
         let tx = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         index::remove(&tx, seq + 1, i64::MAX)?;
+        if changed || tx.query_row("SELECT NOT EXISTS (SELECT 1 FROM holdings)", [], |row| row.get(0))? {
+            shares::recount(&tx)?;
+        }
         tx.commit()?;
-        let mut reach = Reach::read(&connection)?;
+        let mut reach = Reach::read(&connection, seq)?;
         while reach.is_behind(seq) {
             let tx = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
             reach = reach.extend(&tx, seq, 1)?;
@@ -73,12 +79,14 @@ impl Writer {
         let Self { connection, chain, names, seq, hash, reach } = self;
         let tx = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let (mut next_seq, mut next_hash) = (*seq, *hash);
-        let mut scratch = Vec::with_capacity(512);
+        let (mut scratch, mut tally) = (Vec::with_capacity(512), Tally::default());
         for event in events {
             next_hash = chain.next(&next_hash, event, &mut scratch);
             next_seq += 1;
-            insert(&tx, names, next_seq, event, &next_hash)?;
+            let owner = insert(&tx, names, next_seq, event, &next_hash)?;
+            tally.add(owner, shares::octets(event), next_seq);
         }
+        tally.came(&tx)?;
         for (vm, count) in dropped {
             tx.prepare_cached(
                 "INSERT INTO dropped (vm, count) VALUES (?1, ?2)
@@ -98,16 +106,27 @@ impl Writer {
 
 fn last(connection: &Connection) -> Result<(i64, Hash)> {
     let row: Option<(i64, Vec<u8>)> = connection
-        .query_row("SELECT seq, hash FROM events ORDER BY seq DESC LIMIT 1", [], |row| {
-            Ok((row.get(0)?, row.get(1)?))
-        })
+        .query_row(
+            // Numbers that retention took from the end are not given again.
+            "SELECT seq, hash FROM (SELECT seq, hash FROM events ORDER BY seq DESC LIMIT 1)
+             UNION ALL SELECT last, hash FROM (SELECT last, hash FROM cuts ORDER BY first DESC LIMIT 1)
+             ORDER BY 1 DESC LIMIT 1",
+            [],
+            |row| Ok((row.get(0)?, row.get(1)?)),
+        )
         .optional()?;
     let (seq, hash) = row.unwrap_or((0, vec![0; 32]));
     let hash = hash.try_into().map_err(|_| StoreError::Corrupt("an audit hash is not 32 bytes".into()))?;
     Ok((seq, hash))
 }
 
-fn insert(tx: &Transaction<'_>, names: &mut Names, seq: i64, event: &Stored, hash: &Hash) -> Result<()> {
+fn insert(
+    tx: &Transaction<'_>,
+    names: &mut Names,
+    seq: i64,
+    event: &Stored,
+    hash: &Hash,
+) -> Result<shares::Owner> {
     let user = id_of(tx, names, &event.user)?;
     let vm = id_of(tx, names, &event.vm)?;
     tx.prepare_cached(
@@ -138,7 +157,7 @@ fn insert(tx: &Transaction<'_>, names: &mut Names, seq: i64, event: &Stored, has
         event.count,
         hash
     ])?;
-    Ok(())
+    Ok((user, vm))
 }
 
 fn id_of(tx: &Transaction<'_>, names: &mut Names, name: &str) -> Result<i64> {

@@ -1,0 +1,122 @@
+//! Reading the index: which events of a block have a value, and their numbers and times.
+//!
+//! A place is an event's position in its block. Must never trust what is kept: a damaged list holds fewer events, and nothing panics.
+
+use super::index::{ADDRESSES, BY_ADDRESS, KEY, Term};
+use super::rows::{self, Rows};
+use crate::error::Result;
+use rusqlite::{Connection, OptionalExtension as _, params};
+
+/// The numbers of the events of a block.
+pub(super) struct Places<'a> {
+    first: i64,
+    listed: Option<&'a [u8]>,
+}
+
+impl<'a> Places<'a> {
+    pub(super) fn new(first: i64, listed: Option<&'a [u8]>) -> Self {
+        Self { first, listed }
+    }
+
+    /// Nothing if every number is there.
+    pub(super) fn encode(first: i64, last: i64, seqs: &[i64]) -> Option<Vec<u8>> {
+        let offset = |seq: &i64| u32::try_from(seq - first).unwrap_or(u32::MAX).to_le_bytes();
+        (i64::try_from(seqs.len()).ok() != Some(last - first + 1))
+            .then(|| seqs.iter().flat_map(offset).collect())
+    }
+
+    pub(super) fn at(&self, place: usize) -> Option<i64> {
+        let offset = match self.listed {
+            None => i64::try_from(place).ok()?,
+            Some(listed) => i64::from(u32::from_le_bytes(*listed.get(place * 4..)?.first_chunk()?)),
+        };
+        Some(self.first + offset)
+    }
+}
+
+/// When the events of a block were.
+pub(super) struct Times {
+    oldest: i64,
+    wide: bool,
+}
+
+impl Times {
+    pub(super) fn new(oldest: i64, newest: i64) -> Self {
+        Self { oldest, wide: u32::try_from(newest.saturating_sub(oldest)).is_err() }
+    }
+
+    pub(super) fn encode(oldest: i64, newest: i64, times: impl Iterator<Item = i64>) -> Vec<u8> {
+        if Self::new(oldest, newest).wide {
+            return times.flat_map(i64::to_le_bytes).collect();
+        }
+        times.flat_map(|time| u32::try_from(time - oldest).unwrap_or(0).to_le_bytes()).collect()
+    }
+
+    pub(super) fn at(&self, kept: &[u8], place: usize) -> i64 {
+        let cut = |width: usize| kept.get(place * width..).unwrap_or_default();
+        match self.wide {
+            true => cut(8).first_chunk().map_or(self.oldest, |bytes| i64::from_le_bytes(*bytes)),
+            false => cut(4)
+                .first_chunk()
+                .map_or(self.oldest, |bytes| self.oldest + i64::from(u32::from_le_bytes(*bytes))),
+        }
+    }
+}
+
+/// The events of a user in a block that have a value, and their classes; `None` if none has.
+pub(super) fn having(db: &Connection, block: i64, user: i64, term: &Term) -> Result<Option<(u64, Rows)>> {
+    let (kind, term) = term.key();
+    let mut statement = db.prepare_cached(HAVING)?;
+    Ok(statement
+        .query_row(params![block, user, kind, term], |row| {
+            let kept = row.get_ref(0)?.as_blob()?;
+            Ok((rows::classes(kept), rows::decode(kept)))
+        })
+        .optional()?)
+}
+
+/// The events of a user in a block whose address lies between two, both included; `None` if there are none.
+pub(super) fn within(
+    db: &Connection,
+    block: i64,
+    user: i64,
+    low: &[u8; KEY],
+    high: &[u8; KEY],
+) -> Result<Option<Rows>> {
+    // How many events have an address before `bound`, or up to it.
+    let rank = |bound: &[u8; KEY], included: bool| -> Result<usize> {
+        let run = db.prepare_cached(RUN_OF)?.query_row(params![block, user, ADDRESSES, bound], |row| {
+            let kept = row.get_ref(0)?.as_blob()?;
+            let Some((start, keys)) = kept.split_first_chunk::<2>() else { return Ok(0) };
+            let mut rank = u16::from_le_bytes(*start);
+            for entry in keys.as_chunks::<{ KEY + 2 }>().0 {
+                let (key, end) = entry.split_at(KEY);
+                if key > &bound[..] || key == &bound[..] && !included {
+                    break;
+                }
+                rank = end.first_chunk().map_or(rank, |bytes| u16::from_le_bytes(*bytes));
+            }
+            Ok(usize::from(rank))
+        });
+        Ok(run.optional()?.unwrap_or(0))
+    };
+    let (from, to) = (rank(low, false)?, rank(high, true)?);
+    if from >= to {
+        return Ok(None);
+    }
+    let mut statement = db.prepare_cached(HAVING)?;
+    Ok(statement
+        .query_row(params![block, user, BY_ADDRESS, 0], |row| {
+            let mut rows = Rows::none();
+            let kept = row.get_ref(0)?.as_blob()?.get(2 * from..2 * to).unwrap_or_default();
+            rows::numbers(kept).for_each(|place| rows.insert(place));
+            Ok(rows)
+        })
+        .optional()?)
+}
+
+/// The VMs of an account that have events in a block.
+pub(super) const VMS_OF: &str = "SELECT term FROM terms WHERE block = ?1 AND user = ?2 AND kind = 1";
+pub(super) const HAVING: &str =
+    "SELECT rows FROM terms WHERE block = ?1 AND user = ?2 AND kind = ?3 AND term = ?4";
+pub(super) const RUN_OF: &str = "SELECT rows FROM terms WHERE block = ?1 AND user = ?2 AND kind = ?3 AND term <= ?4 ORDER BY term DESC LIMIT 1";
