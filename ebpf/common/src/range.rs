@@ -147,7 +147,10 @@ mod tests {
         }
         assert_eq!(v6("fc00::1"), Class::Private);
         assert_eq!(v6("fd12::1"), Class::Private);
-        assert_eq!(v6("2001:db8::1"), Class::Public);
+        // Beside Teredo and ORCHID.
+        for text in ["2001:db8::1", "2001:1::1", "2001:30::1", "2001:f::1", "2003::1"] {
+            assert_eq!(v6(text), Class::Public, "{text}");
+        }
         assert_eq!(v6("2606:4700::1"), Class::Public);
     }
 }

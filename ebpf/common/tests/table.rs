@@ -274,3 +274,23 @@ fn each_family_has_its_own_pings() {
         assert_eq!(header.pings(), pings, "{protocol} to {to}");
     }
 }
+
+#[test]
+fn a_header_that_just_fits_is_whole() {
+    use frames::{icmp, ip, udp};
+    use tapgate_ebpf_common::Reason;
+    for (to, kind, protocol) in [("198.51.100.1", 8, 1), ("2001:db8:1::1", 128, 58)] {
+        let read = |protocol, body: &[u8]| {
+            judge::read(&ip(to, protocol, body)[..], &Setup::Rules.vm(1), &mut Header::default()).err()
+        };
+        for (protocol, least) in
+            [(protocol, icmp(kind)[..8].to_vec()), (17, udp(5000, b"")), (6, frames::tcp(5000, 2))]
+        {
+            assert_eq!(read(protocol, &least), None, "{protocol} to {to}");
+            let short = read(protocol, &least[..least.len() - 1]);
+            assert_eq!(short, Some(Verdict::Drop(Reason::Malformed)), "{protocol} to {to}");
+        }
+        // Of a protocol without a header that is looked at, nothing is too little.
+        assert_eq!(read(132, b""), None);
+    }
+}
