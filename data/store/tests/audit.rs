@@ -87,6 +87,40 @@ async fn every_combination_of_filters_is_right_after_a_flood() {
     check_every_combination(log, &user, &vms[0]).await;
 }
 
+/// A block knows between which addresses a busy host's events lie: a range that only just meets them finds them.
+#[tokio::test]
+async fn a_host_is_found_by_any_range_that_meets_its_addresses() {
+    let (_folder, store) = fresh();
+    let (user, vm) = (UserId::generate(), VmId::generate());
+    let log = store.audit();
+    for n in 0..2_000 {
+        let mut event = event(&user, &vm, n);
+        event.host = Some(if n % 2 == 0 { "busy.example" } else { "other.example" }.parse().unwrap());
+        let (first, last) = if n % 2 == 0 { (16, 47) } else { (0, 255) };
+        event.address = Some(format!("192.0.2.{}", first + n % (last - first + 1)).parse().unwrap());
+        log.record(event);
+    }
+    log.flush().await;
+    // Each of its 16 addresses in 62 or 63 events.
+    for (cidr, wanted) in [
+        ("192.0.2.16/32", 63),
+        ("192.0.2.46/32", 62),
+        ("192.0.2.46/31", 62),
+        ("192.0.2.16/30", 126),
+        ("192.0.2.44/30", 124),
+        ("192.0.2.32/28", 496),
+        ("192.0.2.0/27", 500),
+        ("192.0.2.0/28", 0),
+        ("192.0.2.48/28", 0),
+        ("192.0.2.17/32", 0),
+        ("2001:db8::/32", 0),
+    ] {
+        let cidr = Some(cidr.parse().unwrap());
+        let filter = AuditFilter { host: Some("busy.example".into()), cidr, ..all() };
+        assert_eq!(log.list(&user, filter).await.unwrap().items.len(), wanted, "{cidr:?}");
+    }
+}
+
 /// Of 300 events, those of `vm` with even numbers.
 async fn check_every_combination(log: &AuditLog, user: &UserId, vm: &VmId) {
     let whole = log.list(user, all()).await.unwrap();

@@ -21,6 +21,10 @@ const VM: i64 = 1;
 const HOST: i64 = 2;
 pub(super) const BY_ADDRESS: i64 = 3;
 pub(super) const ADDRESSES: i64 = 4;
+/// Between which addresses the events of a host lie, where they are many; not all blocks have it.
+pub(super) const BOUNDS: i64 = 5;
+/// Events of a host from which on its bounds are kept.
+const MANY: usize = 64;
 
 /// A value that events are found by; the kind first, as the table is ordered.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -162,7 +166,7 @@ pub(super) fn remove(tx: &Transaction<'_>, from: i64, to: i64) -> Result<()> {
 fn make(tx: &Transaction<'_>, first: i64, last: i64) -> Result<()> {
     let mut terms: HashMap<(i64, Term), (u64, Vec<u16>)> = HashMap::new();
     let mut addresses: HashMap<i64, Vec<([u8; KEY], u16)>> = HashMap::new();
-    let (mut seqs, mut classes, mut times) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut seqs, mut classes, mut times, mut keys) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let mut statement = tx.prepare_cached(
         "SELECT seq, ts, user, vm, class, host, address FROM events WHERE seq BETWEEN ?1 AND ?2 ORDER BY seq",
     )?;
@@ -186,11 +190,12 @@ fn make(tx: &Transaction<'_>, first: i64, last: i64) -> Result<()> {
         if let Some(host) = row.get::<_, Option<String>>(5)? {
             add(Term::Host(host));
         }
-        if let Ok(Some(Ok(key))) =
-            row.get_ref(6)?.as_blob_or_null().map(|blob| blob.map(<[u8; KEY]>::try_from))
-        {
+        let address = row.get_ref(6)?.as_blob_or_null().ok().flatten();
+        let key = address.and_then(|address| <[u8; KEY]>::try_from(address).ok());
+        if let Some(key) = key {
             addresses.entry(user).or_default().push((key, place));
         }
+        keys.push(key);
     }
     let (Some(oldest), Some(newest)) = (times.iter().min().copied(), times.iter().max().copied()) else {
         return Ok(());
@@ -206,8 +211,14 @@ fn make(tx: &Transaction<'_>, first: i64, last: i64) -> Result<()> {
     let mut terms: Vec<_> = terms.into_iter().collect();
     terms.sort_unstable_by(|a, b| a.0.cmp(&b.0));
     for ((user, term), (mask, places)) in terms {
-        let (kind, term) = term.key();
-        insert.execute(params![first, user, kind, term, rows::encode(mask, &places)])?;
+        let (kind, value) = term.key();
+        insert.execute(params![first, user, kind, value, rows::encode(mask, &places)])?;
+        if kind == HOST && places.len() >= MANY {
+            let own = || places.iter().filter_map(|place| *keys.get(usize::from(*place))?);
+            if let (Some(low), Some(high)) = (own().min(), own().max()) {
+                insert.execute(params![first, user, BOUNDS, value, [low, high].concat()])?;
+            }
+        }
     }
     for (user, mut list) in addresses {
         list.sort_unstable();

@@ -2,7 +2,7 @@
 //!
 //! A place is an event's position in its block. Must never trust what is kept: a damaged list holds fewer events, and nothing panics.
 
-use super::index::{ADDRESSES, BY_ADDRESS, KEY, Term};
+use super::index::{ADDRESSES, BOUNDS, BY_ADDRESS, KEY, Term};
 use super::rows::{self, Rows};
 use crate::error::Result;
 use rusqlite::{Connection, OptionalExtension as _, params};
@@ -73,6 +73,24 @@ pub(super) fn having(db: &Connection, block: i64, user: i64, term: &Term) -> Res
             Ok((rows::classes(kept), rows::decode(kept)))
         })
         .optional()?)
+}
+
+/// Whether events of a host in a block may have an address between two, both included: most hosts have few addresses, which
+/// are away from the range that is asked for in every block alike.
+pub(super) fn may_lie_within(
+    db: &Connection,
+    block: i64,
+    user: i64,
+    host: &str,
+    low: &[u8; KEY],
+    high: &[u8; KEY],
+) -> Result<bool> {
+    let mut statement = db.prepare_cached(HAVING)?;
+    let bounds = statement.query_row(params![block, user, BOUNDS, host], |row| {
+        let kept = row.get_ref(0)?.as_blob()?.as_chunks::<KEY>().0;
+        Ok(!matches!(kept, [least, most] if most < low || least > high))
+    });
+    Ok(bounds.optional()?.unwrap_or(true))
 }
 
 /// The events of a user in a block whose address lies between two, both included; `None` if there are none.

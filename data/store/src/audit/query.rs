@@ -310,6 +310,11 @@ struct Block {
 /// The events of a block that answer the question.
 fn search(db: &Connection, question: &Question, block: &Block, first: i64, best: &mut Best) -> Result<()> {
     let Question { user, vm, host, range, classes, span, .. } = question;
+    if let (Some(host), Some((low, high))) = (host, range)
+        && !lookup::may_lie_within(db, block.first, *user, host, low, high)?
+    {
+        return Ok(());
+    }
     let vm = vm.map(Term::Vm);
     let host = host.clone().map(Term::Host);
     // A VM's and a host's sets are within their account's.
