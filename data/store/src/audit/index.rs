@@ -12,6 +12,8 @@ use std::collections::HashMap;
 
 /// Events in no block beyond which a small one is made: so many rows a question looks through at most.
 const LOOSE: i64 = 1_024;
+/// Places in one part of the list by addresses: a range that few have needs few parts of it.
+pub(super) const PART: usize = 1_024;
 /// Addresses in one run of an index: below a quarter of a page, beyond which SQLite would put them elsewhere.
 const RUN: usize = 48;
 pub(super) const KEY: usize = 16;
@@ -222,8 +224,10 @@ fn make(tx: &Transaction<'_>, first: i64, last: i64) -> Result<()> {
     }
     for (user, mut list) in addresses {
         list.sort_unstable();
-        let places: Vec<u8> = list.iter().flat_map(|(_, place)| place.to_le_bytes()).collect();
-        insert.execute(params![first, user, BY_ADDRESS, 0, places])?;
+        for (part, list) in list.chunks(PART).enumerate() {
+            let places: Vec<u8> = list.iter().flat_map(|(_, place)| place.to_le_bytes()).collect();
+            insert.execute(params![first, user, BY_ADDRESS, io(part), places])?;
+        }
         for (key, run) in runs(&list) {
             insert.execute(params![first, user, ADDRESSES, key, run])?;
         }
@@ -333,8 +337,8 @@ mod tests {
         let last: i64 = db.query_row("SELECT max(last) FROM blocks", [], |row| row.get(0)).unwrap();
         assert!(last > EVENTS - super::LOOSE, "{last}");
         assert_eq!(query::first_after(&db, &user, 17_000).unwrap(), Some(17_001));
-        let mode: i64 = db.pragma_query_value(None, "auto_vacuum", |row| row.get(0)).unwrap();
-        assert_eq!(mode, 2);
+        let pragma = |name| -> i64 { db.pragma_query_value(None, name, |row| row.get(0)).unwrap() };
+        assert_eq!((pragma("auto_vacuum"), pragma("page_size")), (2, 16_384));
         drop(log);
         // As the schema after that one had it: nobody counted who holds how much, and blocks list no places.
         let db = connect(&path, Durability::Normal, true).unwrap();

@@ -2,7 +2,7 @@
 //!
 //! A place is an event's position in its block. Must never trust what is kept: a damaged list holds fewer events, and nothing panics.
 
-use super::index::{ADDRESSES, BOUNDS, BY_ADDRESS, KEY, Term};
+use super::index::{ADDRESSES, BOUNDS, BY_ADDRESS, KEY, PART, Term};
 use super::rows::{self, Rows};
 use crate::error::Result;
 use rusqlite::{Connection, OptionalExtension as _, params};
@@ -122,15 +122,21 @@ pub(super) fn within(
     if from >= to {
         return Ok(None);
     }
+    let mut found = Rows::none();
     let mut statement = db.prepare_cached(HAVING)?;
-    Ok(statement
-        .query_row(params![block, user, BY_ADDRESS, 0], |row| {
-            let mut rows = Rows::none();
-            let kept = row.get_ref(0)?.as_blob()?.get(2 * from..2 * to).unwrap_or_default();
-            rows::numbers(kept).for_each(|place| rows.insert(place));
-            Ok(rows)
-        })
-        .optional()?)
+    for part in from / PART..=(to - 1) / PART {
+        let begin = part * PART;
+        let (from, to) = (from.saturating_sub(begin), (to - begin).min(PART));
+        let number = i64::try_from(part).unwrap_or(i64::MAX);
+        let read = statement.query_row(params![block, user, BY_ADDRESS, number], |row| {
+            let kept = row.get_ref(0)?.as_blob()?;
+            let kept = kept.get(2 * from..kept.len().min(2 * to)).unwrap_or_default();
+            rows::numbers(kept).for_each(|place| found.insert(place));
+            Ok(())
+        });
+        read.optional()?;
+    }
+    Ok(Some(found))
 }
 
 /// The VMs of an account that have events in a block.

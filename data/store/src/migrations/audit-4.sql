@@ -20,3 +20,7 @@ CREATE TABLE cuts (
 -- A block from which events are missing lists those that are there: how far the number of each lies after the first (four octets).
 -- Its places, classes and times are then of these alone, and it may span any length. NULL: every number of the span is there.
 ALTER TABLE blocks ADD COLUMN places BLOB;
+
+-- What finds events is made anew at the next start: the list by addresses is kept in parts, and the bounds of busy hosts besides.
+DELETE FROM terms;
+DELETE FROM blocks;
