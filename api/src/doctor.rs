@@ -55,7 +55,6 @@ pub fn checks(config: &Config) -> Vec<Check> {
         root(),
         kernel(),
         bpf(),
-        btf(),
         bpffs(),
         tun(),
         cgroup(),
@@ -117,20 +116,8 @@ fn bpf() -> Check {
         Outcome::Fail,
         "bpf",
         format!("missing: {}", missing.join(", ")),
-        "use a kernel of the version in brackets or later, built with CONFIG_BPF_SYSCALL=y and CONFIG_NET_CLS_BPF",
+        "use a kernel of the version in brackets or later, built with CONFIG_BPF_SYSCALL=y, CONFIG_NET_CLS_BPF and CONFIG_DEBUG_INFO_BTF=y",
     )
-}
-
-fn btf() -> Check {
-    match Path::new("/sys/kernel/btf/vmlinux").exists() {
-        true => Check::ok("btf", "/sys/kernel/btf/vmlinux"),
-        false => Check::bad(
-            Outcome::Warn,
-            "btf",
-            "the kernel has no BTF",
-            "use a kernel built with CONFIG_DEBUG_INFO_BTF=y",
-        ),
-    }
 }
 
 fn bpffs() -> Check {

@@ -94,7 +94,11 @@ fn close(shared: &Shared, vm: &VmId, gated: &Gated) {
         secrets_over_http: SecretsOverHttp::Never,
     });
     if let Err(error) = shared.datapath.set_policy(gated.net, &closed) {
-        tracing::error!(%vm, %error, "policy.vm_not_closed_in_kernel");
+        tracing::error!(%vm, %error, "policy.vm_shut");
+        // What could not be put most likely found no memory; this needs none.
+        if let Err(error) = shared.datapath.shut(gated.net) {
+            tracing::error!(%vm, %error, "policy.vm_not_closed_in_kernel");
+        }
     }
     publish(shared, &closed);
 }

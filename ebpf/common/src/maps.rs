@@ -444,6 +444,18 @@ pub struct Event {
     pub length: u32,
 }
 
+/// Where the kernel that runs the programs keeps what `__sk_buff` does not show, in its `struct sk_buff`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SkbLayout {
+    /// `ip_summed`, in bits; it has two.
+    pub ip_summed: u32,
+    /// `csum_start`, in octets; `csum_offset` follows it.
+    pub csum_start: u32,
+    /// `mac_header`, in octets.
+    pub mac_header: u32,
+}
+
 /// Where a listener of the proxy is in the socket map.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -484,6 +496,6 @@ mod pod {
 
     plain! {
         Vm = 48, Tap = 48, Config = 48, RuleKey = 20, FlowKey = 24, Flow = 64, FlowCount = 16, Bucket = 16,
-        Traffic = 96, Drops = 520, Event = 56, FragmentKey = 28, Fragment = 16, AttemptKey = 28, Attempts = 16,
+        Traffic = 96, Drops = 520, Event = 56, FragmentKey = 28, Fragment = 16, AttemptKey = 28, Attempts = 16, SkbLayout = 12,
     }
 }

@@ -164,6 +164,12 @@ impl Header {
         self.protocol == TCP && self.flags & (SYN | ACK | RST | FIN) == SYN
     }
 
+    /// Whether it is a message of ICMP or of ICMPv6.
+    #[inline(always)]
+    pub const fn is_icmp(&self) -> bool {
+        self.protocol == ICMP || self.protocol == ICMP6
+    }
+
     /// Whether it is a question of a ping.
     #[inline(always)]
     pub const fn pings(&self) -> bool {

@@ -14,6 +14,7 @@ mod events;
 mod gate;
 mod groups;
 mod hook;
+mod layout;
 #[cfg(feature = "bpf-log")]
 mod logs;
 mod objects;
@@ -196,6 +197,13 @@ impl Datapath {
         drop(state);
         self.shared.changed.notify_one();
         done
+    }
+
+    /// Drops everything of the VM's until it has a policy again: for when one cannot be put in force.
+    pub fn shut(&self, net: GuestNet) -> Result<(), DatapathError> {
+        let mut state = self.shared.state();
+        let State { tables, slots, .. } = &mut *state;
+        slots.shut(tables, net.slot)
     }
 
     /// What a VM sent and was sent, by reason.

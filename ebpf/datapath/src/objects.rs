@@ -1,6 +1,6 @@
 //! The embedded BPF object: loads it, with the maps that are pinned already, and gives each map its type.
 
-use crate::{Counters, DatapathError, bpffs, error::map_error, requirements, taps::Taps};
+use crate::{Counters, DatapathError, bpffs, error::map_error, layout, requirements, taps::Taps};
 use aya::{
     Ebpf, EbpfLoader,
     maps::{
@@ -80,7 +80,9 @@ pub(crate) fn load(pins: &Path) -> Result<(Ebpf, Tables), DatapathError> {
 
 fn load_all(pins: &Path) -> Result<(Ebpf, Tables), DatapathError> {
     let folder = bpffs::maps(pins);
+    let layout = layout::skb()?;
     let mut loader = EbpfLoader::new();
+    loader.override_global("SKB_LAYOUT", &layout, true);
     for name in MAPS {
         loader.map_pin_path(name, folder.join(name));
     }

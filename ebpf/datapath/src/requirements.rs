@@ -1,11 +1,13 @@
 //! What the programs need of the kernel, feature by feature: so that a kernel that cannot hold them gets a message that
 //! names what is missing, and not only that something was refused.
 
+use crate::layout;
 use aya::{
     maps::MapType,
     programs::ProgramType,
     sys::{BpfHelper, is_helper_supported, is_map_supported, is_program_supported},
 };
+use std::path::Path;
 
 /// One feature of the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +40,8 @@ pub fn requirements() -> Vec<Requirement> {
         helper("bpf_ringbuf_reserve", "5.8", BpfHelper::BPF_FUNC_ringbuf_reserve),
         helper("bpf_ktime_get_coarse_ns", "5.11", BpfHelper::BPF_FUNC_ktime_get_coarse_ns),
         helper("bpf_jiffies64", "5.6", BpfHelper::BPF_FUNC_jiffies64),
+        helper("bpf_probe_read_kernel", "5.5", BpfHelper::BPF_FUNC_probe_read_kernel),
+        one("CONFIG_DEBUG_INFO_BTF", "5.2", Path::new(layout::BTF).exists()),
     ]
 }
 

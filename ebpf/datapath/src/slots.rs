@@ -144,6 +144,17 @@ impl Slots {
         Ok(())
     }
 
+    /// Takes the VM out of the programs' sight: what comes from its tap is dropped until it has a policy again. Takes no memory, so
+    /// it works where a policy cannot be put.
+    pub(crate) fn shut(&mut self, tables: &mut Tables, slot: u32) -> Result<(), DatapathError> {
+        let link = self.by_slot.get(&slot).ok_or(DatapathError::NotAttached(slot))?.link;
+        tables.taps.clear(link);
+        match tables.vms.remove(&link) {
+            Err(error) if !absent(&error) => Err(map_error("remove", "VMS")(error)),
+            _ => Ok(()),
+        }
+    }
+
     /// Removes the VM's entries. What comes from its tap from now on is dropped.
     pub(crate) fn remove(&mut self, tables: &mut Tables, slot: u32) -> Result<(), DatapathError> {
         let known = self.by_slot.remove(&slot);

@@ -107,6 +107,8 @@ fn expected(verdict: Verdict, header: &Header) -> (u32, u32, Reason, bool) {
         Verdict::Gateway(reason) => (PASS, MARK_PROXY, reason, true),
         // There is no connection for it.
         Verdict::Answer => (PASS, MARK_REJECT, Reason::HostAddress, false),
+        // A report of a failure, and there is no flow that it could be about.
+        Verdict::Uplink(_) if header.is_icmp() && !header.pings() => (DROP, 0, Reason::Protocol, false),
         Verdict::Uplink(reason) | Verdict::Tolerate(reason) => (PASS, MARK_UPLINK, reason, true),
         Verdict::Proxy(Listener::Tcp | Listener::DnsTcp | Listener::Service, reason)
             if header.protocol == TCP && !header.opens() =>

@@ -109,3 +109,48 @@ fn checksums_and_segments_are_made_on_both_paths_in_both_families() {
         datapath.teardown().await.unwrap();
     });
 }
+
+/// The kernel writes a checksum wherever the guest said, after the frame was judged: it could be into the destination.
+#[test]
+fn no_checksum_is_written_anywhere_but_in_the_header_that_was_judged() {
+    in_world_v6(|world| async move {
+        let datapath = world.open().await;
+        let vm = VmId::generate();
+        let net = GuestNet::new(0, "10.214.0.0".parse().unwrap(), Some("fd74:6761:7465::".parse().unwrap()));
+        let rules = policy(&vm, Mode::Enforce, &["198.51.100.0/24", "2001:db8:1::/48"]);
+        let mut gate = datapath.attach_tap(&vm, net, &rules).await.unwrap();
+        let mut wire = Wire::new(gate.take_tap().unwrap());
+        for (to, own, header) in [(SERVER, frames::OWN, 20u16), (SERVER_V6, frames::OWN_V6, 40)] {
+            let transport = 14 + header;
+            // On the way of a frame that is judged, and on that of a flow that is known.
+            for known in [false, true] {
+                for (protocol, body, field) in
+                    [(17, frames::udp(7, &[0; 64]), 6), (6, frames::tcp(7, frames::SYN), 16)]
+                {
+                    let packet = frames::ip_from(own, to, protocol, &body);
+                    let kind = if header == 40 { 0x86dd } else { 0x0800 };
+                    let frame = frames::ethernet(GATEWAY_MAC, frames::MAC, kind, &packet);
+                    if known {
+                        let before = world.quiet();
+                        wire.send_with(&virtio(0, 0, transport, field), &frame);
+                        eventually("what is right arrives", || world.arrived() > before);
+                    }
+                    let before = (world.quiet(), datapath.counters(0).unwrap().dropped(Reason::Malformed));
+                    let places = (20..transport + 16).flat_map(|start| (0..40).map(move |at| (start, at)));
+                    let wrong = places.filter(|place| *place != (transport, field));
+                    let mut taken = 0;
+                    for (start, at) in wrong {
+                        // Some the kernel itself refuses.
+                        taken += u64::from(wire.try_send_with(&virtio(0, 0, start, at), &frame).is_ok());
+                    }
+                    assert!(taken > 100, "{taken}");
+                    eventually("all are dropped", || {
+                        datapath.counters(0).unwrap().dropped(Reason::Malformed) == before.1 + taken
+                    });
+                    assert_eq!(world.quiet(), before.0, "{to} {protocol}");
+                }
+            }
+        }
+        datapath.teardown().await.unwrap();
+    });
+}

@@ -32,8 +32,9 @@ pub fn key(key: &mut FlowKey, vm: &Vm, header: &Header) {
 #[inline(always)]
 pub fn find(key: &FlowKey) -> Option<&'static mut Flow> {
     let flow = FLOWS.get_ptr_mut(key)?;
-    // SAFETY: the entry lives until after the program's run. Each direction writes fields of its own; a lost update of
-    // a counter or of the time does no harm.
+    // SAFETY: the memory stays the table's. If the entry is removed meanwhile it may become another flow's, whose policy then is of
+    // another generation, so that it is judged anew. Each direction writes fields of its own; a lost update of a counter or of
+    // the time does no harm.
     Some(unsafe { &mut *flow })
 }
 

@@ -1,8 +1,9 @@
 //! What a guest sends: read, judged, and marked for the one route that its verdict names.
 
 use crate::{
-    flows,
-    maps::{Maps, Scratch, VMS, policy, scratch, tap},
+    failures, flows,
+    maps::{Maps, Scratch, policy, scratch, tap, vm},
+    offload,
     report::{self, Way},
     skb::{DROP, PASS, Skb},
     sockets::{self, Found},
@@ -25,16 +26,20 @@ pub fn run(skb: &Skb) -> i32 {
             verdict => return verdict,
         }
     }
-    let Some(vm) = VMS.get_ptr(skb.link()) else {
+    let Some(vm) = vm(skb.link()) else {
         report::stray(Way::Out, skb);
         return DROP;
     };
-    // SAFETY: the entry is replaced, never written, and lives until after the program's run.
-    let vm = unsafe { &*vm };
     let Some(scratch) = scratch() else { return drop(skb, vm, Reason::Fault) };
     match parse(skb, vm, &mut scratch.header) {
-        PARSED => classify(skb, vm, scratch),
-        code if code & GATEWAY != 0 => pass(skb, vm.slot, MARK_PROXY, reason_of(code)),
+        PARSED if offload::fits(skb, scratch.header.v6, scratch.header.protocol) => {
+            classify(skb, vm, scratch)
+        }
+        PARSED => drop(skb, vm, Reason::Malformed),
+        code if code & GATEWAY != 0 && offload::fits(skb, false, 0) => {
+            pass(skb, vm.slot, MARK_PROXY, reason_of(code))
+        }
+        code if code & GATEWAY != 0 => drop(skb, vm, Reason::Malformed),
         code => drop(skb, vm, reason_of(code)),
     }
 }
@@ -47,7 +52,12 @@ const UNKNOWN: i32 = -1;
 fn known(skb: &Skb, tap: &Tap) -> i32 {
     let Some(sight) = glance::from_guest(&skb.front(), tap) else { return UNKNOWN };
     match flows::find(&sight.key) {
-        Some(flow) if flow.policy == policy(tap) => forward(skb, &sight.key, &sight.segment, flow),
+        Some(flow)
+            if flow.policy == policy(tap)
+                && offload::fits(skb, sight.key.v6 != 0, sight.key.protocol) =>
+        {
+            forward(skb, &sight.key, &sight.segment, flow)
+        }
         _ => UNKNOWN,
     }
 }
@@ -58,7 +68,7 @@ fn classify(skb: &Skb, vm: &Vm, scratch: &mut Scratch) -> i32 {
     flows::key(&mut scratch.key, vm, &scratch.header);
     let verdict = match service(&scratch.header) {
         Some(verdict) => verdict,
-        None => match flows::find(&scratch.key) {
+        None => match flow(&scratch.header, &scratch.key) {
             None => decide(&scratch.header, vm),
             Some(flow) if flow.policy == vm.policy => {
                 return forward(skb, &scratch.key, &scratch.header.segment(), flow);
@@ -78,6 +88,12 @@ fn classify(skb: &Skb, vm: &Vm, scratch: &mut Scratch) -> i32 {
         },
     };
     carry_out(skb, vm, scratch, verdict)
+}
+
+/// The flow that it may be of. Of ICMP only the questions of pings are any: other messages have no identifier to be told by.
+#[inline(always)]
+fn flow(header: &Header, key: &FlowKey) -> Option<&'static mut Flow> {
+    if header.is_icmp() && !header.pings() { None } else { flows::find(key) }
 }
 
 /// What no reason is: there is a header to judge.
@@ -168,9 +184,13 @@ fn out(skb: &Skb, vm: &Vm, scratch: &mut Scratch, reason: Reason, tolerated: boo
         if !header.opens() && sockets::connection(skb, header) == Found::Connection {
             return pass(skb, vm.slot, MARK_PROXY, reason);
         }
-    } else if header.icmp != 0 && !header.pings() {
-        // A report of a failure is no flow.
-        return pass(skb, vm.slot, MARK_UPLINK, reason);
+    } else if header.is_icmp() && !header.pings() {
+        // A report of a failure is no flow, but about one.
+        if failures::by_guest(skb, vm, scratch) {
+            return pass(skb, vm.slot, MARK_UPLINK, reason);
+        }
+        report::event(vm.slot, &scratch.header, Reason::Protocol, EVENT_DENIED, skb);
+        return drop(skb, vm, Reason::Protocol);
     }
     match flows::open(vm, scratch, tolerated, skb.len()) {
         Ok(()) => {

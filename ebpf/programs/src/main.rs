@@ -5,10 +5,12 @@
 #![no_std]
 #![no_main]
 
+mod failures;
 mod flows;
 mod fragments;
 mod from_guest;
 mod maps;
+mod offload;
 mod report;
 mod skb;
 mod sockets;

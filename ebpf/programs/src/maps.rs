@@ -91,6 +91,25 @@ pub fn scratch() -> Option<&'static mut Scratch> {
     Some(unsafe { &mut *scratch })
 }
 
+/// Each processor's copy of a VM's entry.
+#[map]
+static VM: PerCpuArray<Vm> = PerCpuArray::with_max_entries(1, 0);
+
+/// The VM of the device, as of now. A copy: the kernel may give the memory of an entry that is replaced to another VM's at once, while
+/// this run still reads it. What is still the entry after it was copied was it all the while.
+#[inline(always)]
+pub fn vm(link: u32) -> Option<&'static Vm> {
+    let entry = VMS.get_ptr(link)?;
+    let copy = VM.get_ptr_mut(0)?;
+    // SAFETY: both are live values of their maps; nobody else has this processor's copy.
+    unsafe { *copy = entry.read_volatile() };
+    if VMS.get_ptr(link)? != entry {
+        return None;
+    }
+    // SAFETY: as above.
+    Some(unsafe { &*copy })
+}
+
 /// What frames of the device are held against, if it is a tap that has its entry.
 #[inline(always)]
 pub fn tap(link: u32) -> Option<&'static Tap> {

@@ -1,8 +1,8 @@
 //! What reaches a guest: the gateway's own, and answers to flows that the guest began. Nothing else.
 
 use crate::{
-    flows, fragments,
-    maps::{CONFIG, Maps, Scratch, VMS, policy, scratch, tap},
+    failures, flows, fragments,
+    maps::{CONFIG, Maps, Scratch, policy, scratch, tap, vm},
     report::{self, Way},
     skb::{DROP, PASS, Skb},
 };
@@ -10,7 +10,7 @@ use tapgate_ebpf_common::{
     Reason, Verdict, glance,
     judge::judge,
     maps::{Address, Flow, FlowKey, Tap, Vm},
-    packet::{self, ETHERNET, Ethertype, Header, ICMP, ICMP6, IPV4, IPV6, Packet},
+    packet::{self, Ethertype, Header},
 };
 
 #[inline(always)]
@@ -22,12 +22,10 @@ pub fn run(skb: &Skb) -> i32 {
             return PASS;
         }
     }
-    let Some(vm) = VMS.get_ptr(skb.link()) else {
+    let Some(vm) = vm(skb.link()) else {
         report::stray(Way::In, skb);
         return DROP;
     };
-    // SAFETY: the entry is replaced, never written, and lives until after the program's run.
-    let vm = unsafe { &*vm };
     match admit(skb, vm, from) {
         Ok(reason) => {
             report::passed(vm.slot, reason, Way::In, skb);
@@ -132,11 +130,11 @@ fn judge_answer(skb: &Skb, vm: &Vm, header: &mut Header, key: &mut FlowKey) -> R
     if header.destination != vm.own(header.v6) {
         return Err(Reason::OtherVm);
     }
-    let icmp = header.protocol == ICMP || header.protocol == ICMP6;
+    let icmp = header.is_icmp();
     let report =
         icmp && if header.v6 { matches!(header.icmp, 1..=4) } else { matches!(header.icmp, 3 | 11 | 12) };
     if report {
-        if !reported(skb, vm, header, key) {
+        if !failures::to_guest(skb, vm, header.v6, key) {
             return Err(Reason::NoRule);
         }
     } else {
@@ -185,47 +183,4 @@ fn still_allowed(vm: &Vm, key: &FlowKey, header: &mut Header) -> bool {
     header.source_port = key.port;
     header.port = key.remote_port;
     matches!(judge(header, vm, &Maps), Verdict::Uplink(_) | Verdict::Tolerate(_))
-}
-
-/// The flow that an ICMP report of a failure is about: its payload begins with the guest's own packet.
-#[inline(never)]
-fn reported(skb: &Skb, vm: &Vm, header: &Header, key: &mut FlowKey) -> bool {
-    find_reported(skb, vm, header, key).is_some()
-}
-
-#[inline(always)]
-fn find_reported(skb: &Skb, vm: &Vm, header: &Header, key: &mut FlowKey) -> Option<()> {
-    let ports: [u8; 8];
-    if header.v6 {
-        const AT: usize = ETHERNET + IPV6 + 8;
-        let h: [u8; 40] = skb.read(AT)?;
-        let mut address = [0; 16];
-        address.copy_from_slice(&h[8..24]);
-        if address != vm.v6.octets() {
-            return None;
-        }
-        address.copy_from_slice(&h[24..40]);
-        key.remote = Address::new(address);
-        key.protocol = h[6];
-        ports = skb.read(AT + IPV6)?;
-    } else {
-        const AT: usize = ETHERNET + IPV4 + 8;
-        let h: [u8; 20] = skb.read(AT)?;
-        if h[0] != 0x45 || [h[12], h[13], h[14], h[15]] != vm.v4.to_ne_bytes() {
-            return None;
-        }
-        key.remote = Address::of_v4(u32::from_ne_bytes([h[16], h[17], h[18], h[19]]));
-        key.protocol = h[9];
-        ports = skb.read(AT + IPV4)?;
-    }
-    let ping = key.protocol == ICMP || key.protocol == ICMP6;
-    key.slot = vm.slot as u16;
-    key.v6 = header.v6 as u8;
-    key.port = if ping {
-        u16::from_be_bytes([ports[4], ports[5]])
-    } else {
-        u16::from_be_bytes([ports[0], ports[1]])
-    };
-    key.remote_port = if ping { 0 } else { u16::from_be_bytes([ports[2], ports[3]]) };
-    Some(())
 }

@@ -164,8 +164,8 @@ async fn connect_internet(world: &World) {
     .unwrap();
     connect_v6(&host, near, &internet, far, loopback).await;
     let counters = "table inet count {\n chain input {\n type filter hook prerouting priority -300; policy accept;\n \
-                    iifname \"in0\" meta nfproto ipv4 counter name seen\n iifname \"in0\" meta nfproto ipv6 \
-                    icmpv6 type != { 133, 134, 135, 136, 143 } counter name seen\n }\n counter seen {\n }\n}\n";
+                    iifname \"in0\" icmpv6 type { 133, 134, 135, 136, 143 } accept\n \
+                    iifname \"in0\" counter name seen\n }\n counter seen {\n }\n}\n";
     // A named counter has to be declared before the rule that uses it.
     let declared = "table inet count {\n counter seen {\n }\n}\n";
     nft::load(&world.internet.0, declared).unwrap();
