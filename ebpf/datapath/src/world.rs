@@ -7,7 +7,7 @@
 use crate::{DatapathConfig, DatapathError, error::map_error, objects::Tables};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use tapgate_ebpf_common::{
-    maps::Config,
+    maps::{Config, MAX_FLOWS_PER_VM},
     net::{
         GATEWAY_V4, GUEST_SERVICE_V4, MARK_PROXY, MARK_REJECT, MARK_UPLINK, TABLE_GUESTS, TABLE_PROXY,
         TABLE_UPLINK,
@@ -29,14 +29,36 @@ const HOST_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 2);
 const UPLINK_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 3);
 pub(crate) const MTU: u32 = 1500;
 
+/// Refusals by ICMP that a guest is sent a second; the kernel sends 1,000 in all (`icmp_msgs_per_sec`).
+const REFUSALS: u32 = 50;
+/// Entries that a guest has in the host's table of connections at most, whatever it does to them: those that ended stand there for a
+/// while, so it is twice the flows that a guest may have. The table's usual size is 262,144.
+const TRACKED: u32 = 2 * MAX_FLOWS_PER_VM;
+
 const ANY_V4: (IpAddr, u8) = (IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0);
 const ANY_V6: (IpAddr, u8) = (IpAddr::V6(Ipv6Addr::UNSPECIFIED), 0);
 
 /// Settings of the egress namespace. Those of `default` are what each new tap gets.
-const SETTINGS: [(&str, &str); 18] = [
-    // What is routed where is the marks' business; a reverse path says nothing here.
+const SETTINGS: [(&str, &str); 33] = [
+    // What is routed where is the marks' business; a reverse path says nothing here, and is not looked up for each frame.
     ("ipv4/conf/all/rp_filter", "0"),
     ("ipv4/conf/default/rp_filter", "0"),
+    ("ipv4/conf/all/accept_local", "1"),
+    // A new namespace begins with the host's own settings, which know nothing of marks and of a gateway's address on `lo`.
+    ("ipv4/conf/all/src_valid_mark", "0"),
+    ("ipv4/conf/default/src_valid_mark", "0"),
+    ("ipv4/conf/all/arp_ignore", "0"),
+    ("ipv4/conf/default/arp_ignore", "0"),
+    ("ipv4/conf/all/arp_announce", "0"),
+    ("ipv4/conf/default/arp_announce", "0"),
+    ("ipv4/conf/all/arp_filter", "0"),
+    ("ipv4/conf/default/arp_filter", "0"),
+    ("ipv4/conf/all/proxy_arp", "0"),
+    ("ipv4/conf/default/proxy_arp", "0"),
+    ("ipv4/conf/all/route_localnet", "0"),
+    ("ipv4/conf/default/route_localnet", "0"),
+    ("ipv4/conf/all/bc_forwarding", "0"),
+    ("ipv4/conf/default/bc_forwarding", "0"),
     ("ipv4/conf/all/send_redirects", "0"),
     ("ipv4/conf/default/send_redirects", "0"),
     ("ipv4/conf/all/accept_redirects", "0"),
@@ -293,13 +315,20 @@ pub(crate) async fn close(config: &DatapathConfig, host: &Netns) -> Result<(), D
     Ok(())
 }
 
-/// Frames from taps need a verdict's mark; refusals are answered here, at once.
+/// Frames from taps need a verdict's mark; refusals are answered here, at once. ICMP's are limited for each guest, since the kernel
+/// limits those of all together.
 fn egress_table() -> String {
     format!(
         "table inet tapgate {{
 }}
 delete table inet tapgate
 table inet tapgate {{
+    set refusals {{
+        type ifname
+        size 65535
+        flags dynamic,timeout
+        timeout 10s
+    }}
     chain prerouting {{
         type filter hook prerouting priority raw; policy accept;
         iifname \"{TAPS}*\" jump guest
@@ -308,6 +337,7 @@ table inet tapgate {{
         meta mark {MARK_UPLINK:#x} accept
         meta mark {MARK_PROXY:#x} accept
         meta mark {MARK_REJECT:#x} meta l4proto tcp reject with tcp reset
+        meta mark {MARK_REJECT:#x} meta l4proto udp update @refusals {{ iifname limit rate over {REFUSALS}/second burst {REFUSALS} packets }} drop
         meta mark {MARK_REJECT:#x} meta l4proto udp reject with icmpx type port-unreachable
         drop
     }}
@@ -343,6 +373,16 @@ fn host_table(config: &DatapathConfig) -> String {
 }}
 delete table inet {table}
 table inet {table} {{
+    set guests_v4 {{
+        type ipv4_addr
+        size 65535
+        flags dynamic
+    }}
+    set guests_v6 {{
+        type ipv6_addr
+        size 65535
+        flags dynamic
+    }}
     chain prerouting {{
         type filter hook prerouting priority mangle; policy accept;
         iifname \"{link}\" jump arrived
@@ -365,6 +405,8 @@ table inet {table} {{
         ct state invalid drop
         oifname \"{link}\" drop
         {elsewhere}
+        ct state new add @guests_v4 {{ ip saddr ct count over {TRACKED} }} drop
+        ct state new add @guests_v6 {{ ip6 saddr ct count over {TRACKED} }} drop
     }}
     chain inward {{
         ct state established,related accept

@@ -552,3 +552,32 @@ fn answers_above_the_mtu_arrive_in_fragments() {
         datapath.teardown().await.unwrap();
     });
 }
+
+/// A new namespace has the host's settings: of those that VPNs and load balancers set, some would leave guests without a gateway.
+#[test]
+fn settings_of_the_host_that_would_close_guests_are_not_taken_over() {
+    const BAD: [(&str, &str); 4] =
+        [("src_valid_mark", "1"), ("arp_ignore", "2"), ("arp_filter", "1"), ("route_localnet", "1")];
+    in_world(|world| async move {
+        let datapath = world.open().await;
+        for (name, value) in BAD {
+            for of in ["all", "default"] {
+                datapath.egress().sysctl(&format!("ipv4/conf/{of}/{name}"), value).unwrap();
+            }
+        }
+        drop(datapath);
+        let datapath = world.open().await;
+        for (name, _) in BAD {
+            for of in ["all", "default"] {
+                let now = datapath.egress().read_sysctl(&format!("ipv4/conf/{of}/{name}")).unwrap();
+                assert_eq!(now.trim(), "0", "{of}/{name}");
+            }
+        }
+        let listeners = listeners(&datapath);
+        let a = guest(&datapath, 0, Mode::Enforce, &[]).await;
+        let stream = a.connect("203.0.113.1:443").unwrap();
+        listeners.tcp.accept().unwrap();
+        drop(stream);
+        datapath.teardown().await.unwrap();
+    });
+}
