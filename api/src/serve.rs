@@ -135,7 +135,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         notifier,
         stop: stop.clone(),
     });
-    engine.watch_host_addresses().context("cannot hand the host's addresses to the datapath")?;
+    engine.watch_host_addresses().await.context("cannot hand the host's addresses to the datapath")?;
     let guests = guest_service::router(engine.guests());
     let state = AppState::try_new(store.clone(), handle, Arc::new(make_ca), api_settings(&config)?)
         .context("cannot set up the API")?;

@@ -14,10 +14,15 @@ use tapgate_e2e::{
 const REAL: &str = "sk-live-77d1e0c6b2f94a5c";
 
 fn with_guest(test: impl FnOnce(&mut Stage<'_>)) {
+    with_guest_of("", test);
+}
+
+/// With more lines of configuration.
+fn with_guest_of(lines: &str, test: impl FnOnce(&mut Stage<'_>)) {
     let world = World::new().unwrap();
     let images = "/var/cache/tapgate/images".into();
     let settings = Settings { binary: daemon::binary().unwrap(), driver: Driver::Netns, images };
-    let daemon = Daemon::start(&world, settings).unwrap();
+    let daemon = Daemon::start_with(&world, settings, lines, &[]).unwrap();
     let mut stage = Stage::new(&world, daemon).unwrap();
     stage.boot("box").unwrap();
     test(&mut stage);
@@ -237,6 +242,18 @@ fn guests_reach_neither_each_other_nor_the_host() {
         assert!(!done.ok(), "{done:?}");
         stage.clear().unwrap();
         stage.enter(first).unwrap();
+    });
+}
+
+/// Behind a translation the host's public address is on none of its interfaces: no guest comes in by it, whatever a rule says.
+#[test]
+fn the_public_address_is_the_hosts_own() {
+    const PUBLIC: &str = "198.51.100.99";
+    with_guest_of(&format!("public_host = \"{PUBLIC}\"\n"), |stage| {
+        stage.api().rule("cidr", "0.0.0.0/0").unwrap();
+        let (code, said) = curl(stage, &format!("http://{PUBLIC}:2222/"));
+        assert_ne!(code, 0, "{said}");
+        assert_eq!(reasons(stage), ["host_address"]);
     });
 }
 

@@ -24,7 +24,10 @@ impl Guests {
     /// The VM's user-data as of now: keys, certificate, variables and placeholders.
     pub(crate) async fn user_data(&self, vm: &VmId) -> Result<String, String> {
         let record = self.0.store.vm_any(vm).await.map_err(|error| error.to_string())?;
-        files::spec(&self.0, &record).await?.seed.user_data().map_err(|error| error.to_string())
+        let seed = files::spec(&self.0, &record).await?.seed;
+        // Quoting and escaping of all variables: nothing for a thread that serves others.
+        let built = tokio::task::spawn_blocking(move || seed.user_data()).await;
+        built.map_err(|error| error.to_string())?.map_err(|error| error.to_string())
     }
 
     /// The task of the agent in the VM.

@@ -1,5 +1,6 @@
 //! The host's own addresses, which no guest may reach by any rule or name: handed to the datapath and the proxy at start and
-//! whenever they change. An interface that comes up later must not become a way in.
+//! whenever they change. An interface that comes up later must not become a way in, and neither must an address that is not on any
+//! interface but translated to the host (a cloud's public address): `public_host` is the host too.
 
 use super::Shared;
 use std::{collections::BTreeSet, net::IpAddr, sync::Arc, time::Duration};
@@ -9,6 +10,8 @@ use tapgate_netns::{AddressWatch, Netns, NetnsError};
 const BACKSTOP: Duration = Duration::from_secs(30);
 /// Between two tries to hear from the kernel.
 const RETRY: Duration = Duration::from_millis(500);
+/// For the name of `public_host`.
+const PATIENCE: Duration = Duration::from_secs(3);
 
 /// Why the host's addresses could not be handed over.
 #[derive(Debug, thiserror::Error)]
@@ -23,14 +26,40 @@ pub enum HostError {
 }
 
 /// Reads the addresses and hands them over.
-pub(super) fn hand_over(shared: &Shared) -> Result<BTreeSet<IpAddr>, HostError> {
-    let addresses = addresses()?;
-    set(shared, &addresses)?;
-    Ok(addresses)
+pub(super) async fn hand_over(shared: &Shared) -> Result<Known, HostError> {
+    let mut known = Known::default();
+    known.look(shared).await?;
+    set(shared, &known.all)?;
+    Ok(known)
+}
+
+/// What was handed over, and which of it `public_host` stands for.
+#[derive(Debug, Default)]
+pub(super) struct Known {
+    all: BTreeSet<IpAddr>,
+    public: BTreeSet<IpAddr>,
+}
+
+impl Known {
+    /// Says whether there is news.
+    async fn look(&mut self, shared: &Shared) -> Result<bool, HostError> {
+        let name = shared.config.public_host.as_str();
+        let found = tokio::time::timeout(PATIENCE, tokio::net::lookup_host((name, 0))).await;
+        match found.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into())) {
+            Ok(found) => self.public = found.map(|address| address.ip()).collect(),
+            // What it stood for before stays closed.
+            Err(error) => tracing::warn!(public_host = name, %error, "host.public_host_not_found"),
+        }
+        let mut now = addresses()?;
+        now.extend(&self.public);
+        let news = now != self.all;
+        self.all = now;
+        Ok(news)
+    }
 }
 
 /// Looks whenever the kernel says that something changed, until the daemon stops.
-pub(super) async fn watch(shared: Arc<Shared>, mut known: BTreeSet<IpAddr>) {
+pub(super) async fn watch(shared: Arc<Shared>, mut known: Known) {
     let mut news: Option<AddressWatch> = None;
     loop {
         // What changed before there was anyone to hear it is seen by the look that follows.
@@ -52,15 +81,15 @@ pub(super) async fn watch(shared: Arc<Shared>, mut known: BTreeSet<IpAddr>) {
             heard = hear(&mut news) => if !heard { news = None },
             () = tokio::time::sleep(patience) => {}
         }
-        let changed = addresses().and_then(|now| {
-            if now != known {
-                set(&shared, &now)?;
-                tracing::info!(addresses = now.len(), "host.addresses_changed");
-                known = now;
-            }
-            Ok(())
-        });
+        let changed = match known.look(&shared).await {
+            Ok(true) => set(&shared, &known.all).inspect(|()| {
+                tracing::info!(addresses = known.all.len(), "host.addresses_changed");
+            }),
+            other => other.map(drop),
+        };
         if let Err(error) = changed {
+            // At the next look everything is news.
+            known.all.clear();
             tracing::error!(%error, "host.addresses_not_updated");
         }
     }

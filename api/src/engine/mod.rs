@@ -197,8 +197,8 @@ impl Engine {
     ///
     /// # Errors
     /// The addresses cannot be read or handed over.
-    pub fn watch_host_addresses(&self) -> Result<(), host::HostError> {
-        let known = host::hand_over(&self.shared)?;
+    pub async fn watch_host_addresses(&self) -> Result<(), host::HostError> {
+        let known = host::hand_over(&self.shared).await?;
         self.tasks.spawn(host::watch(self.shared.clone(), known));
         Ok(())
     }
