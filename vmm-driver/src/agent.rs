@@ -1,8 +1,8 @@
 //! The host's end of the guest agent's channel (QEMU's guest agent protocol). What answers is the guest: bounded, timed,
 //! and never believed beyond "it says that it is frozen".
 
-use crate::qmp::connect_any_length;
 use crate::spec::VmmError;
+use crate::unix::connect_any_length;
 use serde_json::{Value, json};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::Path;
@@ -31,7 +31,7 @@ pub struct Agent {
 impl Agent {
     /// Connects and makes sure that the agent is there and in step.
     pub async fn connect(path: &Path) -> Result<Self, VmmError> {
-        let stream = connect_any_length(path).map_err(VmmError::io("agent channel"))?;
+        let stream = connect_any_length(path).await.map_err(VmmError::io("agent channel"))?;
         Self::through(stream, None).await
     }
 

@@ -3,9 +3,9 @@
 //! The other side is a VMM that a guest may have taken over, so lines are bounded and every command has a deadline.
 
 use crate::spec::VmmError;
+use crate::unix::connect_any_length;
 use serde_json::{Value, json};
 use std::os::fd::{AsRawFd as _, OwnedFd};
-use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::Path;
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader, Interest};
@@ -39,8 +39,9 @@ pub struct Qmp {
 impl Qmp {
     /// Connects to the socket and leaves negotiation mode.
     pub async fn connect(path: &Path) -> Result<Self, VmmError> {
-        let stream =
-            connect_any_length(path).map_err(|e| VmmError::Control(format!("{}: {e}", path.display())))?;
+        let stream = connect_any_length(path)
+            .await
+            .map_err(|e| VmmError::Control(format!("{}: {e}", path.display())))?;
         stream.set_nonblocking(true).map_err(VmmError::io("control socket"))?;
         let (reader, writer) =
             UnixStream::from_std(stream).map_err(VmmError::io("control socket"))?.into_split();
@@ -155,22 +156,6 @@ fn late(what: &str) -> VmmError {
 fn as_event(message: &Value) -> Option<Event> {
     let name = message.get("event")?.as_str()?.to_owned();
     Some(Event { name, data: message.get("data").cloned().unwrap_or(Value::Null) })
-}
-
-/// A socket's path may have 107 octets; through the folder's descriptor any path fits.
-pub fn connect_any_length(path: &Path) -> std::io::Result<StdUnixStream> {
-    let (_folder, short) = short_path(path)?;
-    StdUnixStream::connect(short)
-}
-
-/// The socket's short name and the open folder that the name goes through.
-pub fn short_path(path: &Path) -> std::io::Result<(std::fs::File, std::path::PathBuf)> {
-    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
-        return Err(std::io::Error::from(std::io::ErrorKind::InvalidInput));
-    };
-    let folder = std::fs::File::open(parent)?;
-    let short = Path::new("/proc/self/fd").join(folder.as_raw_fd().to_string()).join(name);
-    Ok((folder, short))
 }
 
 #[cfg(test)]

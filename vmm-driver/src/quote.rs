@@ -11,8 +11,8 @@ pub struct EnvError {
     reason: &'static str,
 }
 
-/// Longest value in octets; the kernel takes 128 KiB for one argument or variable.
-pub const MAX_VALUE: usize = 96 * 1024;
+/// Longest value in octets: 32,000 characters, whatever they are. The kernel takes 128 KiB for a variable with its name.
+pub const MAX_VALUE: usize = 128_000;
 
 /// Checks a variable: a portable name, and a value that every one of the formats below can carry.
 pub fn check(name: &str, value: &str) -> Result<(), EnvError> {
@@ -29,7 +29,7 @@ pub fn check(name: &str, value: &str) -> Result<(), EnvError> {
         ));
     }
     if value.len() > MAX_VALUE {
-        return Err(error("has a value of more than 96 KiB"));
+        return Err(error("has a value of more than 128,000 octets"));
     }
     Ok(())
 }

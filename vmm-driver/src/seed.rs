@@ -21,6 +21,8 @@ const OWN_CA: &str = "/usr/local/share/ca-certificates/tapgate.crt";
 const MTU: u32 = 1500;
 const SMALLEST_DISK: u64 = 1 << 20;
 const LARGEST_DISK: u64 = 16 << 20;
+/// Octets of all variables together, whoever let them through: the text of a seed is several times as long.
+const MOST_ENV: usize = 1 << 20;
 const VOLUME_ID: u32 = 0x7467_0001;
 
 /// Variables by which programs with trust stores of their own are told of the system's. The user's own values win.
@@ -53,7 +55,9 @@ pub enum SeedError {
     #[error("an SSH public key must be one line")]
     SshKey,
     /// More than fits.
-    #[error("the seed has {0} bytes; keys, certificate and variables together may have 8 MiB")]
+    #[error(
+        "the seed has {0} octets; the variables together may have 1 MiB, and with keys, certificate and all quoting 8 MiB"
+    )]
     TooLarge(usize),
     /// The disk could not be written.
     #[error("the seed disk cannot be written")]
@@ -209,6 +213,10 @@ impl Seed {
         }
         if self.ssh_keys.iter().any(|key| key.contains(['\n', '\r', '\0'])) {
             return Err(SeedError::SshKey);
+        }
+        let variables: usize = self.env.iter().map(|(name, value)| name.len() + value.len()).sum();
+        if variables > MOST_ENV {
+            return Err(SeedError::TooLarge(variables));
         }
         for (name, value) in &self.env {
             quote::check(name, value)?;

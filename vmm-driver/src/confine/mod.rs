@@ -243,7 +243,7 @@ pub fn control_socket(path: &Path) -> Result<OwnedFd, VmmError> {
         _ => {}
     }
     let bind = || -> io::Result<UnixListener> {
-        let (_folder, short) = crate::qmp::short_path(path)?;
+        let (_folder, short) = crate::unix::short_path(path)?;
         UnixListener::bind(short)
     };
     bind().map(OwnedFd::from).map_err(VmmError::io(format!("control socket {}", path.display())))

@@ -14,6 +14,7 @@ use std::io::{self, Read as _};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::fs::{OpenOptionsExt as _, fchown};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 
 /// All that a VMM may write there.
 const SIZE: &str = "2m";
@@ -68,14 +69,14 @@ impl Scratch {
     }
 
     /// Connects to a socket that the VMM made there.
-    pub fn connect(&self, name: &str) -> io::Result<UnixStream> {
+    pub async fn connect(&self, name: &str) -> io::Result<UnixStream> {
         // A link in the socket's place could lead to any socket of the host.
         let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let socket = openat(&self.root, name, flags, Mode::empty())?;
         if SFlag::from_bits_truncate(fstat(&socket)?.st_mode) & SFlag::S_IFMT != SFlag::S_IFSOCK {
             return Err(io::Error::other(format!("{name} is not a socket")));
         }
-        UnixStream::connect(format!("/proc/self/fd/{}", socket.as_raw_fd()))
+        crate::unix::connect(Path::new(&format!("/proc/self/fd/{}", socket.as_raw_fd()))).await
     }
 
     /// Takes what was written to a file since the last time, at most `limit` octets, and frees its memory.
@@ -155,14 +156,14 @@ mod tests {
         assert!(file.write_all(&vec![b'x'; 4 << 20]).is_err(), "it is bounded");
     }
 
-    #[test]
-    fn links_and_pipes_lead_nowhere() {
+    #[tokio::test]
+    async fn links_and_pipes_lead_nowhere() {
         let Some(scratch) = scratch() else { return };
         let inside = |name: &str| format!("/proc/self/fd/{}/{name}", scratch.root.as_raw_fd());
         std::os::unix::fs::symlink("/etc/passwd", inside("link")).unwrap();
         nix::unistd::mkfifo(inside("pipe").as_str(), Mode::S_IRWXU).unwrap();
         for name in ["link", "pipe", "nothing"] {
-            assert!(scratch.drain(name, 10).is_err() && scratch.connect(name).is_err(), "{name}");
+            assert!(scratch.drain(name, 10).is_err() && scratch.connect(name).await.is_err(), "{name}");
             assert_eq!(scratch.tail(name, 10), "");
         }
         assert!(scratch.append("link").is_err());

@@ -145,10 +145,10 @@ struct Live {
 
 impl Live {
     /// A connection to its API.
-    fn connect(&self, kind: Kind, dir: &Path) -> std::io::Result<UnixStream> {
+    async fn connect(&self, kind: Kind, dir: &Path) -> std::io::Result<UnixStream> {
         match kind {
-            Kind::CloudHypervisor => crate::qmp::connect_any_length(&dir.join(file::CONTROL)),
-            Kind::Firecracker => self.scratch.connect("api.sock"),
+            Kind::CloudHypervisor => crate::unix::connect_any_length(&dir.join(file::CONTROL)).await,
+            Kind::Firecracker => self.scratch.connect("api.sock").await,
         }
     }
 }
@@ -314,7 +314,7 @@ impl ApiDriver {
             cmdline: &image.manifest().cmdline,
         };
         let talk = async {
-            while live.connect(self.kind, &spec.dir).is_err() {
+            while live.connect(self.kind, &spec.dir).await.is_err() {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
             for request in self.kind.configure(&plan) {
@@ -339,9 +339,10 @@ impl ApiDriver {
     }
 
     async fn ask(&self, spec: &VmSpec, live: &Live, request: &Request) -> Result<Value, VmmError> {
-        let stream = live
-            .connect(self.kind, &spec.dir)
-            .map_err(|e| VmmError::Control(format!("its API's socket: {e}")))?;
+        let stream = live.connect(self.kind, &spec.dir).await.map_err(|error| match error.kind() {
+            std::io::ErrorKind::TimedOut => VmmError::Silent("it accepts no connection to its API".into()),
+            _ => VmmError::Control(format!("its API's socket: {error}")),
+        })?;
         client::send(stream, request).await
     }
 

@@ -74,7 +74,7 @@ async fn copy_disk(vm: &ApiRunning, to: &Path) -> Result<(), VmmError> {
 
 /// The guest's agent, by the VMM's vsock device: the host says which port, the VMM answers `OK` when the guest took it.
 pub(super) async fn agent(live: &Live) -> Result<Agent, VmmError> {
-    let stream = live.scratch.connect("agent.sock").map_err(VmmError::io("agent channel"))?;
+    let stream = live.scratch.connect("agent.sock").await.map_err(VmmError::io("agent channel"))?;
     Agent::through(stream, Some(VSOCK_PORT)).await
 }
 

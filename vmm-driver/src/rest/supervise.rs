@@ -5,9 +5,11 @@
 
 use super::judge::{LastWords, Outcome, judge, last_words};
 use super::{ApiDriver, Kind, Live, Tap};
+use crate::confine::scratch::Scratch;
 use crate::process::Ended;
 use crate::qemu::{append, clean, file};
 use crate::spec::{Exit, Observed, VmSpec, VmmError};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
@@ -17,8 +19,10 @@ use tokio::time::{MissedTickBehavior, interval};
 const TICK: Duration = Duration::from_secs(1);
 /// How often the VMM is asked whether it is there.
 const PING: Duration = Duration::from_secs(5);
-/// The most that is fetched at once, and what is kept for looking at.
+/// The most that is fetched at once, how often before it is time for other things, and what is kept for looking at. Together
+/// they are what the scratch space holds.
 const CHUNK: u64 = 256 << 10;
+const CHUNKS: usize = 8;
 const KEPT: usize = 8 << 10;
 /// Between two starts of a guest that restarts itself again and again.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -54,7 +58,7 @@ impl Supervisor {
         let exit = loop {
             let live = self.live.lock().unwrap_or_else(PoisonError::into_inner).clone();
             let (ended, why) = self.follow(&live, &mut kept).await;
-            self.fetch(&live, &mut kept);
+            self.fetch(&live, &mut kept).await;
             let asked = *self.intent.borrow();
             let intent = if asked == Intent::Kill { asked } else { why.unwrap_or(asked) };
             let complaint = live.scratch.tail("log", 300);
@@ -84,7 +88,7 @@ impl Supervisor {
     }
 
     /// Until this process has ended; the second value is why, if it was ended here.
-    async fn follow(&self, live: &Live, kept: &mut String) -> (Ended, Option<Intent>) {
+    async fn follow(&self, live: &Arc<Live>, kept: &mut String) -> (Ended, Option<Intent>) {
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut pinged = Instant::now();
@@ -95,7 +99,7 @@ impl Supervisor {
                 ended = live.process.wait() => return (ended.unwrap_or(Ended::Unknown), why),
                 _ = tick.tick() => {}
             }
-            self.fetch(live, kept);
+            self.fetch(live, kept).await;
             if self.driver.kind == Kind::Firecracker && last_words(kept) == LastWords::Off {
                 why = Some(Intent::Off);
                 let _ = live.process.signal(libc::SIGKILL);
@@ -115,27 +119,18 @@ impl Supervisor {
     }
 
     /// Takes what the guest has printed into the console's log, and keeps the end of it.
-    fn fetch(&self, live: &Live, kept: &mut String) {
-        while let Ok(bytes) = live.scratch.drain("console", CHUNK)
-            && !bytes.is_empty()
-        {
-            if let Err(error) = append(&self.spec.dir.join(file::CONSOLE), &bytes) {
-                tracing::warn!(%error, "the console log cannot be written");
-            }
-            kept.push_str(&String::from_utf8_lossy(&bytes));
-            if kept.len() > KEPT {
-                let cut = kept.ceil_char_boundary(kept.len() - KEPT);
-                kept.drain(..cut);
-            }
+    async fn fetch(&self, live: &Arc<Live>, kept: &mut String) {
+        let (from, log) = (live.clone(), self.spec.dir.join(file::CONSOLE));
+        // Files, as many as the guest likes: nothing for a thread that serves others.
+        let taken = tokio::task::spawn_blocking(move || take(&from.scratch, &log)).await;
+        let Ok((printed, restarts)) = taken else { return };
+        kept.push_str(&String::from_utf8_lossy(&printed));
+        if kept.len() > KEPT {
+            let cut = kept.ceil_char_boundary(kept.len() - KEPT);
+            kept.drain(..cut);
         }
-        if let Ok(bytes) = live.scratch.drain("events", CHUNK)
-            && !bytes.is_empty()
-        {
-            let restarts = String::from_utf8_lossy(&bytes).matches("\"event\": \"rebooted\"").count();
-            if restarts > 0 {
-                let restarts = u32::try_from(restarts).unwrap_or(u32::MAX);
-                self.observed.send_modify(|seen| seen.reboots = seen.reboots.saturating_add(restarts));
-            }
+        if restarts > 0 {
+            self.observed.send_modify(|seen| seen.reboots = seen.reboots.saturating_add(restarts));
         }
     }
 
@@ -151,5 +146,63 @@ impl Supervisor {
             let _ = live.process.signal(libc::SIGKILL);
         }
         Ok(live)
+    }
+}
+
+/// Moves what the guest has printed to its log; answers the end of it, and how often the VMM said that the guest restarted. A guest
+/// that prints without pause is heard again at the next tick.
+fn take(scratch: &Scratch, log: &Path) -> (Vec<u8>, u32) {
+    let mut printed = Vec::new();
+    for _ in 0..CHUNKS {
+        let Ok(bytes) = scratch.drain("console", CHUNK) else { break };
+        if bytes.is_empty() {
+            break;
+        }
+        if let Err(error) = append(log, &bytes) {
+            tracing::warn!(%error, "the console log cannot be written");
+        }
+        printed.extend_from_slice(&bytes);
+        printed.drain(..printed.len().saturating_sub(KEPT));
+    }
+    let events = scratch.drain("events", CHUNK).unwrap_or_default();
+    let restarts = String::from_utf8_lossy(&events).matches("\"event\": \"rebooted\"").count();
+    (printed, u32::try_from(restarts).unwrap_or(u32::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write as _;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    #[test]
+    fn a_guest_that_prints_without_pause_is_left_for_a_while() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let scratch = Scratch::create(0).unwrap();
+        let mut console = scratch.append("console").unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let printing = {
+            let stop = stop.clone();
+            std::thread::spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    let _ = console.write_all(b"x");
+                }
+            })
+        };
+        let (done, ended) = std::sync::mpsc::channel();
+        let log = folder.path().join("console.log");
+        let taking = std::thread::spawn(move || {
+            let printed = (0..20).map(|_| take(&scratch, &log).0.len()).max();
+            let _ = done.send(printed);
+        });
+        let printed = ended.recv_timeout(Duration::from_secs(60));
+        stop.store(true, Ordering::Relaxed);
+        printing.join().unwrap();
+        taking.join().unwrap();
+        let most = printed.expect("it never ends while the guest prints");
+        assert!(most.is_some_and(|most| most > 0 && most <= KEPT), "{most:?}");
     }
 }
