@@ -1,13 +1,14 @@
 //! The operator's work on a store that no daemon has open: another sealing key, a backup put back.
 
 use crate::error::{Result, StoreError};
+use crate::idempotency;
 use crate::pool::{Durability, connect};
 use crate::seal::{SealError, SealKey};
 use crate::store::Store;
 use rusqlite::params;
 use std::path::Path;
 
-/// Everything that is sealed: table, id column, sealed column, and the name that it is sealed under.
+/// What is sealed, answers kept for retries aside: table, id column, sealed column, and the name that it is sealed under.
 const SEALED: &[(&str, &str, &str, &str)] = &[
     ("secrets", "id", "value", "secrets"),
     ("env", "id", "value", "env"),
@@ -46,6 +47,7 @@ impl Store {
                 count += 1;
             }
         }
+        count += idempotency::seal_anew(&tx, &key)?;
         tx.commit()?;
         // The old values are gone from the file too, not just from its tables.
         connection.execute_batch("VACUUM; PRAGMA wal_checkpoint(TRUNCATE)")?;

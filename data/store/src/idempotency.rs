@@ -1,9 +1,10 @@
 //! Answers kept for retries.
 
 use crate::error::Result;
+use crate::seal::SealKey;
 use crate::store::Store;
 use crate::time::now_us;
-use rusqlite::{OptionalExtension as _, params};
+use rusqlite::{OptionalExtension as _, Transaction, params};
 use tapgate_model::UserId;
 
 /// How long an answer is kept (microseconds): a day.
@@ -12,6 +13,8 @@ const KEPT: i64 = 86_400_000_000;
 const RUNNING: i64 = 300_000_000;
 /// Answers of one account at most; the oldest goes first.
 const MOST: i64 = 10_000;
+/// The name that answers are sealed under.
+const TABLE: &str = "idempotency";
 
 /// What is known of a key.
 #[derive(Debug)]
@@ -31,8 +34,25 @@ pub enum Known {
     Other,
 }
 
-fn row(user: &UserId, key: &str) -> String {
+fn row(user: &str, key: &str) -> String {
     format!("{user}\0{key}")
+}
+
+/// Seals the kept answers with the key's newest part: a retry after a rotation is answered all the same.
+pub(crate) fn seal_anew(tx: &Transaction<'_>, seal: &SealKey) -> Result<usize> {
+    let mut select = tx.prepare("SELECT user, key, body FROM idempotency WHERE body IS NOT NULL")?;
+    let rows: Vec<(String, String, Vec<u8>)> = select
+        .query_map([], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?
+        .collect::<rusqlite::Result<_>>()?;
+    for (user, key, body) in &rows {
+        let name = row(user, key);
+        let body = seal.seal(TABLE, &name, &seal.open(TABLE, &name, body)?)?;
+        tx.execute(
+            "UPDATE idempotency SET body = ?3 WHERE user = ?1 AND key = ?2",
+            params![user, key, body],
+        )?;
+    }
+    Ok(rows.len())
 }
 
 impl Store {
@@ -58,7 +78,7 @@ impl Store {
                 match found {
                     Some((of, ..)) if of != fingerprint => Ok(Known::Other),
                     Some((_, Some(status), Some(body))) => {
-                        let body = seal.open("idempotency", &row(&user, &key), &body)?.to_vec();
+                        let body = seal.open(TABLE, &row(user.as_str(), &key), &body)?.to_vec();
                         Ok(Known::Ended { status, body })
                     }
                     Some(_) => Ok(Known::Running),
@@ -100,7 +120,7 @@ impl Store {
                             user.as_str(),
                             key,
                             status,
-                            seal.seal("idempotency", &row(&user, &key), &body)?
+                            seal.seal(TABLE, &row(user.as_str(), &key), &body)?
                         ],
                     )?,
                 };

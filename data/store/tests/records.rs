@@ -401,11 +401,14 @@ async fn a_rotated_key_seals_everything_and_the_old_one_nothing() {
     store.env_set(&user, "E", "env value", 10, Expected::any()).await.unwrap();
     let vm = store.vm_create(new_vm(&user, "vm")).await.unwrap().id;
     let ticket = store.ticket("verify", "x", now_us() + 60_000_000);
+    store.idempotency_begin(&user, "once", vec![1]).await.unwrap();
+    store.idempotency_end(&user, "once", Some((201, b"an answer".to_vec()))).await.unwrap();
+    store.idempotency_begin(&user, "unanswered", vec![2]).await.unwrap();
     drop(store);
     let (db, file) = (folder.path().join("db"), folder.path().join("seal.key"));
     let old_file = folder.path().join("old.key");
     std::fs::copy(&file, &old_file).unwrap();
-    assert_eq!(Store::rotate_key(&db, &file).unwrap(), 4);
+    assert_eq!(Store::rotate_key(&db, &file).unwrap(), 5);
     assert_ne!(std::fs::read(&file).unwrap(), std::fs::read(&old_file).unwrap());
     assert!(Store::open(&db, SealKey::load(&old_file).unwrap()).is_err(), "the old key opens nothing");
     assert!(Store::rotate_key(&db, &old_file).is_err());
@@ -415,6 +418,11 @@ async fn a_rotated_key_seals_everything_and_the_old_one_nothing() {
     assert_eq!(store.vm_ca(&vm).await.unwrap().key.as_str(), "ca key of a VM");
     let policy = store.effective_policy(&vm, SecretsOverHttp::Never).await.unwrap();
     assert_eq!(policy.secrets[0].value.expose(), b"value");
+    let known = store.idempotency_begin(&user, "once", vec![1]).await.unwrap();
+    assert!(
+        matches!(known, Known::Ended { status: 201, body } if body == b"an answer"),
+        "a retry is answered"
+    );
     assert_eq!(store.redeem("verify", &ticket).as_deref(), Some("x"), "tickets and the chain do not change");
     assert!(store.audit().verify().await.unwrap().is_ok());
 }
