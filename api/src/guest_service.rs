@@ -3,11 +3,13 @@
 //! A guest is known by its address, which the gate has checked. Answers hold placeholders, never secrets. Must not serve
 //! anything of another VM, nor anything of the API; what a guest reports changes its own agent alone.
 
+mod answers;
 mod server;
 
+use answers::{Answers, Octets};
 use axum::{
     Json, Router,
-    body::Bytes,
+    body::{Body, Bytes},
     extract::{ConnectInfo, DefaultBodyLimit, Query, State},
     http::{HeaderMap, StatusCode, header},
     response::{IntoResponse, Response},
@@ -32,6 +34,12 @@ const MAX_REPORT: usize = 16 << 10;
 /// How long a question that waits for news is held.
 const HOLD: Duration = Duration::from_secs(30);
 
+/// What the routes work with.
+struct Service {
+    guests: Guests,
+    answers: Answers,
+}
+
 /// The service's routes.
 pub(crate) fn router(guests: Guests) -> Router {
     Router::new()
@@ -44,7 +52,7 @@ pub(crate) fn router(guests: Guests) -> Router {
         .fallback(|| async {
             (StatusCode::NOT_FOUND, "the guest service has /v1/vm, /v1/user-data and /v1/agent\n")
         })
-        .with_state(Arc::new(guests))
+        .with_state(Arc::new(Service { guests, answers: Answers::new() }))
 }
 
 /// Serves both families until told to stop.
@@ -72,8 +80,8 @@ pub(crate) async fn serve(
     Ok(())
 }
 
-async fn vm(State(guests): State<Arc<Guests>>, ConnectInfo(peer): ConnectInfo<SocketAddr>) -> Response {
-    match guests.by_address(peer.ip()) {
+async fn vm(State(service): State<Arc<Service>>, ConnectInfo(peer): ConnectInfo<SocketAddr>) -> Response {
+    match service.guests.by_address(peer.ip()) {
         Some(vm) => Json(serde_json::json!({ "id": vm })).into_response(),
         None => StatusCode::FORBIDDEN.into_response(),
     }
@@ -81,31 +89,34 @@ async fn vm(State(guests): State<Arc<Guests>>, ConnectInfo(peer): ConnectInfo<So
 
 /// The seed's user-data as it would be now. With `If-None-Match` the answer waits until it differs, 30 s at most, then 304.
 async fn user_data(
-    State(guests): State<Arc<Guests>>,
+    State(service): State<Arc<Service>>,
     ConnectInfo(peer): ConnectInfo<SocketAddr>,
     headers: HeaderMap,
 ) -> Response {
-    let Some(vm) = guests.by_address(peer.ip()) else { return StatusCode::FORBIDDEN.into_response() };
+    let Some(vm) = service.guests.by_address(peer.ip()) else { return StatusCode::FORBIDDEN.into_response() };
     let known = headers.get(header::IF_NONE_MATCH).and_then(|value| value.to_str().ok()).map(str::to_owned);
-    let mut news = guests.news();
+    let mut news = service.guests.news();
     let deadline = tokio::time::Instant::now() + HOLD;
     loop {
         news.mark_unchanged();
-        let text = match guests.user_data(&vm).await {
+        let text = match service.answers.of(&service.guests, &vm).await {
             Ok(text) => text,
             Err(error) => {
                 tracing::error!(%vm, %error, "guest_service.user_data_unreadable");
                 return StatusCode::SERVICE_UNAVAILABLE.into_response();
             }
         };
-        let tag: String = Sha256::digest(&text).iter().take(16).map(|byte| format!("{byte:02x}")).collect();
+        let tag: String =
+            Sha256::digest(text.as_bytes()).iter().take(16).map(|byte| format!("{byte:02x}")).collect();
         let tag = format!("\"{tag}\"");
         let headers = [(header::ETAG, tag.clone())];
         if known.as_ref() != Some(&tag) {
-            return (headers, text).into_response();
+            let kind = [(header::CONTENT_TYPE, "text/plain; charset=utf-8")];
+            return (headers, kind, Body::from(Bytes::from_owner(Octets(text)))).into_response();
         }
+        drop(text);
         let changed = tokio::select! {
-            () = guests.stopped() => false,
+            () = service.guests.stopped() => false,
             changed = tokio::time::timeout_at(deadline, news.changed()) => matches!(changed, Ok(Ok(()))),
         };
         if !changed {
@@ -131,9 +142,9 @@ impl IntoResponse for AgentError {
 }
 
 /// The task of the agent that lives in this VM; 404 where none does.
-async fn agent(State(guests): State<Arc<Guests>>, ConnectInfo(peer): ConnectInfo<SocketAddr>) -> Response {
-    let Some(vm) = guests.by_address(peer.ip()) else { return StatusCode::FORBIDDEN.into_response() };
-    match guests.task(&vm).await {
+async fn agent(State(service): State<Arc<Service>>, ConnectInfo(peer): ConnectInfo<SocketAddr>) -> Response {
+    let Some(vm) = service.guests.by_address(peer.ip()) else { return StatusCode::FORBIDDEN.into_response() };
+    match service.guests.task(&vm).await {
         Ok(task) => Json(task).into_response(),
         Err(error) => error.into_response(),
     }
@@ -148,11 +159,11 @@ struct Report {
 }
 
 async fn agent_status(
-    State(guests): State<Arc<Guests>>,
+    State(service): State<Arc<Service>>,
     ConnectInfo(peer): ConnectInfo<SocketAddr>,
     body: Bytes,
 ) -> Response {
-    let Some(vm) = guests.by_address(peer.ip()) else { return StatusCode::FORBIDDEN.into_response() };
+    let Some(vm) = service.guests.by_address(peer.ip()) else { return StatusCode::FORBIDDEN.into_response() };
     let report: Result<Report, _> = serde_json::from_slice(&body);
     let read =
         report.ok().and_then(|report| Some((AgentStatus::from_word(&report.status)?, report.failure_reason)));
@@ -160,7 +171,7 @@ async fn agent_status(
         return (StatusCode::UNPROCESSABLE_ENTITY, "send {\"status\": \"running\" or \"idle\"}\n")
             .into_response();
     };
-    match guests.report(&vm, status, failure).await {
+    match service.guests.report(&vm, status, failure).await {
         Ok(()) => StatusCode::NO_CONTENT.into_response(),
         Err(error) => error.into_response(),
     }
@@ -168,12 +179,12 @@ async fn agent_status(
 
 /// The end of what the agent shows, whole; it replaces the one before.
 async fn agent_log(
-    State(guests): State<Arc<Guests>>,
+    State(service): State<Arc<Service>>,
     ConnectInfo(peer): ConnectInfo<SocketAddr>,
     body: Bytes,
 ) -> Response {
-    let Some(vm) = guests.by_address(peer.ip()) else { return StatusCode::FORBIDDEN.into_response() };
-    match guests.keep_log(&vm, String::from_utf8_lossy(&body).into_owned()).await {
+    let Some(vm) = service.guests.by_address(peer.ip()) else { return StatusCode::FORBIDDEN.into_response() };
+    match service.guests.keep_log(&vm, String::from_utf8_lossy(&body).into_owned()).await {
         Ok(()) => StatusCode::NO_CONTENT.into_response(),
         Err(error) => error.into_response(),
     }
@@ -186,14 +197,14 @@ struct CredentialOf {
 
 /// User and password of git at a host: the password is a placeholder. 404 where no secret names the host.
 async fn git_credential(
-    State(guests): State<Arc<Guests>>,
+    State(service): State<Arc<Service>>,
     ConnectInfo(peer): ConnectInfo<SocketAddr>,
     Query(CredentialOf { host }): Query<CredentialOf>,
 ) -> Response {
-    let Some(vm) = guests.by_address(peer.ip()) else { return StatusCode::FORBIDDEN.into_response() };
+    let Some(vm) = service.guests.by_address(peer.ip()) else { return StatusCode::FORBIDDEN.into_response() };
     let name = host.split(':').next().unwrap_or_default();
     let Ok(name) = HostName::parse(name) else { return StatusCode::NOT_FOUND.into_response() };
-    match guests.credential(&vm, &name).await {
+    match service.guests.credential(&vm, &name).await {
         Ok(Some(password)) => {
             Json(serde_json::json!({ "username": "x-access-token", "password": password })).into_response()
         }

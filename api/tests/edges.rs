@@ -249,6 +249,28 @@ async fn quotas_are_conflicts() {
     assert!(said.contains('2'), "says how many there may be: {said}");
 }
 
+/// A guest is told all variables of its account, so all of them together are bounded too.
+#[tokio::test]
+async fn variables_together_are_no_more_than_a_guest_can_be_told() {
+    let app = TestApp::with(Settings { rates: common::no_limits(), ..Settings::default() });
+    let key = app.user("alice@example.com").await;
+    let put = async |name: &str, value: &str| {
+        app.call(&key, "PUT", &format!("/v1/env/{name}"), Some(json!({ "value": value }))).await
+    };
+    // Of the longest values, in characters of four octets, two fit.
+    let longest = "\u{1f980}".repeat(32_000);
+    put("A", &longest).await.is(200);
+    put("B", &longest).await.is(200);
+    let refused = put("C", &longest).await;
+    let said = refused.body["error"]["message"].as_str().unwrap().to_owned();
+    assert_eq!(refused.error(409), "quota_exceeded");
+    assert!(said.contains("256 KiB of environment variables"), "{said}");
+    // One is replaced, not added to.
+    put("B", &longest).await.is(200);
+    put("B", "short").await.is(200);
+    put("C", &longest).await.is(200);
+}
+
 #[tokio::test]
 async fn health_needs_no_key() {
     assert_eq!(TestApp::new().get("", "/healthz").await.is(200), json!({ "status": "ok" }));

@@ -1,6 +1,6 @@
 //! Environment variables. Values are sealed too: people put credentials here whatever the documentation says.
 
-use crate::error::{Kind, Result, StoreError};
+use crate::error::{Conflict, Kind, Result, StoreError};
 use crate::page::{Listing, Order, Page, PageRequest};
 use crate::seal::SealKey;
 use crate::store::{Store, quota};
@@ -8,7 +8,7 @@ use crate::time::now_us;
 use crate::users::id;
 use crate::version::Expected;
 use rusqlite::types::Value;
-use rusqlite::{Connection, OptionalExtension as _, Row, params};
+use rusqlite::{Connection, OptionalExtension as _, Row, Transaction, params};
 use tapgate_model::{EnvId, UserId};
 
 /// A variable.
@@ -62,6 +62,21 @@ fn find(db: &Connection, user: &UserId, key: &str) -> Result<Option<Raw>> {
         .optional()?)
 }
 
+/// Of all variables of an account together, names and values as they are stored: each of its guests is told all of them, in up
+/// to four files, where a value can be six times as long.
+const MOST_KIB: u32 = 256;
+
+/// Refuses a value with which the account's variables would be more than a guest's seed carries.
+fn room(tx: &Transaction<'_>, user: &UserId, key: &str, value: usize) -> Result<()> {
+    let sum = "SELECT ifnull(sum(length(key) + length(value)), 0) FROM env WHERE user = ?1 AND key <> ?2";
+    let others: i64 = tx.query_row(sum, params![user.as_str(), key], |row| row.get(0))?;
+    let own = i64::try_from(key.len() + value).unwrap_or(i64::MAX);
+    if others.saturating_add(own) > i64::from(MOST_KIB) * 1024 {
+        return Err(Conflict::Quota { what: "KiB of environment variables", limit: MOST_KIB }.into());
+    }
+    Ok(())
+}
+
 impl Store {
     /// A user's variables, by key. Always this order: the contract has no other.
     pub async fn env_list(
@@ -113,6 +128,7 @@ impl Store {
                 let now = now_us();
                 let old = find(tx, &user, &key)?;
                 expected.check(&old.as_ref().map_or(String::new(), |(old, _)| old.version()))?;
+                room(tx, &user, &key, value.len())?;
                 match old {
                     Some((old, _)) => {
                         let blob = seal.seal(TABLE, old.id.as_str(), value.as_bytes())?;
