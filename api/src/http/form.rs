@@ -3,6 +3,7 @@
 //! Each form carries a ticket over the visitor's own cookie. A page elsewhere can make a browser send the cookie, never
 //! the ticket that belongs to it.
 
+use super::fields::BODY_TIMEOUT;
 use super::openapi::escape;
 use super::{ApiError, AppState};
 use axum::body::to_bytes;
@@ -26,7 +27,10 @@ impl<S: Send + Sync> FromRequest<S> for Form {
 
     async fn from_request(request: Request, _: &S) -> Result<Self, Response> {
         let wrong = || message(StatusCode::BAD_REQUEST, "That did not work", "The form could not be read.");
-        let bytes = to_bytes(request.into_body(), MAX_FORM).await.map_err(|_| wrong())?;
+        let read = tokio::time::timeout(BODY_TIMEOUT, to_bytes(request.into_body(), MAX_FORM)).await;
+        let late =
+            || message(StatusCode::REQUEST_TIMEOUT, "That took too long", "Go back, and send it again.");
+        let bytes = read.map_err(|_| late())?.map_err(|_| wrong())?;
         Ok(Self(url::form_urlencoded::parse(&bytes).into_owned().collect()))
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Must never let a slow or endless client hold more than its one connection.
 
-use super::{Lingering, Peer};
+use super::{Lingering, Peer, Prompt};
 use axum::Router;
 use axum::extract::ConnectInfo;
 use hyper::service::service_fn;
@@ -25,7 +25,7 @@ use tower::ServiceExt as _;
 const CONNECTIONS: usize = 4096;
 /// Of those, of one address.
 const OF_ONE: usize = CONNECTIONS / 4;
-/// For a request's headers, and for the TLS handshake.
+/// For the first octets, for a request's headers, and for the TLS handshake.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// For running requests when the daemon ends.
 const GRACE: Duration = Duration::from_secs(5);
@@ -222,7 +222,8 @@ async fn connection<I>(
         request.extensions_mut().insert(ConnectInfo(peer));
         router.clone().oneshot(request.map(axum::body::Body::new))
     });
-    let connection = http.serve_connection_with_upgrades(TokioIo::new(stream), service);
+    let connection =
+        http.serve_connection_with_upgrades(TokioIo::new(Prompt::new(stream, PATIENCE)), service);
     if let Err(error) = watcher.watch(connection.into_owned()).await {
         tracing::debug!(%error, "api.connection_ended");
     }
