@@ -57,6 +57,14 @@ pub struct Limits {
     pub pins: usize,
 }
 
+impl Limits {
+    /// Sockets towards upstreams at one time: one for each connection, and as many that rest, or are asked for by a
+    /// connection that has others already (streams of HTTP/2, one address tried beside another).
+    pub(crate) fn upstreams(&self) -> usize {
+        self.connections.saturating_mul(2)
+    }
+}
+
 impl Default for Limits {
     fn default() -> Self {
         Self {

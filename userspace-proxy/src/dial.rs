@@ -1,7 +1,12 @@
 //! The only place that opens upstream sockets: resolves the decided name itself, and checks every address right
 //! before connecting to it, so that there is no window for rebinding.
 
-use crate::{decide::Route, resolve::Resolve, table::PolicyTable};
+use crate::{
+    decide::Route,
+    resolve::Resolve,
+    socket::Socket,
+    table::{PolicyTable, VmEntry},
+};
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use std::{
     io,
@@ -29,6 +34,9 @@ pub(crate) enum DialError {
     /// The name does not resolve.
     #[error("the name does not resolve; check its spelling and the daemon's resolvers")]
     Unresolved,
+    /// The VM has as many sockets towards upstreams as it may.
+    #[error("this VM has too many connections to upstreams")]
+    Limit,
     /// Nothing answered.
     #[error("the upstream could not be reached: {0}")]
     Unreachable(io::Error),
@@ -40,6 +48,7 @@ impl DialError {
         match self {
             Self::Refused(reason) => *reason,
             Self::Unresolved => Reason::Unresolved,
+            Self::Limit => Reason::Limit,
             Self::Unreachable(_) => Reason::Unreachable,
         }
     }
@@ -64,10 +73,11 @@ impl Dialer {
     /// [`Route::Address`].
     pub(crate) async fn dial(
         &self,
+        entry: &VmEntry,
         policy: &VmPolicy,
         route: &Route,
         to: SocketAddr,
-    ) -> Result<(TcpStream, SocketAddr), DialError> {
+    ) -> Result<(Socket, SocketAddr), DialError> {
         let attempt = async {
             let candidates = match route {
                 Route::Name(name) => self.candidates(policy, name).await?,
@@ -76,7 +86,7 @@ impl Dialer {
                     vec![to.ip()]
                 }
             };
-            self.race(policy, candidates, to.port()).await
+            self.race(entry, policy, candidates, to.port()).await
         };
         let late = || DialError::Unreachable(io::ErrorKind::TimedOut.into());
         timeout(self.patience, attempt).await.unwrap_or_else(|_| Err(late()))
@@ -102,16 +112,17 @@ impl Dialer {
 
     async fn race(
         &self,
+        entry: &VmEntry,
         policy: &VmPolicy,
         candidates: Vec<IpAddr>,
         port: u16,
-    ) -> Result<(TcpStream, SocketAddr), DialError> {
+    ) -> Result<(Socket, SocketAddr), DialError> {
         let mut last = DialError::Unreachable(io::ErrorKind::AddrNotAvailable.into());
         let mut candidates = candidates.into_iter();
         let mut attempts = FuturesUnordered::new();
         loop {
             if let Some(address) = candidates.next() {
-                attempts.push(self.connect(policy, SocketAddr::new(address, port)));
+                attempts.push(self.connect(entry, policy, SocketAddr::new(address, port)));
             } else if attempts.is_empty() {
                 return Err(last);
             }
@@ -126,10 +137,16 @@ impl Dialer {
         }
     }
 
-    async fn connect(&self, policy: &VmPolicy, to: SocketAddr) -> Result<(TcpStream, SocketAddr), DialError> {
+    async fn connect(
+        &self,
+        entry: &VmEntry,
+        policy: &VmPolicy,
+        to: SocketAddr,
+    ) -> Result<(Socket, SocketAddr), DialError> {
         self.admits(policy, to.ip()).map_err(DialError::Refused)?;
+        let place = entry.reach().ok_or(DialError::Limit)?;
         let stream = TcpStream::connect(to).await.map_err(DialError::Unreachable)?;
         crate::io::tune(&stream);
-        Ok((stream, to))
+        Ok((Socket::new(stream, place), to))
     }
 }

@@ -14,7 +14,6 @@ use std::{
 };
 use tapgate_ebpf_common::net::DNS_PORT;
 use tokio::{io::Interest, net::UdpSocket};
-use tokio_util::task::TaskTracker;
 
 /// Longer datagrams are cut, and then do not parse.
 const MAX_QUESTION: usize = 4096;
@@ -27,7 +26,7 @@ struct Datagram {
 }
 
 /// Answers until the daemon stops.
-pub(crate) async fn serve(shared: Arc<Shared>, socket: UdpSocket, tasks: TaskTracker) {
+pub(crate) async fn serve(shared: Arc<Shared>, socket: UdpSocket) {
     let socket = Arc::new(socket);
     loop {
         let received = tokio::select! {
@@ -35,7 +34,7 @@ pub(crate) async fn serve(shared: Arc<Shared>, socket: UdpSocket, tasks: TaskTra
             () = shared.stop.cancelled() => return,
         };
         match received {
-            Ok(Some(datagram)) => drop(tasks.spawn(one(shared.clone(), socket.clone(), datagram))),
+            Ok(Some(datagram)) => drop(shared.tasks.spawn(one(shared.clone(), socket.clone(), datagram))),
             Ok(None) => {}
             Err(error) => {
                 tracing::warn!(%error, "a DNS datagram could not be read");

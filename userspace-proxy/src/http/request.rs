@@ -18,6 +18,7 @@ use crate::{
     decide::{self, Decision, Route},
     deny::{self, Denial},
     intercept::leaf::Alpn,
+    place::Place,
     proxy::Shared,
     secret::{
         decode,
@@ -41,6 +42,8 @@ use tapgate_model::{HostName, Protocol, Reason, Verdict, VmPolicy};
 pub(crate) struct HttpConn {
     pub(crate) shared: Arc<Shared>,
     pub(crate) entry: Arc<VmEntry>,
+    /// Its place among the VM's connections, which what follows on the connection holds on to.
+    pub(super) slot: Arc<Place>,
     /// What the guest connected to.
     pub(crate) to: SocketAddr,
     /// The name of SNI, where TLS was opened.
@@ -68,6 +71,7 @@ impl HttpConn {
     pub(crate) fn new(
         shared: Arc<Shared>,
         entry: Arc<VmEntry>,
+        slot: Arc<Place>,
         to: SocketAddr,
         tls: Option<HostName>,
         alpn: Alpn,
@@ -76,6 +80,7 @@ impl HttpConn {
         Self {
             shared,
             entry,
+            slot,
             to,
             tls,
             alpn,
@@ -225,7 +230,7 @@ impl HttpConn {
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
             return match wish {
                 Some(wish) if wish.is_answered(response.headers()) => {
-                    wish.grant(response, record, ticket, patterns, self.entry.clone())
+                    wish.grant(self, response, record, ticket, patterns)
                 }
                 Some(_) => refuse(record, "the upstream switched to something else than WebSocket"),
                 None => refuse(record, "the upstream switched protocols unasked"),
@@ -309,7 +314,7 @@ impl HttpConn {
                 }
             }
         }
-        let mut upstream = self.shared.connector.connect(policy, key.clone()).await?;
+        let mut upstream = self.shared.connector.connect(&self.entry, policy, key.clone()).await?;
         upstream.ready().await;
         Ok((upstream, false))
     }
@@ -383,8 +388,7 @@ impl Drop for HttpConn {
         }
         let upstream = self.parked.get_mut().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(upstream) = upstream {
-            let vm = self.entry.policy.load().vm.clone();
-            self.shared.pool.give(&vm, upstream);
+            self.shared.pool.give(&self.entry, upstream);
         }
     }
 }

@@ -5,6 +5,8 @@ use crate::{
     decide::Route,
     dial::{DialError, Dialer},
     intercept::leaf::Alpn,
+    socket::Socket,
+    table::VmEntry,
     trust::Trust,
 };
 use http::{Request, Response};
@@ -14,10 +16,7 @@ use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 use tapgate_model::{HostName, Reason, VmPolicy};
-use tokio::{
-    io::{AsyncRead, AsyncWrite},
-    net::TcpStream,
-};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
 /// What an upstream connection is for; two requests share one only if all of this is the same.
@@ -158,10 +157,10 @@ impl Connector {
     /// TLS to the upstream, verified for the name. Without an offer, nothing is said of a protocol.
     pub(crate) async fn tls(
         &self,
-        stream: TcpStream,
+        stream: Socket,
         name: &HostName,
         offer: Option<Alpn>,
-    ) -> Result<TlsStream<TcpStream>, UpstreamError> {
+    ) -> Result<TlsStream<Socket>, UpstreamError> {
         let config = match offer {
             Some(Alpn::Http1) => &self.http1,
             Some(Alpn::Http2) => &self.http2,
@@ -177,8 +176,13 @@ impl Connector {
     }
 
     /// Dials, verifies, and begins HTTP in what was negotiated; in clear text, in what is offered.
-    pub(crate) async fn connect(&self, policy: &VmPolicy, key: Key) -> Result<Upstream, UpstreamError> {
-        let (stream, address) = self.dialer.dial(policy, &key.route, key.to).await?;
+    pub(crate) async fn connect(
+        &self,
+        entry: &VmEntry,
+        policy: &VmPolicy,
+        key: Key,
+    ) -> Result<Upstream, UpstreamError> {
+        let (stream, address) = self.dialer.dial(entry, policy, &key.route, key.to).await?;
         let sender = match &key.tls {
             None => begin(stream, key.offer).await?,
             Some(name) => {
