@@ -21,8 +21,8 @@ use tapgate_model::AuditSink;
 use tokio::net::TcpListener;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-/// How long connections are given to end when the daemon stops.
-const DRAIN: Duration = Duration::from_secs(5);
+/// How long connections are given to end when the daemon stops, or the rules cut them.
+pub(crate) const DRAIN: Duration = Duration::from_secs(5);
 /// The name of the proxy's threads.
 const THREADS: &str = "proxy";
 /// Between two sweeps of what rests.

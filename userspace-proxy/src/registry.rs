@@ -7,6 +7,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 use tapgate_model::{HostName, VmPolicy};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 /// What a connection was let out as.
@@ -49,11 +50,15 @@ struct Live {
 
 /// The connections of one VM.
 #[derive(Default)]
-pub(crate) struct Registry(Mutex<Live>);
+pub(crate) struct Registry {
+    live: Mutex<Live>,
+    /// Told whenever some were cut.
+    cuts: watch::Sender<()>,
+}
 
 impl Registry {
     fn lock(&self) -> MutexGuard<'_, Live> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes up a connection; it is forgotten when the ticket is dropped.
@@ -71,16 +76,23 @@ impl Registry {
 
     /// Cuts every connection that the policy no longer lets out.
     pub(crate) fn rejudge(&self, policy: &VmPolicy) {
-        self.lock().open.values().filter(|(subject, _)| !subject.stands(policy)).for_each(|(_, token)| {
-            token.cancel();
-        });
+        self.cut(|subject| !subject.stands(policy));
     }
 
     /// Cuts all, and whatever comes later.
     pub(crate) fn cut_all(&self) {
-        let mut live = self.lock();
-        live.closed = true;
-        live.open.values().for_each(|(_, token)| token.cancel());
+        self.lock().closed = true;
+        self.cut(|_| true);
+    }
+
+    fn cut(&self, which: impl Fn(&Subject) -> bool) {
+        self.lock().open.values().filter(|(subject, _)| which(subject)).for_each(|(_, token)| token.cancel());
+        self.cuts.send_replace(());
+    }
+
+    /// Hears of it whenever some may have been cut.
+    pub(crate) fn cuts(&self) -> watch::Receiver<()> {
+        self.cuts.subscribe()
     }
 
     /// How many are open.

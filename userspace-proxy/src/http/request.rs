@@ -10,6 +10,7 @@ use super::{
     headers::strip_hop_by_hop,
     response,
     target::{Refused, address, name_in, repeatable, who},
+    under_way::UnderWay,
     upgrade,
     upstream::{Key, Sender, Upstream, UpstreamError},
 };
@@ -55,6 +56,7 @@ pub(crate) struct HttpConn {
     started: Instant,
     refusal: Option<Refusal>,
     requests: AtomicU64,
+    pub(super) under_way: UnderWay,
     parked: Mutex<Option<Upstream>>,
 }
 
@@ -88,6 +90,7 @@ impl HttpConn {
             started: Instant::now(),
             refusal: None,
             requests: AtomicU64::new(0),
+            under_way: UnderWay::default(),
             parked: Mutex::default(),
         }
     }
@@ -192,7 +195,8 @@ impl HttpConn {
         let Passed { policy, decision, mut parts, body, mut record } = passed;
         let host = decision.name.as_ref();
         let asked = deny::accept(&parts.headers);
-        let ticket = self.entry.enter(decision.subject.clone());
+        let ticket = Arc::new(self.entry.enter(decision.subject.clone()));
+        self.under_way.add(&ticket);
         let wish = upgrade::take(&mut parts);
         let channel = self.channel(&policy, &decision).await;
         let outcome = match self.rewrite(&policy, &decision, &mut parts, channel, wish.is_some()) {
@@ -205,8 +209,8 @@ impl HttpConn {
         record.secrets(outcome.injected.into_iter().collect(), outcome.withheld.into_iter().collect());
         let patterns = self.entry.patterns(&policy, outcome.credentials);
         let method = parts.method.clone();
-        let request =
-            Request::from_parts(parts, Outgoing::wrap(body, record.counters.clone(), self.entry.clone()));
+        let body = Outgoing::wrap(body, &ticket, record.counters.clone(), self.entry.clone());
+        let request = Request::from_parts(parts, body);
         // Another protocol can follow on HTTP/1.1 alone.
         let offer = if wish.is_some() { Alpn::Http1 } else { self.offer };
         let key = Key::new(self.tls.clone(), decision.route.clone(), self.to, offer);

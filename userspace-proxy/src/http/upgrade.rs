@@ -84,7 +84,7 @@ impl Wish {
         conn: &HttpConn,
         mut response: Response<hyper::body::Incoming>,
         mut record: Record,
-        ticket: Ticket,
+        ticket: Arc<Ticket>,
         patterns: Option<Arc<Patterns>>,
     ) -> Response<Body> {
         let upstream = hyper::upgrade::on(&mut response);
