@@ -13,7 +13,7 @@ use crate::{
     peek::{self, First, tls::Hello},
     place::Place,
     proxy::Shared,
-    registry::Subject,
+    registry::{Subject, Ticket},
     splice,
     table::VmEntry,
 };
@@ -225,7 +225,7 @@ impl Conn {
         let passed = tokio::select! {
             biased;
             () = revoked.cancelled() => None,
-            passed = self.pass(&mut record, &decision.route, raw, hear) => Some(passed),
+            passed = self.pass(&mut record, &ticket, &decision.route, raw, hear) => Some(passed),
             () = stop.cancelled() => return None,
         };
         match passed {
@@ -253,12 +253,14 @@ impl Conn {
     async fn pass(
         &mut self,
         record: &mut Record,
+        ticket: &Ticket,
         route: &Route,
         mut raw: Bytes,
         hear: bool,
     ) -> Result<Option<(First, Bytes)>, DialError> {
         let dialer = &self.shared.connector.dialer;
-        let (mut upstream, address) = dialer.dial(&self.entry, &self.policy, route, self.to).await?;
+        let (mut upstream, address) = dialer.dial(&self.entry, route, self.to).await?;
+        dialer.enter(&self.entry, ticket, address.ip())?;
         record.dialled(address.ip());
         let timeouts = self.shared.config.timeouts;
         if hear {

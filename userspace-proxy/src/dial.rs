@@ -3,6 +3,7 @@
 
 use crate::{
     decide::Route,
+    registry::Ticket,
     resolve::Resolve,
     socket::Socket,
     table::{PolicyTable, VmEntry},
@@ -69,34 +70,41 @@ impl Dialer {
         self.table.refuse_local(address)
     }
 
-    /// Connects to where the decision leads. `to` is what the guest chose: its port, and its address only for
+    /// Notes on the ticket where its connection leads, and judges that once more by what holds now: a change between the
+    /// dial and this is not missed, nor one after it.
+    pub(crate) fn enter(&self, entry: &VmEntry, ticket: &Ticket, address: IpAddr) -> Result<(), DialError> {
+        ticket.leads_to(address);
+        self.admits(&entry.policy.load(), address).map_err(DialError::Refused)
+    }
+
+    /// Connects to where the decision leads, by the policy of the moment. `to` is what the guest chose: its port, and its address only for
     /// [`Route::Address`].
     pub(crate) async fn dial(
         &self,
         entry: &VmEntry,
-        policy: &VmPolicy,
         route: &Route,
         to: SocketAddr,
     ) -> Result<(Socket, SocketAddr), DialError> {
         let attempt = async {
             let candidates = match route {
-                Route::Name(name) => self.candidates(policy, name).await?,
+                Route::Name(name) => self.candidates(entry, name).await?,
                 Route::Address => {
-                    self.admits(policy, to.ip()).map_err(DialError::Refused)?;
+                    self.admits(&entry.policy.load(), to.ip()).map_err(DialError::Refused)?;
                     vec![to.ip()]
                 }
             };
-            self.race(entry, policy, candidates, to.port()).await
+            self.race(entry, candidates, to.port()).await
         };
         let late = || DialError::Unreachable(io::ErrorKind::TimedOut.into());
         timeout(self.patience, attempt).await.unwrap_or_else(|_| Err(late()))
     }
 
     /// The name's addresses that may be dialled.
-    async fn candidates(&self, policy: &VmPolicy, name: &HostName) -> Result<Vec<IpAddr>, DialError> {
+    async fn candidates(&self, entry: &VmEntry, name: &HostName) -> Result<Vec<IpAddr>, DialError> {
         let all = self.resolve.addresses(name).await.map_err(|_| DialError::Unresolved)?;
+        let policy = entry.policy.load();
         let admitted: Vec<_> =
-            all.iter().copied().filter(|a| self.admits(policy, *a).is_ok()).take(MOST).collect();
+            all.iter().copied().filter(|a| self.admits(&policy, *a).is_ok()).take(MOST).collect();
         match (admitted.is_empty(), all.is_empty()) {
             (true, true) => Err(DialError::Unresolved),
             (true, false) => Err(DialError::Refused(Reason::Rebinding)),
@@ -113,7 +121,6 @@ impl Dialer {
     async fn race(
         &self,
         entry: &VmEntry,
-        policy: &VmPolicy,
         candidates: Vec<IpAddr>,
         port: u16,
     ) -> Result<(Socket, SocketAddr), DialError> {
@@ -122,7 +129,7 @@ impl Dialer {
         let mut attempts = FuturesUnordered::new();
         loop {
             if let Some(address) = candidates.next() {
-                attempts.push(self.connect(entry, policy, SocketAddr::new(address, port)));
+                attempts.push(self.connect(entry, SocketAddr::new(address, port)));
             } else if attempts.is_empty() {
                 return Err(last);
             }
@@ -137,13 +144,8 @@ impl Dialer {
         }
     }
 
-    async fn connect(
-        &self,
-        entry: &VmEntry,
-        policy: &VmPolicy,
-        to: SocketAddr,
-    ) -> Result<(Socket, SocketAddr), DialError> {
-        self.admits(policy, to.ip()).map_err(DialError::Refused)?;
+    async fn connect(&self, entry: &VmEntry, to: SocketAddr) -> Result<(Socket, SocketAddr), DialError> {
+        self.admits(&entry.policy.load(), to.ip()).map_err(DialError::Refused)?;
         let place = entry.reach().ok_or(DialError::Limit)?;
         let stream = TcpStream::connect(to).await.map_err(DialError::Unreachable)?;
         crate::io::tune(&stream);

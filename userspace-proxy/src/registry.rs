@@ -45,7 +45,22 @@ impl Subject {
 struct Live {
     next: u64,
     closed: bool,
-    open: HashMap<u64, (Subject, CancellationToken)>,
+    open: HashMap<u64, Open>,
+}
+
+struct Open {
+    subject: Subject,
+    /// Where it leads, once that was dialled.
+    address: Option<IpAddr>,
+    revoked: CancellationToken,
+}
+
+impl Open {
+    /// Whether the policy still lets it out, to where it leads: a name is no leave for every address.
+    fn stands(&self, policy: &VmPolicy) -> bool {
+        self.subject.stands(policy)
+            && self.address.is_none_or(|address| policy.admits_resolved(address).is_ok())
+    }
 }
 
 /// The connections of one VM.
@@ -70,13 +85,18 @@ impl Registry {
         if live.closed {
             revoked.cancel();
         }
-        live.open.insert(key, (subject, revoked.clone()));
+        live.open.insert(key, Open { subject, address: None, revoked: revoked.clone() });
         Ticket { registry: self.clone(), key, revoked }
     }
 
     /// Cuts every connection that the policy no longer lets out.
     pub(crate) fn rejudge(&self, policy: &VmPolicy) {
-        self.cut(|subject| !subject.stands(policy));
+        self.cut(|open| !open.stands(policy));
+    }
+
+    /// Cuts every connection that leads to one of these addresses.
+    pub(crate) fn leave(&self, which: impl Fn(IpAddr) -> bool) {
+        self.cut(|open| open.address.is_some_and(&which));
     }
 
     /// Cuts all, and whatever comes later.
@@ -85,8 +105,8 @@ impl Registry {
         self.cut(|_| true);
     }
 
-    fn cut(&self, which: impl Fn(&Subject) -> bool) {
-        self.lock().open.values().filter(|(subject, _)| which(subject)).for_each(|(_, token)| token.cancel());
+    fn cut(&self, which: impl Fn(&Open) -> bool) {
+        self.lock().open.values().filter(|open| which(open)).for_each(|open| open.revoked.cancel());
         self.cuts.send_replace(());
     }
 
@@ -107,6 +127,15 @@ pub(crate) struct Ticket {
     key: u64,
     /// Cancelled when the rules no longer allow the connection.
     pub revoked: CancellationToken,
+}
+
+impl Ticket {
+    /// Notes where the connection leads: from here on it is cut, too, when that may not be reached any more.
+    pub(crate) fn leads_to(&self, address: IpAddr) {
+        if let Some(open) = self.registry.lock().open.get_mut(&self.key) {
+            open.address = Some(address);
+        }
+    }
 }
 
 impl Drop for Ticket {

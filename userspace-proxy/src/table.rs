@@ -212,11 +212,20 @@ impl PolicyTable {
         self.change(|state| {
             state.host_addresses = addresses.iter().map(IpAddr::to_canonical).collect();
         });
+        self.leave_local();
     }
 
     /// The ranges that guests' addresses come from: no name or rule leads a guest to another.
     pub fn set_guest_range(&self, ranges: &[HostPrefix]) {
         self.change(|state| state.guest_ranges = ranges.to_vec());
+        self.leave_local();
+    }
+
+    /// Cuts what leads to an address that has become the host's or a guest's.
+    fn leave_local(&self) {
+        for entry in self.state.load().by_vm.values() {
+            entry.live.leave(|address| self.refuse_local(address).is_err());
+        }
     }
 
     /// The VM with this address.

@@ -21,6 +21,7 @@ use crate::{
     intercept::leaf::Alpn,
     place::Place,
     proxy::Shared,
+    registry::Ticket,
     secret::{
         decode,
         substitute::{Channel, Outcome, substitute_headers},
@@ -219,7 +220,7 @@ impl HttpConn {
             () = ticket.revoked.cancelled() => {
                 return self.deny(record, Reason::Revoked, host, None, &asked);
             }
-            sent = self.send(&policy, key, request, wish.is_some()) => sent,
+            sent = self.send(&ticket, key, request, wish.is_some()) => sent,
         };
         let (response, upstream) = match sent {
             Ok(sent) => sent,
@@ -300,13 +301,14 @@ impl HttpConn {
     /// A connection for the key: the one used before, one at rest, or a new one. True if it was used before.
     async fn upstream(
         &self,
-        policy: &VmPolicy,
+        ticket: &Ticket,
         key: &Key,
         fresh: bool,
     ) -> Result<(Upstream, bool), UpstreamError> {
         let dialer = &self.shared.connector.dialer;
+        let policy = self.entry.policy.load_full();
         let fits = |upstream: &Upstream| {
-            upstream.key == *key && dialer.admits(policy, upstream.address.ip()).is_ok()
+            upstream.key == *key && dialer.admits(&policy, upstream.address.ip()).is_ok()
         };
         if !fresh {
             let parked = self.unpark().filter(fits);
@@ -314,18 +316,20 @@ impl HttpConn {
                 if let Some(mut upstream) = candidate
                     && upstream.ready().await
                 {
+                    dialer.enter(&self.entry, ticket, upstream.address.ip())?;
                     return Ok((upstream, true));
                 }
             }
         }
-        let mut upstream = self.shared.connector.connect(&self.entry, policy, key.clone()).await?;
+        let mut upstream = self.shared.connector.connect(&self.entry, key.clone()).await?;
+        dialer.enter(&self.entry, ticket, upstream.address.ip())?;
         upstream.ready().await;
         Ok((upstream, false))
     }
 
     async fn send(
         &self,
-        policy: &VmPolicy,
+        ticket: &Ticket,
         key: Key,
         mut request: Request<Body>,
         upgrade: bool,
@@ -333,7 +337,7 @@ impl HttpConn {
         let mut again = repeatable(&request);
         let mut fresh = upgrade;
         loop {
-            let (mut upstream, used) = self.upstream(policy, &key, fresh).await?;
+            let (mut upstream, used) = self.upstream(ticket, &key, fresh).await?;
             if let Some(shared) = upstream.share() {
                 self.park(shared);
             }

@@ -15,7 +15,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
-use tapgate_model::{HostName, Reason, VmPolicy};
+use tapgate_model::{HostName, Reason};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
@@ -176,13 +176,8 @@ impl Connector {
     }
 
     /// Dials, verifies, and begins HTTP in what was negotiated; in clear text, in what is offered.
-    pub(crate) async fn connect(
-        &self,
-        entry: &VmEntry,
-        policy: &VmPolicy,
-        key: Key,
-    ) -> Result<Upstream, UpstreamError> {
-        let (stream, address) = self.dialer.dial(entry, policy, &key.route, key.to).await?;
+    pub(crate) async fn connect(&self, entry: &VmEntry, key: Key) -> Result<Upstream, UpstreamError> {
+        let (stream, address) = self.dialer.dial(entry, &key.route, key.to).await?;
         let sender = match &key.tls {
             None => begin(stream, key.offer).await?,
             Some(name) => {

@@ -105,11 +105,13 @@ impl Conn {
         let key = Key::new(Some(name.clone()), route, self.to, Alpn::Http2);
         let pooled = self.shared.pool.take(&self.policy.vm, &key);
         let dialer = &self.shared.connector.dialer;
-        if let Some(upstream) = pooled.filter(|up| dialer.admits(&self.policy, up.address.ip()).is_ok()) {
+        if let Some(upstream) =
+            pooled.filter(|up| dialer.admits(&self.entry.policy.load(), up.address.ip()).is_ok())
+        {
             return Some(upstream);
         }
         // A failure is told to the guest as the answer to its first request.
-        let connected = self.shared.connector.connect(&self.entry, &self.policy, key).await;
+        let connected = self.shared.connector.connect(&self.entry, key).await;
         connected.inspect_err(|error| tracing::debug!(%name, %error, "no upstream yet")).ok()
     }
 }
@@ -135,7 +137,7 @@ impl Other {
         let heard = tokio::select! {
             biased;
             () = ticket.revoked.cancelled() => Err(Reason::Revoked),
-            heard = self.listen(stream, &mut said, &mut record) => heard.map_err(|error| error.reason()),
+            heard = self.listen(stream, &mut said, &mut record, ticket) => heard.map_err(|error| error.reason()),
             () = sleep(self.shared.config.timeouts.idle) => {
                 farewell(stream, b"").await;
                 return None;
@@ -165,8 +167,9 @@ impl Other {
         guest: &mut Opened,
         said: &mut BytesMut,
         record: &mut Record,
+        ticket: &Ticket,
     ) -> Result<Option<Prefixed<Upstreams>>, UpstreamError> {
-        let mut upstream = self.dial(record).await?;
+        let mut upstream = self.dial(record, ticket).await?;
         let mut heard = BytesMut::with_capacity(4 * 1024);
         tokio::select! {
             biased;
@@ -181,7 +184,7 @@ impl Other {
         let dialled = tokio::select! {
             biased;
             () = ticket.revoked.cancelled() => Err(Reason::Revoked),
-            dialled = self.dial(&mut record) => dialled.map_err(|error| error.reason()),
+            dialled = self.dial(&mut record, ticket) => dialled.map_err(|error| error.reason()),
             () = self.shared.stop.cancelled() => return,
         };
         match dialled {
@@ -203,10 +206,10 @@ impl Other {
         record
     }
 
-    async fn dial(&self, record: &mut Record) -> Result<Upstreams, UpstreamError> {
+    async fn dial(&self, record: &mut Record, ticket: &Ticket) -> Result<Upstreams, UpstreamError> {
         let connector = &self.shared.connector;
-        let (stream, address) =
-            connector.dialer.dial(&self.entry, &self.policy, &self.route, self.to).await?;
+        let (stream, address) = connector.dialer.dial(&self.entry, &self.route, self.to).await?;
+        connector.dialer.enter(&self.entry, ticket, address.ip())?;
         record.dialled(address.ip());
         connector.tls(stream, &self.name, None).await
     }
