@@ -51,7 +51,7 @@ pub struct Limits {
     pub new_per_second: u32,
     /// Octets a second through the proxy, both ways together; none means no bound.
     pub octets_per_second: Option<u64>,
-    /// DNS questions being answered at one time.
+    /// DNS questions being answered, and names looked up to dial them, at one time.
     pub dns_in_flight: usize,
     /// Addresses kept as given to the VM by DNS.
     pub pins: usize,

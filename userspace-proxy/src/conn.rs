@@ -88,7 +88,7 @@ pub(crate) async fn handle(shared: Arc<Shared>, accepted: Accepted) {
 }
 
 /// Closes with a reset: what cannot be said in the protocol is at least said at once.
-fn reset(stream: &TcpStream) {
+pub(crate) fn reset(stream: &TcpStream) {
     let _ = socket2::SockRef::from(stream).set_linger(Some(Duration::ZERO));
 }
 
@@ -183,7 +183,9 @@ impl Conn {
         let could = decision.verdict.is_allowed() && self.policy.could_inject(name);
         match decision.route {
             Route::Name(_) => could,
-            Route::Address => could && self.shared.connector.dialer.leads_to(name, self.to.ip()).await,
+            Route::Address => {
+                could && self.shared.connector.dialer.leads_to(&self.entry, name, self.to.ip()).await
+            }
         }
     }
 

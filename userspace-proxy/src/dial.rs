@@ -35,8 +35,8 @@ pub(crate) enum DialError {
     /// The name does not resolve.
     #[error("the name does not resolve; check its spelling and the daemon's resolvers")]
     Unresolved,
-    /// The VM has as many sockets towards upstreams as it may.
-    #[error("this VM has too many connections to upstreams")]
+    /// The VM has as many sockets towards upstreams, or lookups under way, as it may.
+    #[error("this VM has too many connections to upstreams, or looks up too many names at a time")]
     Limit,
     /// Nothing answered.
     #[error("the upstream could not be reached: {0}")]
@@ -101,7 +101,7 @@ impl Dialer {
 
     /// The name's addresses that may be dialled.
     async fn candidates(&self, entry: &VmEntry, name: &HostName) -> Result<Vec<IpAddr>, DialError> {
-        let all = self.resolve.addresses(name).await.map_err(|_| DialError::Unresolved)?;
+        let all = self.addresses(entry, name).await?;
         let policy = entry.policy.load();
         let admitted: Vec<_> =
             all.iter().copied().filter(|a| self.admits(&policy, *a).is_ok()).take(MOST).collect();
@@ -112,9 +112,18 @@ impl Dialer {
         }
     }
 
+    /// The name's addresses, once it is the VM's turn: one VM's lookups never keep others' from being sent.
+    async fn addresses(&self, entry: &VmEntry, name: &HostName) -> Result<Vec<IpAddr>, DialError> {
+        // Half of the patience, so that it is told apart from an upstream that does not answer.
+        let Ok(Ok(_turn)) = timeout(self.patience / 2, entry.dns.acquire()).await else {
+            return Err(DialError::Limit);
+        };
+        self.resolve.addresses(name).await.map_err(|_| DialError::Unresolved)
+    }
+
     /// Whether the name resolves to this very address: what binds a name to an address that a `cidr` rule allows.
-    pub(crate) async fn leads_to(&self, name: &HostName, address: IpAddr) -> bool {
-        let resolved = timeout(self.patience, self.resolve.addresses(name)).await;
+    pub(crate) async fn leads_to(&self, entry: &VmEntry, name: &HostName, address: IpAddr) -> bool {
+        let resolved = timeout(self.patience, self.addresses(entry, name)).await;
         matches!(resolved, Ok(Ok(all)) if all.contains(&address.to_canonical()))
     }
 

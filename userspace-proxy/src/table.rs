@@ -41,8 +41,8 @@ pub(crate) struct VmEntry {
     pub live: Arc<Registry>,
     /// What to look for in answers, and the secrets that it was made of.
     patterns: ArcSwapOption<Made>,
-    /// Questions being answered.
-    pub dns: Arc<Semaphore>,
+    /// Names being looked up: questions, which are refused when there are too many, and dials, which wait.
+    pub dns: Semaphore,
     limits: ArcSwap<Limits>,
     /// What it moves.
     pub throttle: Throttle,
@@ -158,7 +158,7 @@ impl PolicyTable {
             pins: Pins::new(limits.pins),
             live: Arc::default(),
             patterns: ArcSwapOption::empty(),
-            dns: Arc::new(Semaphore::new(limits.dns_in_flight)),
+            dns: Semaphore::new(limits.dns_in_flight),
             limits: ArcSwap::from_pointee(*limits),
             throttle: Throttle::new(limits.octets_per_second),
             open: Places::default(),

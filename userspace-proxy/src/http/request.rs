@@ -185,10 +185,12 @@ impl HttpConn {
                 Channel::Nowhere
             }
             // The guest chose this address and wrote this name: a secret goes there only if they belong together.
-            (None, Route::Address) => match self.shared.connector.dialer.leads_to(name, self.to.ip()).await {
-                true => Channel::Clear,
-                false => Channel::Nowhere,
-            },
+            (None, Route::Address) => {
+                match self.shared.connector.dialer.leads_to(&self.entry, name, self.to.ip()).await {
+                    true => Channel::Clear,
+                    false => Channel::Nowhere,
+                }
+            }
         }
     }
 
