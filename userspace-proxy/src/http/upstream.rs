@@ -19,6 +19,11 @@ use tapgate_model::{HostName, Reason};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
+/// What one HTTP/2 stream of an upstream may send ahead of the guest's reading, in octets; and all of a connection. Fixed: one
+/// that grew with what the path carries would let every connection hold many times as much.
+const STREAM_WINDOW: u32 = 1024 * 1024;
+const CONNECTION_WINDOW: u32 = 2 * STREAM_WINDOW;
+
 /// What an upstream connection is for; two requests share one only if all of this is the same.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Key {
@@ -208,7 +213,8 @@ where
         Alpn::Http2 => {
             let (sender, connection) = http2::Builder::new(TokioExecutor::new())
                 .timer(TokioTimer::new())
-                .adaptive_window(true)
+                .initial_stream_window_size(STREAM_WINDOW)
+                .initial_connection_window_size(CONNECTION_WINDOW)
                 .max_header_list_size(256 * 1024)
                 .keep_alive_interval(Duration::from_secs(30))
                 .handshake(io)
