@@ -9,14 +9,16 @@ use http::{Request, Response};
 use http_body_util::Empty;
 use hyper::client::conn::http2::SendRequest;
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use std::{net::Ipv4Addr, sync::Arc};
+use std::{net::Ipv4Addr, sync::Arc, time::Duration};
 use support::{ATTACKER, GUEST, OTHER, SERVER, World, world};
 use tapgate_model::{GuestNet, Mode, Reason, Verdict, VmId, VmPolicy};
 use tapgate_proxy::{Limits, VmCa};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
+    time::timeout,
 };
+use tokio_util::sync::CancellationToken;
 
 const OTHER_GUEST: Ipv4Addr = Ipv4Addr::new(10, 214, 0, 2);
 const GET: &str = "GET / HTTP/1.1\r\nHost: api.example\r\nConnection: close\r\n\r\n";
@@ -143,6 +145,24 @@ fn a_websocket_keeps_its_connections_place_until_it_ends() {
         let (stream, start) = websocket(&w).await.unwrap();
         assert_eq!(&start, b"HTTP/1.1 101");
         open.push(stream);
+    });
+}
+
+#[test]
+fn a_websocket_on_which_nothing_moves_is_closed_and_so_is_one_when_the_daemon_stops() {
+    world(|mut w| async move {
+        start(&mut w).await;
+        let end = Duration::from_secs(10);
+        let (mut stream, _) = websocket(&w).await.unwrap();
+        w.stop.cancel();
+        let _ = timeout(end, stream.read_to_end(&mut Vec::new())).await.expect("it ends with the daemon");
+        w.stop = CancellationToken::new();
+        let mut config = support::config(&w.ca);
+        config.timeouts.idle = Duration::from_millis(200);
+        w.restart(config);
+        let (mut stream, _) = websocket(&w).await.unwrap();
+        let _ = timeout(end, stream.read_to_end(&mut Vec::new())).await.expect("nothing moves");
+        assert!(w.events(2).await.iter().all(|event| event.status == Some(101)));
     });
 }
 
