@@ -8,7 +8,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 use tapgate_model::{AuditEvent, AuditSink, EventId, HostName, Protocol, Verdict, VmPolicy};
 
@@ -28,6 +28,17 @@ impl Counters {
     /// The sum of both: changes whenever anything moves.
     pub(crate) fn total(&self) -> u64 {
         self.out.load(Ordering::Relaxed).wrapping_add(self.r#in.load(Ordering::Relaxed))
+    }
+
+    /// Ends when nothing has moved for so long.
+    pub(crate) async fn still(&self, idle: Duration) {
+        loop {
+            let before = self.total();
+            tokio::time::sleep(idle).await;
+            if self.total() == before {
+                return;
+            }
+        }
     }
 }
 

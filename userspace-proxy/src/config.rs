@@ -51,10 +51,18 @@ pub struct Limits {
     pub new_per_second: u32,
     /// Octets a second through the proxy, both ways together; none means no bound.
     pub octets_per_second: Option<u64>,
-    /// DNS questions being answered at one time.
+    /// DNS questions being answered, and names looked up to dial them, at one time.
     pub dns_in_flight: usize,
     /// Addresses kept as given to the VM by DNS.
     pub pins: usize,
+}
+
+impl Limits {
+    /// Sockets towards upstreams at one time: one for each connection, and as many that rest, or are asked for by a
+    /// connection that has others already (streams of HTTP/2, one address tried beside another).
+    pub(crate) fn upstreams(&self) -> usize {
+        self.connections.saturating_mul(2)
+    }
 }
 
 impl Default for Limits {

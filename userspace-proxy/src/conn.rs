@@ -11,8 +11,9 @@ use crate::{
     intercept::leaf::Alpn,
     io::{Prefixed, farewell},
     peek::{self, First, tls::Hello},
+    place::Place,
     proxy::Shared,
-    registry::Subject,
+    registry::{Subject, Ticket},
     splice,
     table::VmEntry,
 };
@@ -50,6 +51,8 @@ pub(crate) struct Conn {
     /// What the guest connected to.
     pub(crate) to: SocketAddr,
     pub(crate) started: Instant,
+    /// Its place among the VM's connections.
+    pub(crate) slot: Arc<Place>,
 }
 
 /// Handles a connection to its end.
@@ -62,12 +65,13 @@ pub(crate) async fn handle(shared: Arc<Shared>, accepted: Accepted) {
         return reset(&stream);
     };
     let policy = entry.policy.load_full();
-    let slot = entry.admit();
-    let mut conn = Conn { shared, entry: entry.clone(), policy, stream, to, started };
-    if slot.is_none() {
-        let _record = conn.record(Protocol::Tcp, Verdict::Deny { reason: Reason::Limit }, None);
-        return reset(&conn.stream);
-    }
+    let Some(slot) = entry.admit() else {
+        let verdict = Verdict::Deny { reason: Reason::Limit };
+        let mut record = Record::begin(&shared.sink, &policy, Protocol::Tcp, verdict, started);
+        record.destination(None, to.ip(), to.port());
+        return reset(&stream);
+    };
+    let mut conn = Conn { shared, entry, policy, stream, to, started, slot: Arc::new(slot) };
     crate::io::tune(&conn.stream);
     let timeouts = conn.shared.config.timeouts;
     // A short wait is for servers that speak first, where that may happen at all. Where a client speaks first, a slow
@@ -81,11 +85,10 @@ pub(crate) async fn handle(shared: Arc<Shared>, accepted: Accepted) {
         Ok((first, raw)) => conn.dispatch(first, raw).await,
         Err(_) => conn.dispatch(First::Closed, Bytes::new()).await,
     }
-    drop(slot);
 }
 
 /// Closes with a reset: what cannot be said in the protocol is at least said at once.
-fn reset(stream: &TcpStream) {
+pub(crate) fn reset(stream: &TcpStream) {
     let _ = socket2::SockRef::from(stream).set_linger(Some(Duration::ZERO));
 }
 
@@ -123,7 +126,7 @@ impl Conn {
     }
 
     async fn http(self, alpn: Alpn, raw: Bytes) {
-        let conn = HttpConn::new(self.shared, self.entry, self.to, None, alpn, alpn);
+        let conn = HttpConn::new(self.shared, self.entry, self.slot, self.to, None, alpn, alpn);
         serve(conn, Prefixed::new(raw, self.stream), CancellationToken::new()).await;
     }
 
@@ -180,7 +183,9 @@ impl Conn {
         let could = decision.verdict.is_allowed() && self.policy.could_inject(name);
         match decision.route {
             Route::Name(_) => could,
-            Route::Address => could && self.shared.connector.dialer.leads_to(name, self.to.ip()).await,
+            Route::Address => {
+                could && self.shared.connector.dialer.leads_to(&self.entry, name, self.to.ip()).await
+            }
         }
     }
 
@@ -222,7 +227,7 @@ impl Conn {
         let passed = tokio::select! {
             biased;
             () = revoked.cancelled() => None,
-            passed = self.pass(&mut record, &decision.route, raw, hear) => Some(passed),
+            passed = self.pass(&mut record, &ticket, &decision.route, raw, hear) => Some(passed),
             () = stop.cancelled() => return None,
         };
         match passed {
@@ -250,12 +255,14 @@ impl Conn {
     async fn pass(
         &mut self,
         record: &mut Record,
+        ticket: &Ticket,
         route: &Route,
         mut raw: Bytes,
         hear: bool,
     ) -> Result<Option<(First, Bytes)>, DialError> {
         let dialer = &self.shared.connector.dialer;
-        let (mut upstream, address) = dialer.dial(&self.policy, route, self.to).await?;
+        let (mut upstream, address) = dialer.dial(&self.entry, route, self.to).await?;
+        dialer.enter(&self.entry, ticket, address.ip())?;
         record.dialled(address.ip());
         let timeouts = self.shared.config.timeouts;
         if hear {

@@ -21,8 +21,8 @@ use tapgate_model::AuditSink;
 use tokio::net::TcpListener;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-/// How long connections are given to end when the daemon stops.
-const DRAIN: Duration = Duration::from_secs(5);
+/// How long connections are given to end when the daemon stops, or the rules cut them.
+pub(crate) const DRAIN: Duration = Duration::from_secs(5);
 /// The name of the proxy's threads.
 const THREADS: &str = "proxy";
 /// Between two sweeps of what rests.
@@ -55,6 +55,8 @@ pub(crate) struct Shared {
     pub(crate) pool: Pool,
     pub(crate) pipes: Pipes,
     pub(crate) stop: CancellationToken,
+    /// What is waited for when the daemon stops.
+    pub(crate) tasks: TaskTracker,
 }
 
 /// The proxy.
@@ -91,6 +93,7 @@ impl Proxy {
             table: self.table,
             sink: self.sink,
             stop,
+            tasks: TaskTracker::new(),
         }))
     }
 
@@ -118,18 +121,17 @@ impl Proxy {
         stop: CancellationToken,
     ) -> Result<(), ProxyError> {
         let shared = self.share(stop.clone())?;
-        let tasks = TaskTracker::new();
         loop {
             tokio::select! {
                 next = accepted.recv() => match next {
-                    Some(accepted) => drop(tasks.spawn(conn::handle(shared.clone(), accepted))),
+                    Some(accepted) => drop(shared.tasks.spawn(conn::handle(shared.clone(), accepted))),
                     None => break,
                 },
                 () = stop.cancelled() => break,
             }
         }
-        tasks.close();
-        let _ = tokio::time::timeout(DRAIN, tasks.wait()).await;
+        shared.tasks.close();
+        let _ = tokio::time::timeout(DRAIN, shared.tasks.wait()).await;
         Ok(())
     }
 }
@@ -144,14 +146,14 @@ fn provider() -> CryptoProvider {
 }
 
 async fn serve(shared: Arc<Shared>, listeners: Listeners) -> Result<(), ProxyError> {
-    let tasks = TaskTracker::new();
+    let tasks = &shared.tasks;
     let Listeners { v4, v6 } = listeners;
     for family in [Some(v4), v6].into_iter().flatten() {
         let Family { tcp, dns_udp, dns_tcp, .. } = family;
-        tasks.spawn(accept(shared.clone(), listener(tcp)?, tasks.clone(), Kind::Tcp));
-        tasks.spawn(accept(shared.clone(), listener(dns_tcp)?, tasks.clone(), Kind::Dns));
+        tasks.spawn(accept(shared.clone(), listener(tcp)?, Kind::Tcp));
+        tasks.spawn(accept(shared.clone(), listener(dns_tcp)?, Kind::Dns));
         let socket = tokio::net::UdpSocket::from_std(dns_udp)?;
-        tasks.spawn(dns::udp::serve(shared.clone(), socket, tasks.clone()));
+        tasks.spawn(dns::udp::serve(shared.clone(), socket));
     }
     tasks.spawn(sweep(shared.clone()));
     shared.stop.cancelled().await;
@@ -173,7 +175,7 @@ fn listener(listener: StdListener) -> io::Result<TcpListener> {
     TcpListener::from_std(listener)
 }
 
-async fn accept(shared: Arc<Shared>, listener: TcpListener, tasks: TaskTracker, kind: Kind) {
+async fn accept(shared: Arc<Shared>, listener: TcpListener, kind: Kind) {
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -191,8 +193,8 @@ async fn accept(shared: Arc<Shared>, listener: TcpListener, tasks: TaskTracker, 
         let Ok(destination) = stream.local_addr() else { continue };
         let accepted = Accepted { stream, guest, destination };
         match kind {
-            Kind::Tcp => drop(tasks.spawn(conn::handle(shared.clone(), accepted))),
-            Kind::Dns => drop(tasks.spawn(dns::tcp::serve(shared.clone(), accepted))),
+            Kind::Tcp => drop(shared.tasks.spawn(conn::handle(shared.clone(), accepted))),
+            Kind::Dns => drop(shared.tasks.spawn(dns::tcp::serve(shared.clone(), accepted))),
         }
     }
 }

@@ -7,6 +7,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 use tapgate_model::{HostName, VmPolicy};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 /// What a connection was let out as.
@@ -44,16 +45,35 @@ impl Subject {
 struct Live {
     next: u64,
     closed: bool,
-    open: HashMap<u64, (Subject, CancellationToken)>,
+    open: HashMap<u64, Open>,
+}
+
+struct Open {
+    subject: Subject,
+    /// Where it leads, once that was dialled.
+    address: Option<IpAddr>,
+    revoked: CancellationToken,
+}
+
+impl Open {
+    /// Whether the policy still lets it out, to where it leads: a name is no leave for every address.
+    fn stands(&self, policy: &VmPolicy) -> bool {
+        self.subject.stands(policy)
+            && self.address.is_none_or(|address| policy.admits_resolved(address).is_ok())
+    }
 }
 
 /// The connections of one VM.
 #[derive(Default)]
-pub(crate) struct Registry(Mutex<Live>);
+pub(crate) struct Registry {
+    live: Mutex<Live>,
+    /// Told whenever some were cut.
+    cuts: watch::Sender<()>,
+}
 
 impl Registry {
     fn lock(&self) -> MutexGuard<'_, Live> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes up a connection; it is forgotten when the ticket is dropped.
@@ -65,22 +85,34 @@ impl Registry {
         if live.closed {
             revoked.cancel();
         }
-        live.open.insert(key, (subject, revoked.clone()));
+        live.open.insert(key, Open { subject, address: None, revoked: revoked.clone() });
         Ticket { registry: self.clone(), key, revoked }
     }
 
     /// Cuts every connection that the policy no longer lets out.
     pub(crate) fn rejudge(&self, policy: &VmPolicy) {
-        self.lock().open.values().filter(|(subject, _)| !subject.stands(policy)).for_each(|(_, token)| {
-            token.cancel();
-        });
+        self.cut(|open| !open.stands(policy));
+    }
+
+    /// Cuts every connection that leads to one of these addresses.
+    pub(crate) fn leave(&self, which: impl Fn(IpAddr) -> bool) {
+        self.cut(|open| open.address.is_some_and(&which));
     }
 
     /// Cuts all, and whatever comes later.
     pub(crate) fn cut_all(&self) {
-        let mut live = self.lock();
-        live.closed = true;
-        live.open.values().for_each(|(_, token)| token.cancel());
+        self.lock().closed = true;
+        self.cut(|_| true);
+    }
+
+    fn cut(&self, which: impl Fn(&Open) -> bool) {
+        self.lock().open.values().filter(|open| which(open)).for_each(|open| open.revoked.cancel());
+        self.cuts.send_replace(());
+    }
+
+    /// Hears of it whenever some may have been cut.
+    pub(crate) fn cuts(&self) -> watch::Receiver<()> {
+        self.cuts.subscribe()
     }
 
     /// How many are open.
@@ -95,6 +127,15 @@ pub(crate) struct Ticket {
     key: u64,
     /// Cancelled when the rules no longer allow the connection.
     pub revoked: CancellationToken,
+}
+
+impl Ticket {
+    /// Notes where the connection leads: from here on it is cut, too, when that may not be reached any more.
+    pub(crate) fn leads_to(&self, address: IpAddr) {
+        if let Some(open) = self.registry.lock().open.get_mut(&self.key) {
+            open.address = Some(address);
+        }
+    }
 }
 
 impl Drop for Ticket {

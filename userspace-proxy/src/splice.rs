@@ -14,11 +14,7 @@ use std::{
     },
     time::Duration,
 };
-use tokio::{
-    io::Interest,
-    net::TcpStream,
-    time::{Instant, sleep_until},
-};
+use tokio::{io::Interest, net::TcpStream};
 
 /// A pipe's capacity: larger ones gain little and pin more memory.
 const CAPACITY: usize = 256 * 1024;
@@ -76,17 +72,9 @@ pub(crate) async fn relay(
             one_way(upstream, guest, pipes, &counters.r#in, throttle),
         )
     };
-    tokio::pin!(both);
-    loop {
-        let before = counters.total();
-        tokio::select! {
-            ended = &mut both => return ended.map(|_| ()),
-            () = sleep_until(Instant::now() + idle) => {
-                if counters.total() == before {
-                    return Err(io::ErrorKind::TimedOut.into());
-                }
-            }
-        }
+    tokio::select! {
+        ended = both => ended.map(|_| ()),
+        () = counters.still(idle) => Err(io::ErrorKind::TimedOut.into()),
     }
 }
 

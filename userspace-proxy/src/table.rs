@@ -5,6 +5,7 @@ use crate::{
     config::Limits,
     dns::pins::Pins,
     intercept::ca::VmCa,
+    place::{Place, Places},
     registry::{Registry, Subject, Ticket},
     secret::clean::Patterns,
     throttle::Throttle,
@@ -13,10 +14,7 @@ use arc_swap::{ArcSwap, ArcSwapOption};
 use std::{
     collections::{HashMap, HashSet},
     net::IpAddr,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
     time::Instant,
 };
 use tapgate_model::{Cidr, GuestNet, Reason, SecretBinding, VmId, VmPolicy};
@@ -43,24 +41,17 @@ pub(crate) struct VmEntry {
     pub live: Arc<Registry>,
     /// What to look for in answers, and the secrets that it was made of.
     patterns: ArcSwapOption<Made>,
-    /// Questions being answered.
-    pub dns: Arc<Semaphore>,
+    /// Names being looked up: questions, which are refused when there are too many, and dials, which wait.
+    pub dns: Semaphore,
     limits: ArcSwap<Limits>,
     /// What it moves.
     pub throttle: Throttle,
     /// Sockets accepted from it and not yet closed.
-    open: AtomicUsize,
+    open: Places,
+    /// Sockets towards upstreams, at rest or not.
+    upstreams: Places,
     /// New connections: tokens left, and when they were counted last.
     arrivals: Mutex<(f64, Instant)>,
-}
-
-/// A place among the VM's open connections; given back on drop.
-pub(crate) struct Slot(Arc<VmEntry>);
-
-impl Drop for Slot {
-    fn drop(&mut self) {
-        self.0.open.fetch_sub(1, Ordering::Relaxed);
-    }
 }
 
 impl VmEntry {
@@ -94,13 +85,9 @@ impl VmEntry {
     }
 
     /// A place for a new connection, unless the VM has too many or opens them too fast.
-    pub(crate) fn admit(self: &Arc<Self>) -> Option<Slot> {
+    pub(crate) fn admit(&self) -> Option<Place> {
         let limits = self.limits.load();
-        if self.open.fetch_add(1, Ordering::Relaxed) >= limits.connections {
-            self.open.fetch_sub(1, Ordering::Relaxed);
-            return None;
-        }
-        let slot = Slot(self.clone());
+        let slot = self.open.take(limits.connections)?;
         let rate = f64::from(limits.new_per_second);
         let mut arrivals = self.arrivals.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
@@ -112,6 +99,16 @@ impl VmEntry {
         arrivals.0 -= 1.0;
         drop(arrivals);
         Some(slot)
+    }
+
+    /// A place for a new socket towards an upstream. One connection can ask for many at a time.
+    pub(crate) fn reach(&self) -> Option<Place> {
+        self.upstreams.take(self.limits.load().upstreams())
+    }
+
+    /// Whether an upstream may be kept at rest: those that are leave half of the places to those in use.
+    pub(crate) fn may_rest(&self) -> bool {
+        self.upstreams.taken() <= self.limits.load().upstreams() / 2
     }
 }
 
@@ -161,10 +158,11 @@ impl PolicyTable {
             pins: Pins::new(limits.pins),
             live: Arc::default(),
             patterns: ArcSwapOption::empty(),
-            dns: Arc::new(Semaphore::new(limits.dns_in_flight)),
+            dns: Semaphore::new(limits.dns_in_flight),
             limits: ArcSwap::from_pointee(*limits),
             throttle: Throttle::new(limits.octets_per_second),
-            open: AtomicUsize::new(0),
+            open: Places::default(),
+            upstreams: Places::default(),
             arrivals: Mutex::new((f64::from(limits.new_per_second) * 2.0, Instant::now())),
         });
         let gone = self.change(|state| {
@@ -214,11 +212,20 @@ impl PolicyTable {
         self.change(|state| {
             state.host_addresses = addresses.iter().map(IpAddr::to_canonical).collect();
         });
+        self.leave_local();
     }
 
     /// The ranges that guests' addresses come from: no name or rule leads a guest to another.
     pub fn set_guest_range(&self, ranges: &[HostPrefix]) {
         self.change(|state| state.guest_ranges = ranges.to_vec());
+        self.leave_local();
+    }
+
+    /// Cuts what leads to an address that has become the host's or a guest's.
+    fn leave_local(&self) {
+        for entry in self.state.load().by_vm.values() {
+            entry.live.leave(|address| self.refuse_local(address).is_err());
+        }
     }
 
     /// The VM with this address.

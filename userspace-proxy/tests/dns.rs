@@ -9,7 +9,8 @@ use hickory_proto::{
     rr::{Name, RData, RecordType},
 };
 use std::{
-    net::{IpAddr, Ipv4Addr, UdpSocket},
+    io::{Read as _, Write as _},
+    net::{IpAddr, Ipv4Addr, TcpStream, UdpSocket},
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
@@ -19,6 +20,7 @@ use support::{
     sh, world_of,
 };
 use tapgate_model::{GuestNet, Mode, Reason, Verdict, VmId, VmPolicy};
+use tapgate_proxy::{Limits, ProxyConfig};
 
 const HERE: &[Ipv4Addr] = &[SERVER, OTHER, RESOLVER];
 /// Questions of one VM at one time.
@@ -134,6 +136,25 @@ fn answers_are_kept_for_their_time_and_handed_out_for_no_longer_than_a_pin() {
     });
 }
 
+/// Settings with a name server that never answers about names with `slow` in them.
+async fn slow_resolver(w: &World) -> ProxyConfig {
+    let socket = tokio::net::UdpSocket::bind((RESOLVER, 5311)).await.unwrap();
+    let zone = w.zone.clone();
+    tokio::spawn(async move {
+        let mut buffer = [0; 4096];
+        loop {
+            let (length, from) = socket.recv_from(&mut buffer).await.unwrap();
+            let answer = zone.answer(&buffer[..length]);
+            if !buffer[..length].windows(4).any(|part| part == b"slow") {
+                socket.send_to(&answer, from).await.unwrap();
+            }
+        }
+    });
+    let mut config = support::config(&w.ca);
+    config.resolvers = vec![std::net::SocketAddr::from((RESOLVER, 5311)).into()];
+    config
+}
+
 #[test]
 fn questions_beyond_the_bound_are_refused_and_only_that_vms() {
     world_of(HERE, |mut w| async move {
@@ -141,22 +162,7 @@ fn questions_beyond_the_bound_are_refused_and_only_that_vms() {
         let other = GuestNet::new(1, Ipv4Addr::new(10, 214, 0, 0), None);
         guest.shell(&format!("ip addr add {}/32 dev eth0", other.v4)).await.unwrap();
         sh(&format!("ip route add {}/32 dev tgp{}b", other.v4, std::process::id()));
-        // A name server that never answers about one name.
-        let socket = tokio::net::UdpSocket::bind((RESOLVER, 5311)).await.unwrap();
-        let zone = w.zone.clone();
-        tokio::spawn(async move {
-            let mut buffer = [0; 4096];
-            loop {
-                let (length, from) = socket.recv_from(&mut buffer).await.unwrap();
-                let answer = zone.answer(&buffer[..length]);
-                if !buffer[..length].windows(4).any(|part| part == b"slow") {
-                    socket.send_to(&answer, from).await.unwrap();
-                }
-            }
-        });
-        let mut config = support::config(&w.ca);
-        config.resolvers = vec![std::net::SocketAddr::from((RESOLVER, 5311)).into()];
-        serve_with(&w, config);
+        serve_with(&w, slow_resolver(&w).await);
         w.zone.set("a.example", &[SERVER]);
         w.rules(Mode::Enforce, &["a.example", "slow.example"], &[]);
         let vm = VmId::generate();
@@ -167,5 +173,71 @@ fn questions_beyond_the_bound_are_refused_and_only_that_vms() {
         assert!(events.iter().all(|event| event.verdict == Verdict::Deny { reason: Reason::Limit }));
         let answer = ask(&guest, other.v4, "a.example.", 1).await;
         assert_eq!(given(&answer), ["192.0.2.10"], "another VM notices nothing");
+    });
+}
+
+/// Asks over TCP, without waiting for the answer.
+fn ask_over_tcp(name: &str) -> TcpStream {
+    let mut stream = TcpStream::connect("198.51.100.53:53").unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    let message = question(name);
+    let length = u16::try_from(message.len()).unwrap().to_be_bytes();
+    stream.write_all(&[&length[..], &message].concat()).unwrap();
+    stream
+}
+
+fn answer_over_tcp(mut stream: TcpStream) -> Message {
+    let mut length = [0; 2];
+    stream.read_exact(&mut length).unwrap();
+    let mut answer = vec![0; usize::from(u16::from_be_bytes(length))];
+    stream.read_exact(&mut answer).unwrap();
+    Message::from_vec(&answer).unwrap()
+}
+
+#[test]
+fn questions_over_tcp_and_dials_share_the_bound() {
+    world_of(HERE, |mut w| async move {
+        let guest = Guest::new("t");
+        let mut config = slow_resolver(&w).await;
+        config.timeouts.connect = Duration::from_secs(1);
+        w.restart(config.clone());
+        serve_with(&w, config);
+        w.zone.set("a.example", &[SERVER]);
+        w.serve((SERVER, 80), None).await;
+        w.rules(Mode::Enforce, &["a.example", "slow.example"], &[]);
+        let limited = Verdict::Deny { reason: Reason::Limit };
+        // More than may be, each on a connection of its own; as soon as they are under way, there is no room for another.
+        let (held, refused) = guest
+            .run(|| {
+                let mut held: Vec<_> = (0..IN_FLIGHT + 8).map(|_| ask_over_tcp("slow.example.")).collect();
+                let refused = (0..20).any(|_| {
+                    std::thread::sleep(Duration::from_millis(50));
+                    // The one before may have had the last place when the last of these came.
+                    held.push(ask_over_tcp("slow.example."));
+                    let answer = answer_over_tcp(ask_over_tcp("a.example."));
+                    answer.metadata.response_code == ResponseCode::ServFail
+                });
+                (held, refused)
+            })
+            .await;
+        assert!(refused);
+        assert!(w.events(8).await.iter().all(|event| event.verdict == limited));
+        // What is dialled waits for its turn, and says so when it does not come.
+        let get = "GET / HTTP/1.1\r\nHost: a.example\r\nConnection: close\r\n\r\n";
+        let answer = w.http((SERVER, 80), get).await;
+        assert!(answer.starts_with("HTTP/1.1 429") && answer.contains("reason: limit"), "{answer}");
+        // It comes when those are given up.
+        let mut answers = 0;
+        while !w.http((SERVER, 80), get).await.starts_with("HTTP/1.1 200") {
+            answers += 1;
+            assert!(answers < 100, "nothing is given back");
+        }
+        drop(held);
+        // A connection that is one too many is recorded.
+        w.sink.forget();
+        assert!(w.table.limit(&w.policy.vm, Limits { connections: 0, ..Limits::default() }));
+        let ended = guest.run(|| TcpStream::connect("198.51.100.53:53").unwrap().read(&mut [0; 2])).await;
+        assert!(!matches!(ended, Ok(1..)));
+        assert_eq!(w.event().await.verdict, limited);
     });
 }

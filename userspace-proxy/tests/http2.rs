@@ -245,3 +245,69 @@ fn floods_end_the_connection() {
         assert_eq!(sender.send_request(get("http://b.example/")).await.unwrap().status(), 200);
     });
 }
+
+/// Answers one request without end, as far as it is let: gives the largest windows that it was offered, of the stream and of
+/// the connection.
+async fn send_ahead(mut stream: tokio::net::TcpStream, octets: i64) -> (i64, i64) {
+    let mut preface = [0; 24];
+    stream.read_exact(&mut preface).await.unwrap();
+    stream.write_all(&frame(4, 0, 0, b"")).await.unwrap();
+    let (mut initial, mut ours, mut all) = (65_535, None, 65_535);
+    let (mut most, mut sent, mut asked) = ((0, 0), 0, None::<Vec<u8>>);
+    while sent < octets && most.1 <= 4 << 20 {
+        let mut head = [0; 9];
+        stream.read_exact(&mut head).await.unwrap();
+        let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
+        stream.read_exact(&mut payload).await.unwrap();
+        let number = |bytes: &[u8]| i64::from(u32::from_be_bytes(bytes.try_into().unwrap()));
+        match (head[3], head[4] & 1, number(&head[5..])) {
+            (4, 0, _) => {
+                let window = payload.chunks(6).find(|setting| setting[..2] == [0, 4]);
+                let new = window.map_or(initial, |setting| number(&setting[2..]));
+                // A stream that is open gets the difference.
+                ours = ours.map(|window| window + new - initial);
+                initial = new;
+                stream.write_all(&frame(4, 1, 0, b"")).await.unwrap();
+            }
+            (1, ..) => {
+                ours = Some(initial);
+                stream.write_all(&frame(1, 4, 1, &[0x88])).await.unwrap();
+            }
+            (8, _, 0) => all += number(&payload),
+            (8, ..) => ours = ours.map(|window| window + number(&payload)),
+            _ => {}
+        }
+        let Some(window) = &mut ours else { continue };
+        most = (most.0.max(*window), most.1.max(all));
+        while all.min(*window) > 0 {
+            let length = all.min(*window).min(16_384);
+            let data = frame(0, 0, 1, &vec![0; usize::try_from(length).unwrap()]);
+            stream.write_all(&data).await.unwrap();
+            (all, *window, sent) = (all - length, *window - length, sent + length);
+        }
+        // Only then is what was asked before answered: as over a path that takes long and carries much.
+        if let Some(payload) = asked.take() {
+            stream.write_all(&frame(6, 1, 0, &payload)).await.unwrap();
+        }
+        asked = ((head[3], head[4] & 1) == (6, 0)).then_some(payload);
+    }
+    most
+}
+
+#[test]
+fn what_an_upstream_may_send_ahead_is_bounded() {
+    world(|mut w| async move {
+        w.zone.set("api.example", &[SERVER]);
+        w.rules(Mode::Enforce, &["api.example"], &[]);
+        let listener = tokio::net::TcpListener::bind((SERVER, 80)).await.unwrap();
+        let upstream =
+            tokio::spawn(async move { send_ahead(listener.accept().await.unwrap().0, 256 << 20).await });
+        let mut sender = begin(w.connect((SERVER, 80)).await).await;
+        let mut body = sender.send_request(get("http://api.example/")).await.unwrap().into_body();
+        // It is read on, so that whatever grows with what is read would grow.
+        let reading = tokio::spawn(async move { while let Some(Ok(_)) = body.frame().await {} });
+        let (stream, connection) = upstream.await.unwrap();
+        assert!(stream <= 1 << 20 && connection <= 2 << 20, "{stream} {connection}");
+        reading.await.unwrap();
+    });
+}

@@ -3,14 +3,22 @@
 
 mod support;
 
-use std::{net::Ipv4Addr, sync::Arc};
-use support::{ATTACKER, GUEST, SERVER, World, world};
+use bytes::Bytes;
+use futures_util::{StreamExt as _, stream::FuturesUnordered};
+use http::{Request, Response};
+use http_body_util::Empty;
+use hyper::client::conn::http2::SendRequest;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use std::{net::Ipv4Addr, sync::Arc, time::Duration};
+use support::{ATTACKER, GUEST, OTHER, SERVER, World, world};
 use tapgate_model::{GuestNet, Mode, Reason, Verdict, VmId, VmPolicy};
 use tapgate_proxy::{Limits, VmCa};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
+    net::{TcpListener, TcpStream},
+    time::timeout,
 };
+use tokio_util::sync::CancellationToken;
 
 const OTHER_GUEST: Ipv4Addr = Ipv4Addr::new(10, 214, 0, 2);
 const GET: &str = "GET / HTTP/1.1\r\nHost: api.example\r\nConnection: close\r\n\r\n";
@@ -101,5 +109,146 @@ fn connections_beyond_the_rate_are_reset_and_only_that_vms() {
         let events = w.events(40).await;
         let limited = events.iter().filter(|event| event.verdict == Verdict::Deny { reason: Reason::Limit });
         assert_eq!(limited.count(), refused, "one event for each");
+    });
+}
+
+/// Asks for WebSocket and gives the connection with the first octets of the answer, if there is one.
+async fn websocket(w: &World) -> Option<(TcpStream, [u8; 12])> {
+    let mut stream = w.connect_as(GUEST, (ATTACKER, 80)).await;
+    let ask = "GET /ws HTTP/1.1\r\nHost: api.example\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: x\r\n\r\n";
+    let _ = stream.write_all(ask.as_bytes()).await;
+    let mut start = [0; 12];
+    stream.read_exact(&mut start).await.ok()?;
+    Some((stream, start))
+}
+
+#[test]
+fn a_websocket_keeps_its_connections_place_until_it_ends() {
+    world(|mut w| async move {
+        start(&mut w).await;
+        assert!(w.table.limit(&w.policy.vm, Limits { connections: 4, ..Limits::default() }));
+        let mut open = Vec::new();
+        for _ in 0..4 {
+            let (stream, start) = websocket(&w).await.unwrap();
+            assert_eq!(&start, b"HTTP/1.1 101");
+            open.push(stream);
+        }
+        for _ in 0..3 {
+            assert!(websocket(&w).await.is_none(), "a connection more than the VM may have");
+            assert_eq!(w.event().await.verdict, Verdict::Deny { reason: Reason::Limit });
+        }
+        // Those that are open go on, and the place of one that ends is given back.
+        let mut ended = open.pop().unwrap();
+        ended.shutdown().await.unwrap();
+        let _ = ended.read_to_end(&mut Vec::new()).await;
+        assert_eq!(w.event().await.status, Some(101));
+        let (stream, start) = websocket(&w).await.unwrap();
+        assert_eq!(&start, b"HTTP/1.1 101");
+        open.push(stream);
+    });
+}
+
+#[test]
+fn a_websocket_on_which_nothing_moves_is_closed_and_so_is_one_when_the_daemon_stops() {
+    world(|mut w| async move {
+        start(&mut w).await;
+        let end = Duration::from_secs(10);
+        let (mut stream, _) = websocket(&w).await.unwrap();
+        w.stop.cancel();
+        let _ = timeout(end, stream.read_to_end(&mut Vec::new())).await.expect("it ends with the daemon");
+        w.stop = CancellationToken::new();
+        let mut config = support::config(&w.ca);
+        config.timeouts.idle = Duration::from_millis(200);
+        w.restart(config);
+        let (mut stream, _) = websocket(&w).await.unwrap();
+        let _ = timeout(end, stream.read_to_end(&mut Vec::new())).await.expect("nothing moves");
+        assert!(w.events(2).await.iter().all(|event| event.status == Some(101)));
+    });
+}
+
+async fn begin_http2(w: &World) -> SendRequest<Empty<Bytes>> {
+    let stream = TokioIo::new(w.connect_as(GUEST, (ATTACKER, 80)).await);
+    let (sender, connection) =
+        hyper::client::conn::http2::handshake(TokioExecutor::new(), stream).await.unwrap();
+    tokio::spawn(connection);
+    sender
+}
+
+fn is_refused(response: &Response<hyper::body::Incoming>) -> bool {
+    response.status() == 429 && response.headers()["x-tapgate-reason"] == "limit"
+}
+
+#[test]
+fn one_connection_reaches_no_more_upstreams_than_its_vm_may() {
+    world(|mut w| async move {
+        start(&mut w).await;
+        assert!(w.table.limit(&w.policy.vm, Limits { connections: 4, ..Limits::default() }));
+        let mut sender = begin_http2(&w).await;
+        assert_eq!(sender.send_request(get("http://api.example/")).await.unwrap().status(), 200);
+        let mut open = Vec::new();
+        let refused = loop {
+            let ask = Request::connect("http://api.example/ws")
+                .header("sec-websocket-version", "13")
+                .extension(hyper::ext::Protocol::from_static("websocket"))
+                .body(Empty::new())
+                .unwrap();
+            let mut answer = sender.send_request(ask).await.unwrap();
+            if answer.status() != 200 {
+                break answer;
+            }
+            open.push(hyper::upgrade::on(&mut answer).await.unwrap());
+            assert!(open.len() <= 8, "without bound");
+        };
+        assert!(is_refused(&refused), "{refused:?}");
+        // The one that the first request was sent on is still there.
+        assert_eq!(open.len(), 7);
+        w.sink.forget();
+        drop(open);
+        w.events(7).await;
+        // Streams for as many hosts, none of which answers.
+        let listener = TcpListener::bind((OTHER, 80)).await.unwrap();
+        let (accepted, mut held) = tokio::sync::mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                accepted.send(stream).unwrap();
+            }
+        });
+        let hosts: Vec<_> = (0..12).map(|n| format!("n{n}.example")).collect();
+        hosts.iter().for_each(|host| w.zone.set(host, &[OTHER]));
+        w.rules(Mode::Enforce, &["*.example"], &[]);
+        let mut sender = begin_http2(&w).await;
+        let mut answers: FuturesUnordered<_> =
+            hosts.iter().map(|host| sender.send_request(get(&format!("http://{host}/")))).collect();
+        let mut streams = Vec::new();
+        let mut refused = 0;
+        while streams.len() + refused < hosts.len() {
+            tokio::select! {
+                answer = answers.next() => {
+                    assert!(is_refused(&answer.unwrap().unwrap()));
+                    refused += 1;
+                }
+                stream = held.recv() => streams.push(stream.unwrap()),
+            }
+        }
+        assert_eq!((streams.len(), refused), (7, 5));
+    });
+}
+
+fn get(uri: &str) -> Request<Empty<Bytes>> {
+    Request::get(uri).body(Empty::new()).unwrap()
+}
+
+#[test]
+fn upstreams_at_rest_leave_room_for_those_in_use() {
+    world(|mut w| async move {
+        start(&mut w).await;
+        w.rules(Mode::Enforce, &["*.example"], &[]);
+        assert!(w.table.limit(&w.policy.vm, Limits { connections: 4, ..Limits::default() }));
+        for n in 0..20 {
+            let host = format!("n{n}.example");
+            w.zone.set(&host, &[SERVER]);
+            let answer = w.http((ATTACKER, 80), &GET.replace("api.example", &host)).await;
+            assert!(answer.starts_with("HTTP/1.1 200"), "{host}: {answer}");
+        }
     });
 }

@@ -3,10 +3,13 @@
 
 mod support;
 
-use std::net::Ipv4Addr;
+use std::{net::Ipv4Addr, time::Duration};
 use support::{ATTACKER, GUEST, OTHER, PRIVATE, SERVER, World, talk, world};
 use tapgate_model::{Mode, Protocol, Reason, Verdict};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _},
+    time::{sleep, timeout},
+};
 
 const VALUE: &str = "ghp_realvalue0123456789";
 
@@ -256,6 +259,87 @@ fn a_spliced_connection_is_cut_when_its_rule_goes() {
         w.table.remove(&w.policy.vm);
         assert!(stream.read_u8().await.is_err());
         assert!(w.connect((SERVER, 443)).await.read_u8().await.is_err());
+    });
+}
+
+/// Waits for the end of a connection that nobody ends but the proxy.
+async fn ended<S: AsyncRead + Unpin>(stream: &mut S) {
+    let all = timeout(Duration::from_secs(10), stream.read_to_end(&mut Vec::new())).await;
+    let _ = all.expect("the connection ends");
+}
+
+/// A name that only a range rule lets lead where it leads.
+async fn start_private(w: &mut World) {
+    w.zone.set("db.example", &[PRIVATE]);
+    w.serve((PRIVATE, 443), Some(w.ca.server(&["db.example"], &[]))).await;
+    w.serve((PRIVATE, 80), None).await;
+    w.rules(Mode::Enforce, &["db.example", "10.9.0.0/16"], &[]);
+}
+
+#[test]
+fn a_connection_by_name_is_cut_when_the_rule_for_its_address_goes() {
+    world(|mut w| async move {
+        start_private(&mut w).await;
+        let revoked = Verdict::Deny { reason: Reason::Revoked };
+        let mut spliced = w.tls((SERVER, 443), "db.example", &[]).await.unwrap();
+        w.rules(Mode::Enforce, &["db.example"], &[]);
+        ended(&mut spliced).await;
+        assert_eq!(w.event().await.verdict, revoked);
+        // A WebSocket.
+        w.rules(Mode::Enforce, &["db.example", "10.9.0.0/16"], &[]);
+        let mut stream = w.connect((SERVER, 80)).await;
+        let upgrade = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: x\r\n";
+        let request = format!("GET /ws HTTP/1.1\r\nHost: db.example\r\n{upgrade}\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut start = [0; 12];
+        stream.read_exact(&mut start).await.unwrap();
+        assert_eq!(&start, b"HTTP/1.1 101");
+        w.rules(Mode::Enforce, &["db.example"], &[]);
+        ended(&mut stream).await;
+        assert_eq!(w.event().await.verdict, revoked);
+        // An answer without end.
+        let listener = tokio::net::TcpListener::bind((PRIVATE, 8080)).await.unwrap();
+        tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\nbegin").await.unwrap();
+            let _ = stream.read_to_end(&mut Vec::new()).await;
+        });
+        w.rules(Mode::Enforce, &["db.example", "10.9.0.0/16"], &[]);
+        let mut stream = w.connect((SERVER, 8080)).await;
+        stream.write_all(b"GET / HTTP/1.1\r\nHost: db.example:8080\r\n\r\n").await.unwrap();
+        stream.read_exact(&mut start).await.unwrap();
+        assert_eq!(&start, b"HTTP/1.1 200");
+        w.rules(Mode::Enforce, &["db.example"], &[]);
+        ended(&mut stream).await;
+        assert_eq!(w.event().await.verdict, revoked);
+    });
+}
+
+#[test]
+fn a_name_leads_where_the_rules_of_the_moment_let_it() {
+    world(|mut w| async move {
+        start_private(&mut w).await;
+        // The rule goes before the guest says what it wants.
+        let stream = w.connect((SERVER, 443)).await;
+        sleep(Duration::from_millis(50)).await;
+        w.rules(Mode::Enforce, &["db.example"], &[]);
+        let connector = tokio_rustls::TlsConnector::from(w.client(&[]));
+        assert!(connector.connect("db.example".try_into().unwrap(), stream).await.is_err());
+        assert_eq!(w.event().await.verdict, Verdict::Deny { reason: Reason::Rebinding });
+        // What becomes the host's own, or a guest's, is left.
+        w.zone.set("a.example", &[SERVER]);
+        w.serve((SERVER, 443), Some(w.ca.server(&["a.example"], &[]))).await;
+        w.rules(Mode::Enforce, &["a.example"], &[]);
+        for own in [true, false] {
+            let mut stream = w.tls((OTHER, 443), "a.example", &[]).await.unwrap();
+            match own {
+                true => w.table.set_host_addresses(&[SERVER.into()]),
+                false => w.table.set_guest_range(&["192.0.2.0/24".parse().unwrap()]),
+            }
+            ended(&mut stream).await;
+            assert_eq!(w.event().await.verdict, Verdict::Deny { reason: Reason::Revoked });
+            w.table.set_host_addresses(&[]);
+        }
     });
 }
 

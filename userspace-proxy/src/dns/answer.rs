@@ -69,7 +69,7 @@ impl Answer {
 }
 
 /// Answers a message; nothing is said to what is no question.
-pub(crate) async fn answer(asker: Asker<'_>, message: &[u8], transport: Transport) -> Option<Vec<u8>> {
+async fn answer(asker: Asker<'_>, message: &[u8], transport: Transport) -> Option<Vec<u8>> {
     let started = Instant::now();
     let policy = asker.entry.policy.load_full();
     let request = match Message::from_vec(message) {
@@ -94,10 +94,20 @@ pub fn refuse_question(message: &[u8]) -> Option<Vec<u8>> {
     encode(&request, answer, Transport::Udp)
 }
 
-/// Says that the VM asks too much at a time.
-pub(crate) fn busy(asker: &Asker<'_>, message: &[u8]) -> Option<Vec<u8>> {
-    let policy = asker.entry.policy.load_full();
-    drop(asker.record(&policy, Verdict::Deny { reason: Reason::Limit }, None, Instant::now()));
+/// Answers, or says that the VM asks too much at a time.
+pub(crate) async fn answer_within_bounds(
+    asker: Asker<'_>,
+    message: &[u8],
+    transport: Transport,
+) -> Option<Vec<u8>> {
+    match asker.entry.dns.try_acquire() {
+        Ok(_permit) => answer(asker, message, transport).await,
+        Err(_) => busy(&asker, message),
+    }
+}
+
+fn busy(asker: &Asker<'_>, message: &[u8]) -> Option<Vec<u8>> {
+    asker.limited();
     let request = Message::from_vec(message).ok()?;
     (request.metadata.message_type == MessageType::Query).then_some(())?;
     encode(&request, Answer::code(ResponseCode::ServFail), Transport::Udp)
@@ -128,6 +138,12 @@ impl Asker<'_> {
         let mut record = Record::begin(&self.shared.sink, policy, Protocol::Dns, verdict, started);
         record.destination(host, self.to.ip(), self.to.port());
         record
+    }
+
+    /// Records that the VM was refused at one of its limits.
+    pub(crate) fn limited(&self) {
+        let policy = self.entry.policy.load_full();
+        drop(self.record(&policy, Verdict::Deny { reason: Reason::Limit }, None, Instant::now()));
     }
 
     /// Records a refusal and gives its id.

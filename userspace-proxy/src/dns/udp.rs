@@ -1,6 +1,6 @@
 //! DNS over UDP: datagrams with the address that each was sent to, and replies from that address and port 53.
 
-use super::answer::{Asker, Transport, answer, busy};
+use super::answer::{Asker, Transport, answer_within_bounds};
 use crate::proxy::Shared;
 use nix::sys::socket::{
     ControlMessage, ControlMessageOwned, MsgFlags, SockaddrIn, SockaddrIn6, SockaddrStorage, recvmsg, sendmsg,
@@ -14,7 +14,6 @@ use std::{
 };
 use tapgate_ebpf_common::net::DNS_PORT;
 use tokio::{io::Interest, net::UdpSocket};
-use tokio_util::task::TaskTracker;
 
 /// Longer datagrams are cut, and then do not parse.
 const MAX_QUESTION: usize = 4096;
@@ -27,7 +26,7 @@ struct Datagram {
 }
 
 /// Answers until the daemon stops.
-pub(crate) async fn serve(shared: Arc<Shared>, socket: UdpSocket, tasks: TaskTracker) {
+pub(crate) async fn serve(shared: Arc<Shared>, socket: UdpSocket) {
     let socket = Arc::new(socket);
     loop {
         let received = tokio::select! {
@@ -35,7 +34,7 @@ pub(crate) async fn serve(shared: Arc<Shared>, socket: UdpSocket, tasks: TaskTra
             () = shared.stop.cancelled() => return,
         };
         match received {
-            Ok(Some(datagram)) => drop(tasks.spawn(one(shared.clone(), socket.clone(), datagram))),
+            Ok(Some(datagram)) => drop(shared.tasks.spawn(one(shared.clone(), socket.clone(), datagram))),
             Ok(None) => {}
             Err(error) => {
                 tracing::warn!(%error, "a DNS datagram could not be read");
@@ -48,11 +47,7 @@ pub(crate) async fn serve(shared: Arc<Shared>, socket: UdpSocket, tasks: TaskTra
 async fn one(shared: Arc<Shared>, socket: Arc<UdpSocket>, datagram: Datagram) {
     let Some(entry) = shared.table.by_address(datagram.guest.ip()) else { return };
     let asker = Asker { shared: &shared, entry: &entry, to: SocketAddr::new(datagram.asked, DNS_PORT) };
-    let reply = match entry.dns.clone().try_acquire_owned() {
-        Ok(_permit) => answer(asker, &datagram.bytes, Transport::Udp).await,
-        Err(_) => busy(&asker, &datagram.bytes),
-    };
-    if let Some(reply) = reply {
+    if let Some(reply) = answer_within_bounds(asker, &datagram.bytes, Transport::Udp).await {
         let sent = socket.async_io(Interest::WRITABLE, || send(&socket, &reply, &datagram)).await;
         if let Err(error) = sent {
             tracing::debug!(%error, guest = %datagram.guest, "a DNS answer could not be sent");

@@ -36,9 +36,11 @@ pub(crate) fn full(bytes: Bytes) -> Body {
     Full::new(bytes).map_err(|never| match never {}).boxed_unsync()
 }
 
-/// A request's body: counted as it goes out, its trailers kept to what trailers may say.
+/// A request's body: counted as it goes out, broken off when the rules no longer allow the request (its answer may be at a
+/// standstill then), its trailers kept to what trailers may say.
 pub(crate) struct Outgoing {
     inner: hyper::body::Incoming,
+    revoked: Option<Revoked>,
     count: Arc<crate::audit::Counters>,
     entry: Arc<VmEntry>,
     pause: Pause,
@@ -47,11 +49,28 @@ pub(crate) struct Outgoing {
 impl Outgoing {
     pub(crate) fn wrap(
         inner: hyper::body::Incoming,
+        ticket: &Ticket,
         count: Arc<crate::audit::Counters>,
         entry: Arc<VmEntry>,
     ) -> Body {
-        Self { inner, count, entry, pause: Pause::default() }.boxed_unsync()
+        let revoked = (!http_body::Body::is_end_stream(&inner)).then(|| revoked(ticket));
+        Self { inner, revoked, count, entry, pause: Pause::default() }.boxed_unsync()
     }
+}
+
+/// Ready when the rules no longer allow what was let out.
+type Revoked = Pin<Box<WaitForCancellationFutureOwned>>;
+
+fn revoked(ticket: &Ticket) -> Revoked {
+    Box::pin(ticket.revoked.clone().cancelled_owned())
+}
+
+/// Whether it was revoked; said once.
+fn poll_revoked(revoked: &mut Option<Revoked>, cx: &mut Context<'_>) -> Poll<BoxError> {
+    let Some(waiting) = revoked else { return Poll::Pending };
+    ready!(waiting.as_mut().poll(cx));
+    *revoked = None;
+    Poll::Ready("the rules no longer allow this request".into())
 }
 
 fn add(count: &AtomicU64, frame: &Frame<Bytes>) {
@@ -72,6 +91,9 @@ impl http_body::Body for Outgoing {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        if let Poll::Ready(error) = poll_revoked(&mut self.revoked, cx) {
+            return Poll::Ready(Some(Err(error)));
+        }
         ready!(self.pause.poll(cx));
         let mut frame = ready!(Pin::new(&mut self.inner).poll_frame(cx));
         if let Some(Ok(frame)) = &mut frame {
@@ -99,17 +121,37 @@ impl http_body::Body for Outgoing {
 pub(crate) struct Incoming {
     inner: Body,
     record: Option<Record>,
-    revoked: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
-    _ticket: Option<Ticket>,
+    revoked: Option<Revoked>,
+    ticket: Option<Arc<Ticket>>,
     entry: Arc<VmEntry>,
     pause: Pause,
 }
 
 impl Incoming {
-    pub(crate) fn wrap(inner: Body, record: Record, ticket: Option<Ticket>, entry: Arc<VmEntry>) -> Body {
-        let revoked = ticket.as_ref().map(|ticket| Box::pin(ticket.revoked.clone().cancelled_owned()));
+    pub(crate) fn wrap(
+        inner: Body,
+        record: Record,
+        ticket: Option<Arc<Ticket>>,
+        entry: Arc<VmEntry>,
+    ) -> Body {
+        let revoked = ticket.as_deref().map(revoked);
         let pause = Pause::default();
-        Self { inner, record: Some(record), revoked, _ticket: ticket, entry, pause }.boxed_unsync()
+        Self { inner, record: Some(record), revoked, ticket, entry, pause }.boxed_unsync()
+    }
+
+    /// Hands the record over, as revoked if that was the end.
+    fn complete(&mut self) {
+        if let Some(mut record) = self.record.take()
+            && self.ticket.as_ref().is_some_and(|ticket| ticket.revoked.is_cancelled())
+        {
+            record.verdict(Verdict::Deny { reason: Reason::Revoked });
+        }
+    }
+}
+
+impl Drop for Incoming {
+    fn drop(&mut self) {
+        self.complete();
     }
 }
 
@@ -121,14 +163,9 @@ impl http_body::Body for Incoming {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        if let Some(revoked) = &mut self.revoked
-            && revoked.as_mut().poll(cx).is_ready()
-        {
-            self.revoked = None;
-            if let Some(mut record) = self.record.take() {
-                record.verdict(Verdict::Deny { reason: Reason::Revoked });
-            }
-            return Poll::Ready(Some(Err("the rules no longer allow this request".into())));
+        if let Poll::Ready(error) = poll_revoked(&mut self.revoked, cx) {
+            self.complete();
+            return Poll::Ready(Some(Err(error)));
         }
         ready!(self.pause.poll(cx));
         let frame = ready!(Pin::new(&mut self.inner).poll_frame(cx));

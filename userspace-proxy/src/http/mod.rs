@@ -9,5 +9,6 @@ pub(crate) mod request;
 pub(crate) mod response;
 pub(crate) mod serve;
 pub(crate) mod target;
-pub(crate) mod upgrade;
+pub(crate) mod under_way;
+mod upgrade;
 pub(crate) mod upstream;

@@ -2,6 +2,7 @@
 //! bounded in number and age.
 
 use super::upstream::{Key, Upstream};
+use crate::table::VmEntry;
 use std::{
     collections::HashMap,
     sync::{Mutex, MutexGuard, PoisonError},
@@ -47,9 +48,9 @@ impl Pool {
         found
     }
 
-    /// Keeps one whose last request has ended whole; drops it otherwise.
-    pub(crate) fn give(&self, vm: &VmId, upstream: Upstream) {
-        if !upstream.at_rest() {
+    /// Keeps one whose last request has ended whole, if its VM has room for it; drops it otherwise.
+    pub(crate) fn give(&self, entry: &VmEntry, upstream: Upstream) {
+        if !upstream.at_rest() || !entry.may_rest() {
             return;
         }
         let mut resting = self.lock();
@@ -62,7 +63,7 @@ impl Pool {
                 return;
             }
         }
-        let stack = resting.entry((vm.clone(), upstream.key.clone())).or_default();
+        let stack = resting.entry((entry.policy.load().vm.clone(), upstream.key.clone())).or_default();
         if stack.len() >= PER_KEY {
             stack.remove(0);
         }

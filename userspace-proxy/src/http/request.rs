@@ -10,6 +10,7 @@ use super::{
     headers::strip_hop_by_hop,
     response,
     target::{Refused, address, name_in, repeatable, who},
+    under_way::UnderWay,
     upgrade,
     upstream::{Key, Sender, Upstream, UpstreamError},
 };
@@ -18,7 +19,9 @@ use crate::{
     decide::{self, Decision, Route},
     deny::{self, Denial},
     intercept::leaf::Alpn,
+    place::Place,
     proxy::Shared,
+    registry::Ticket,
     secret::{
         decode,
         substitute::{Channel, Outcome, substitute_headers},
@@ -41,6 +44,8 @@ use tapgate_model::{HostName, Protocol, Reason, Verdict, VmPolicy};
 pub(crate) struct HttpConn {
     pub(crate) shared: Arc<Shared>,
     pub(crate) entry: Arc<VmEntry>,
+    /// Its place among the VM's connections, which what follows on the connection holds on to.
+    pub(super) slot: Arc<Place>,
     /// What the guest connected to.
     pub(crate) to: SocketAddr,
     /// The name of SNI, where TLS was opened.
@@ -52,6 +57,7 @@ pub(crate) struct HttpConn {
     started: Instant,
     refusal: Option<Refusal>,
     requests: AtomicU64,
+    pub(super) under_way: UnderWay,
     parked: Mutex<Option<Upstream>>,
 }
 
@@ -68,6 +74,7 @@ impl HttpConn {
     pub(crate) fn new(
         shared: Arc<Shared>,
         entry: Arc<VmEntry>,
+        slot: Arc<Place>,
         to: SocketAddr,
         tls: Option<HostName>,
         alpn: Alpn,
@@ -76,6 +83,7 @@ impl HttpConn {
         Self {
             shared,
             entry,
+            slot,
             to,
             tls,
             alpn,
@@ -83,6 +91,7 @@ impl HttpConn {
             started: Instant::now(),
             refusal: None,
             requests: AtomicU64::new(0),
+            under_way: UnderWay::default(),
             parked: Mutex::default(),
         }
     }
@@ -176,10 +185,12 @@ impl HttpConn {
                 Channel::Nowhere
             }
             // The guest chose this address and wrote this name: a secret goes there only if they belong together.
-            (None, Route::Address) => match self.shared.connector.dialer.leads_to(name, self.to.ip()).await {
-                true => Channel::Clear,
-                false => Channel::Nowhere,
-            },
+            (None, Route::Address) => {
+                match self.shared.connector.dialer.leads_to(&self.entry, name, self.to.ip()).await {
+                    true => Channel::Clear,
+                    false => Channel::Nowhere,
+                }
+            }
         }
     }
 
@@ -187,7 +198,8 @@ impl HttpConn {
         let Passed { policy, decision, mut parts, body, mut record } = passed;
         let host = decision.name.as_ref();
         let asked = deny::accept(&parts.headers);
-        let ticket = self.entry.enter(decision.subject.clone());
+        let ticket = Arc::new(self.entry.enter(decision.subject.clone()));
+        self.under_way.add(&ticket);
         let wish = upgrade::take(&mut parts);
         let channel = self.channel(&policy, &decision).await;
         let outcome = match self.rewrite(&policy, &decision, &mut parts, channel, wish.is_some()) {
@@ -200,8 +212,8 @@ impl HttpConn {
         record.secrets(outcome.injected.into_iter().collect(), outcome.withheld.into_iter().collect());
         let patterns = self.entry.patterns(&policy, outcome.credentials);
         let method = parts.method.clone();
-        let request =
-            Request::from_parts(parts, Outgoing::wrap(body, record.counters.clone(), self.entry.clone()));
+        let body = Outgoing::wrap(body, &ticket, record.counters.clone(), self.entry.clone());
+        let request = Request::from_parts(parts, body);
         // Another protocol can follow on HTTP/1.1 alone.
         let offer = if wish.is_some() { Alpn::Http1 } else { self.offer };
         let key = Key::new(self.tls.clone(), decision.route.clone(), self.to, offer);
@@ -210,7 +222,7 @@ impl HttpConn {
             () = ticket.revoked.cancelled() => {
                 return self.deny(record, Reason::Revoked, host, None, &asked);
             }
-            sent = self.send(&policy, key, request, wish.is_some()) => sent,
+            sent = self.send(&ticket, key, request, wish.is_some()) => sent,
         };
         let (response, upstream) = match sent {
             Ok(sent) => sent,
@@ -225,7 +237,7 @@ impl HttpConn {
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
             return match wish {
                 Some(wish) if wish.is_answered(response.headers()) => {
-                    wish.grant(response, record, ticket, patterns, self.entry.clone())
+                    wish.grant(self, response, record, ticket, patterns)
                 }
                 Some(_) => refuse(record, "the upstream switched to something else than WebSocket"),
                 None => refuse(record, "the upstream switched protocols unasked"),
@@ -291,13 +303,14 @@ impl HttpConn {
     /// A connection for the key: the one used before, one at rest, or a new one. True if it was used before.
     async fn upstream(
         &self,
-        policy: &VmPolicy,
+        ticket: &Ticket,
         key: &Key,
         fresh: bool,
     ) -> Result<(Upstream, bool), UpstreamError> {
         let dialer = &self.shared.connector.dialer;
+        let policy = self.entry.policy.load_full();
         let fits = |upstream: &Upstream| {
-            upstream.key == *key && dialer.admits(policy, upstream.address.ip()).is_ok()
+            upstream.key == *key && dialer.admits(&policy, upstream.address.ip()).is_ok()
         };
         if !fresh {
             let parked = self.unpark().filter(fits);
@@ -305,18 +318,20 @@ impl HttpConn {
                 if let Some(mut upstream) = candidate
                     && upstream.ready().await
                 {
+                    dialer.enter(&self.entry, ticket, upstream.address.ip())?;
                     return Ok((upstream, true));
                 }
             }
         }
-        let mut upstream = self.shared.connector.connect(policy, key.clone()).await?;
+        let mut upstream = self.shared.connector.connect(&self.entry, key.clone()).await?;
+        dialer.enter(&self.entry, ticket, upstream.address.ip())?;
         upstream.ready().await;
         Ok((upstream, false))
     }
 
     async fn send(
         &self,
-        policy: &VmPolicy,
+        ticket: &Ticket,
         key: Key,
         mut request: Request<Body>,
         upgrade: bool,
@@ -324,7 +339,7 @@ impl HttpConn {
         let mut again = repeatable(&request);
         let mut fresh = upgrade;
         loop {
-            let (mut upstream, used) = self.upstream(policy, &key, fresh).await?;
+            let (mut upstream, used) = self.upstream(ticket, &key, fresh).await?;
             if let Some(shared) = upstream.share() {
                 self.park(shared);
             }
@@ -383,8 +398,7 @@ impl Drop for HttpConn {
         }
         let upstream = self.parked.get_mut().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(upstream) = upstream {
-            let vm = self.entry.policy.load().vm.clone();
-            self.shared.pool.give(&vm, upstream);
+            self.shared.pool.give(&self.entry, upstream);
         }
     }
 }

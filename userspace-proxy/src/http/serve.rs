@@ -4,14 +4,22 @@ use super::{
     guard::{GuardedIo, MAX_HEAD},
     request::HttpConn,
 };
-use crate::intercept::leaf::Alpn;
+use crate::{intercept::leaf::Alpn, proxy::DRAIN};
 use hyper::{
     server::conn::{http1, http2},
     service::service_fn,
 };
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use std::{convert::Infallible, pin::pin, sync::Arc, time::Duration};
-use tokio::io::{AsyncRead, AsyncWrite};
+use std::{
+    convert::Infallible,
+    pin::{Pin, pin},
+    sync::Arc,
+    time::Duration,
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    time::timeout,
+};
 use tokio_util::sync::CancellationToken;
 
 /// Streams of one HTTP/2 connection at one time.
@@ -19,7 +27,7 @@ const STREAMS: u32 = 128;
 /// Streams that a guest may reset before the connection is closed: a rapid reset costs it the connection.
 const RESETS: usize = 64;
 
-/// Serves until the end. `revoked` lets requests under way see their own end first.
+/// Serves until the end. `revoked` lets requests under way see their own end first, if the guest lets them.
 pub(crate) async fn serve<S>(conn: HttpConn, stream: S, revoked: CancellationToken)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -52,6 +60,7 @@ where
 {
     let stream = GuardedIo::new(stream);
     let conn = Arc::new(conn.guarded(stream.refusal()));
+    let watched = conn.clone();
     let service = service_fn(move |request| {
         let conn = conn.clone();
         async move { Ok::<_, Infallible>(conn.handle(request).await) }
@@ -64,12 +73,7 @@ where
         .max_buf_size(4 * MAX_HEAD)
         .serve_connection(TokioIo::new(stream), service)
         .with_upgrades();
-    let (mut connection, stop) = (pin!(connection), pin!(stop));
-    tokio::select! {
-        ended = connection.as_mut() => return ended,
-        () = stop => connection.as_mut().graceful_shutdown(),
-    }
-    connection.await
+    finish(&watched, connection, stop, |connection| connection.graceful_shutdown()).await
 }
 
 async fn http2<S>(conn: HttpConn, stream: S, stop: impl Future<Output = ()>) -> Result<(), hyper::Error>
@@ -77,6 +81,7 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let conn = Arc::new(conn);
+    let watched = conn.clone();
     let service = service_fn(move |request| {
         let conn = conn.clone();
         async move { Ok::<_, Infallible>(conn.handle(request).await) }
@@ -92,10 +97,26 @@ where
         .keep_alive_interval(Duration::from_secs(60))
         .keep_alive_timeout(Duration::from_secs(30))
         .serve_connection(TokioIo::new(stream), service);
-    let (mut connection, stop) = (pin!(connection), pin!(stop));
+    finish(&watched, connection, stop, |connection| connection.graceful_shutdown()).await
+}
+
+/// Waits for the end. A guest that reads nothing is not waited for when it is to end.
+async fn finish<C>(
+    conn: &HttpConn,
+    connection: C,
+    stop: impl Future<Output = ()>,
+    end: impl FnOnce(Pin<&mut C>),
+) -> Result<(), hyper::Error>
+where
+    C: Future<Output = Result<(), hyper::Error>>,
+{
+    let overdue = conn.under_way.overdue(&conn.entry.live, DRAIN);
+    let (mut connection, stop, overdue) = (pin!(connection), pin!(stop), pin!(overdue));
     tokio::select! {
+        biased;
+        () = overdue => return Ok(()),
+        () = stop => end(connection.as_mut()),
         ended = connection.as_mut() => return ended,
-        () = stop => connection.as_mut().graceful_shutdown(),
     }
-    connection.await
+    timeout(DRAIN, connection).await.unwrap_or(Ok(()))
 }

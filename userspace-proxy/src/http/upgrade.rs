@@ -3,8 +3,11 @@
 //!
 //! What is said after the switch is counted, held to the VM's rate and cut with its rule, and not looked into.
 
-use super::body::{self, Body};
-use crate::{audit::Record, io::Prefixed, registry::Ticket, secret::clean::Patterns, table::VmEntry};
+use super::{
+    body::{self, Body},
+    request::HttpConn,
+};
+use crate::{audit::Record, io::Prefixed, registry::Ticket, secret::clean::Patterns};
 use aws_lc_rs::{digest, rand};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bytes::Bytes;
@@ -78,11 +81,11 @@ impl Wish {
     /// Lets both sides speak from here on, until one ends or the rules cut it.
     pub(super) fn grant(
         self,
+        conn: &HttpConn,
         mut response: Response<hyper::body::Incoming>,
         mut record: Record,
-        ticket: Ticket,
+        ticket: Arc<Ticket>,
         patterns: Option<Arc<Patterns>>,
-        entry: Arc<VmEntry>,
     ) -> Response<Body> {
         let upstream = hyper::upgrade::on(&mut response);
         let (mut parts, _) = response.into_parts();
@@ -99,7 +102,9 @@ impl Wish {
         }
         record.status(parts.status.as_u16());
         let guest = self.on;
-        tokio::spawn(async move {
+        let (shared, entry, slot) = (conn.shared.clone(), conn.entry.clone(), conn.slot.clone());
+        conn.shared.tasks.spawn(async move {
+            let counters = record.counters.clone();
             let talk = async {
                 let (guest, upstream) = tokio::try_join!(guest, upstream).ok()?;
                 let mut guest = Prefixed::new(Bytes::new(), TokioIo::new(guest))
@@ -113,7 +118,11 @@ impl Wish {
             tokio::select! {
                 _ = talk => {}
                 () = ticket.revoked.cancelled() => record.verdict(Verdict::Deny { reason: Reason::Revoked }),
+                () = counters.still(shared.config.timeouts.idle) => {}
+                () = shared.stop.cancelled() => {}
             }
+            // The connection that was switched is the guest's still, and counts as one until here.
+            drop(slot);
         });
         Response::from_parts(parts, body::full(Bytes::new()))
     }

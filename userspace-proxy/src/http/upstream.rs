@@ -5,6 +5,8 @@ use crate::{
     decide::Route,
     dial::{DialError, Dialer},
     intercept::leaf::Alpn,
+    socket::Socket,
+    table::VmEntry,
     trust::Trust,
 };
 use http::{Request, Response};
@@ -13,12 +15,14 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
-use tapgate_model::{HostName, Reason, VmPolicy};
-use tokio::{
-    io::{AsyncRead, AsyncWrite},
-    net::TcpStream,
-};
+use tapgate_model::{HostName, Reason};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::{TlsConnector, client::TlsStream};
+
+/// What one HTTP/2 stream of an upstream may send ahead of the guest's reading, in octets; and all of a connection. Fixed: one
+/// that grew with what the path carries would let every connection hold many times as much.
+const STREAM_WINDOW: u32 = 1024 * 1024;
+const CONNECTION_WINDOW: u32 = 2 * STREAM_WINDOW;
 
 /// What an upstream connection is for; two requests share one only if all of this is the same.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -158,10 +162,10 @@ impl Connector {
     /// TLS to the upstream, verified for the name. Without an offer, nothing is said of a protocol.
     pub(crate) async fn tls(
         &self,
-        stream: TcpStream,
+        stream: Socket,
         name: &HostName,
         offer: Option<Alpn>,
-    ) -> Result<TlsStream<TcpStream>, UpstreamError> {
+    ) -> Result<TlsStream<Socket>, UpstreamError> {
         let config = match offer {
             Some(Alpn::Http1) => &self.http1,
             Some(Alpn::Http2) => &self.http2,
@@ -177,8 +181,8 @@ impl Connector {
     }
 
     /// Dials, verifies, and begins HTTP in what was negotiated; in clear text, in what is offered.
-    pub(crate) async fn connect(&self, policy: &VmPolicy, key: Key) -> Result<Upstream, UpstreamError> {
-        let (stream, address) = self.dialer.dial(policy, &key.route, key.to).await?;
+    pub(crate) async fn connect(&self, entry: &VmEntry, key: Key) -> Result<Upstream, UpstreamError> {
+        let (stream, address) = self.dialer.dial(entry, &key.route, key.to).await?;
         let sender = match &key.tls {
             None => begin(stream, key.offer).await?,
             Some(name) => {
@@ -209,7 +213,8 @@ where
         Alpn::Http2 => {
             let (sender, connection) = http2::Builder::new(TokioExecutor::new())
                 .timer(TokioTimer::new())
-                .adaptive_window(true)
+                .initial_stream_window_size(STREAM_WINDOW)
+                .initial_connection_window_size(CONNECTION_WINDOW)
                 .max_header_list_size(256 * 1024)
                 .keep_alive_interval(Duration::from_secs(30))
                 .handshake(io)

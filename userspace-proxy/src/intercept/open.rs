@@ -16,6 +16,7 @@ use crate::{
     peek::{self, First, tls::Hello},
     proxy::Shared,
     registry::{Subject, Ticket},
+    socket::Socket,
     table::VmEntry,
 };
 use bytes::{Bytes, BytesMut};
@@ -29,7 +30,7 @@ use tokio::{
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 type Opened = TlsStream<Prefixed<TcpStream>>;
-type Upstreams = tokio_rustls::client::TlsStream<TcpStream>;
+type Upstreams = tokio_rustls::client::TlsStream<Socket>;
 
 impl Conn {
     /// Opens the connection and serves what is inside.
@@ -52,7 +53,7 @@ impl Conn {
         };
         // Handed over where the handshake fails; where it succeeds, what is inside has records of its own.
         let record = self.record(Protocol::Tls, Verdict::Deny { reason: Reason::Untrusted }, Some(&name));
-        let Self { shared, entry, policy, stream, to, started } = self;
+        let Self { shared, entry, policy, stream, to, started, slot } = self;
         let stream = Prefixed::new(raw, stream).counted(record.counters.clone());
         let accepted = timeout(shared.config.timeouts.hello, TlsAcceptor::from(config).accept(stream)).await;
         let Ok(Ok(mut stream)) = accepted else { return };
@@ -88,9 +89,9 @@ impl Conn {
             First::Other | First::Silent | First::Tls(_) | First::BadHello => {
                 return other.relay(&mut stream, raw, &ticket).await;
             }
-            First::Http2 => HttpConn::new(shared, entry, to, Some(name), Alpn::Http2, Alpn::Http2),
+            First::Http2 => HttpConn::new(shared, entry, slot, to, Some(name), Alpn::Http2, Alpn::Http2),
             First::Http1 | First::BadHttp | First::Closed => {
-                HttpConn::new(shared, entry, to, Some(name), alpn, offer)
+                HttpConn::new(shared, entry, slot, to, Some(name), alpn, offer)
             }
         };
         if let Some(upstream) = upstream {
@@ -104,11 +105,13 @@ impl Conn {
         let key = Key::new(Some(name.clone()), route, self.to, Alpn::Http2);
         let pooled = self.shared.pool.take(&self.policy.vm, &key);
         let dialer = &self.shared.connector.dialer;
-        if let Some(upstream) = pooled.filter(|up| dialer.admits(&self.policy, up.address.ip()).is_ok()) {
+        if let Some(upstream) =
+            pooled.filter(|up| dialer.admits(&self.entry.policy.load(), up.address.ip()).is_ok())
+        {
             return Some(upstream);
         }
         // A failure is told to the guest as the answer to its first request.
-        let connected = self.shared.connector.connect(&self.policy, key).await;
+        let connected = self.shared.connector.connect(&self.entry, key).await;
         connected.inspect_err(|error| tracing::debug!(%name, %error, "no upstream yet")).ok()
     }
 }
@@ -134,7 +137,7 @@ impl Other {
         let heard = tokio::select! {
             biased;
             () = ticket.revoked.cancelled() => Err(Reason::Revoked),
-            heard = self.listen(stream, &mut said, &mut record) => heard.map_err(|error| error.reason()),
+            heard = self.listen(stream, &mut said, &mut record, ticket) => heard.map_err(|error| error.reason()),
             () = sleep(self.shared.config.timeouts.idle) => {
                 farewell(stream, b"").await;
                 return None;
@@ -164,8 +167,9 @@ impl Other {
         guest: &mut Opened,
         said: &mut BytesMut,
         record: &mut Record,
+        ticket: &Ticket,
     ) -> Result<Option<Prefixed<Upstreams>>, UpstreamError> {
-        let mut upstream = self.dial(record).await?;
+        let mut upstream = self.dial(record, ticket).await?;
         let mut heard = BytesMut::with_capacity(4 * 1024);
         tokio::select! {
             biased;
@@ -180,7 +184,7 @@ impl Other {
         let dialled = tokio::select! {
             biased;
             () = ticket.revoked.cancelled() => Err(Reason::Revoked),
-            dialled = self.dial(&mut record) => dialled.map_err(|error| error.reason()),
+            dialled = self.dial(&mut record, ticket) => dialled.map_err(|error| error.reason()),
             () = self.shared.stop.cancelled() => return,
         };
         match dialled {
@@ -202,9 +206,10 @@ impl Other {
         record
     }
 
-    async fn dial(&self, record: &mut Record) -> Result<Upstreams, UpstreamError> {
+    async fn dial(&self, record: &mut Record, ticket: &Ticket) -> Result<Upstreams, UpstreamError> {
         let connector = &self.shared.connector;
-        let (stream, address) = connector.dialer.dial(&self.policy, &self.route, self.to).await?;
+        let (stream, address) = connector.dialer.dial(&self.entry, &self.route, self.to).await?;
+        connector.dialer.enter(&self.entry, ticket, address.ip())?;
         record.dialled(address.ip());
         connector.tls(stream, &self.name, None).await
     }
@@ -216,15 +221,16 @@ impl Other {
         record: &mut Record,
         ticket: &Ticket,
     ) {
-        let mut guest = Prefixed::new(Bytes::new(), &mut *stream)
-            .counted(record.counters.clone())
-            .throttled(self.entry.clone());
+        let counters = record.counters.clone();
+        let mut guest =
+            Prefixed::new(Bytes::new(), &mut *stream).counted(counters.clone()).throttled(self.entry.clone());
         let mut upstream = upstream.throttled(self.entry.clone());
         let revoked = tokio::select! {
             biased;
             () = ticket.revoked.cancelled() => true,
             // How it ends is between the two.
             _ = tokio::io::copy_bidirectional_with_sizes(&mut guest, &mut upstream, 16 * 1024, 16 * 1024) => false,
+            () = counters.still(self.shared.config.timeouts.idle) => false,
             () = self.shared.stop.cancelled() => return,
         };
         if revoked {
