@@ -6,7 +6,7 @@
 use super::{
     authority::{Authority, Named},
     body::{self, Body, Incoming, Outgoing},
-    guard::Refusal,
+    guard::{Refusal, Switch},
     headers::strip_hop_by_hop,
     response,
     target::{Refused, address, name_in, repeatable, who},
@@ -51,6 +51,7 @@ pub(crate) struct HttpConn {
     offer: Alpn,
     started: Instant,
     refusal: Option<Refusal>,
+    switch: Switch,
     requests: AtomicU64,
     parked: Mutex<Option<Upstream>>,
 }
@@ -82,14 +83,16 @@ impl HttpConn {
             offer,
             started: Instant::now(),
             refusal: None,
+            switch: Switch::default(),
             requests: AtomicU64::new(0),
             parked: Mutex::default(),
         }
     }
 
-    /// Where refusals of heads are found.
-    pub(crate) fn guarded(mut self, refusal: Refusal) -> Self {
+    /// Where refusals of heads are found, and another protocol is granted.
+    pub(crate) fn guarded(mut self, refusal: Refusal, switch: Switch) -> Self {
         self.refusal = Some(refusal);
+        self.switch = switch;
         self
     }
 
@@ -108,10 +111,27 @@ impl HttpConn {
 
     /// Answers one request.
     pub(crate) async fn handle(self: Arc<Self>, request: Request<hyper::body::Incoming>) -> Response<Body> {
-        let started = Instant::now();
         let number = self.requests.fetch_add(1, Ordering::Relaxed);
-        let policy = self.entry.policy.load_full();
         let (parts, body) = request.into_parts();
+        let asks = upgrade::asks(&parts);
+        let mut response = self.answer(number, parts, body).await;
+        if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+            self.switch.grant();
+        } else if asks {
+            // What follows on this connection was announced as another protocol, and is not read.
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        response
+    }
+
+    async fn answer(
+        self: &Arc<Self>,
+        number: u64,
+        parts: Parts,
+        body: hyper::body::Incoming,
+    ) -> Response<Body> {
+        let started = Instant::now();
+        let policy = self.entry.policy.load_full();
         let refused = self.refusal.as_ref().and_then(|refusal| refusal.of(number));
         let begin = |verdict, host: Option<&HostName>| {
             let mut record = Record::begin(&self.shared.sink, &policy, Protocol::Http, verdict, started);
@@ -237,11 +257,7 @@ impl HttpConn {
         self.keep(upstream);
         let response = response.map(|body| body.map_err(Into::into).boxed_unsync());
         match response::fit(response, &method, patterns) {
-            Ok(mut response) => {
-                if wish.is_some_and(|wish| !wish.is_extended()) {
-                    // What follows on this connection was announced as another protocol.
-                    response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
-                }
+            Ok(response) => {
                 response.map(|body| Incoming::wrap(body, record, Some(ticket), self.entry.clone()))
             }
             Err(error) => {

@@ -51,7 +51,7 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let stream = GuardedIo::new(stream);
-    let conn = Arc::new(conn.guarded(stream.refusal()));
+    let conn = Arc::new(conn.guarded(stream.refusal(), stream.switch()));
     let service = service_fn(move |request| {
         let conn = conn.clone();
         async move { Ok::<_, Infallible>(conn.handle(request).await) }
