@@ -390,12 +390,19 @@ impl HttpConn {
 
 impl Drop for HttpConn {
     fn drop(&mut self) {
-        if let (Some(name), 0) = (&self.tls, *self.requests.get_mut()) {
-            // Opened, and nothing asked: that it was tried is said all the same.
-            let policy = self.entry.policy.load();
-            let verdict = decide::named(&self.shared.table, &policy, name, self.to).verdict;
-            let mut record = Record::begin(&self.shared.sink, &policy, Protocol::Tls, verdict, self.started);
-            record.destination(Some(name), self.to.ip(), self.to.port());
+        if *self.requests.get_mut() == 0 {
+            // Begun, and nothing asked: that it was tried is said all the same.
+            let (table, policy) = (&self.shared.table, self.entry.policy.load());
+            let (protocol, decision) = match &self.tls {
+                Some(name) => (Protocol::Tls, decide::named(table, &policy, name, self.to)),
+                None => {
+                    let unnamed = decide::unnamed(table, &self.entry, &policy, self.to, Reason::NoName);
+                    (Protocol::Http, unnamed)
+                }
+            };
+            let Decision { verdict, name, .. } = decision;
+            let mut record = Record::begin(&self.shared.sink, &policy, protocol, verdict, self.started);
+            record.destination(self.tls.as_ref().or(name.as_ref()), self.to.ip(), self.to.port());
         }
         let upstream = self.parked.get_mut().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(upstream) = upstream {
