@@ -9,7 +9,10 @@ use aws_lc_rs::{digest, rand};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, Version, header, request::Parts};
-use hyper::{ext::Protocol, upgrade::OnUpgrade};
+use hyper::{
+    ext::{Protocol, ReasonPhrase},
+    upgrade::OnUpgrade,
+};
 use hyper_util::rt::TokioIo;
 use std::sync::Arc;
 use tapgate_model::{Reason, Verdict};
@@ -94,6 +97,8 @@ impl Wish {
         let (mut parts, _) = response.into_parts();
         super::headers::strip_hop_by_hop(&mut parts.headers);
         if let Some(patterns) = &patterns {
+            // A reason phrase of the server's own is text too.
+            parts.extensions.remove::<ReasonPhrase>();
             super::response::clean_headers(&mut parts.headers, patterns);
         }
         if self.is_extended() {
