@@ -159,6 +159,47 @@ fn a_granted_upgrade_says_nothing_of_the_servers_own() {
 const SMUGGLED: &str = "GET /smuggled HTTP/1.1\r\nHost: api.example\r\n\r\n";
 
 #[test]
+fn a_body_of_unknown_length_goes_with_any_method() {
+    world(|mut w| async move {
+        start(&mut w).await;
+        w.serve((SERVER, 443), Some(w.ca.server(&["api.example"], &["http/1.1"]))).await;
+        // HTTP/1 in chunks, the next request behind it.
+        for method in ["GET", "HEAD", "DELETE", "POST"] {
+            let both = format!(
+                "{method} /one HTTP/1.1\r\nHost: api.example\r\nTransfer-Encoding: chunked\r\n\r\n{:x}\r\n{SMUGGLED}\r\n0\r\n\r\nGET /two HTTP/1.1\r\nHost: api.example\r\nConnection: close\r\n\r\n",
+                SMUGGLED.len()
+            );
+            let answer = w.https((SERVER, 443), "api.example", &both).await;
+            assert!(answer.starts_with("HTTP/1.1 200"), "{method}: {answer}");
+            let seen: Vec<_> = w.log.seen().into_iter().map(|seen| (seen.line, seen.body)).collect();
+            let expected = [
+                (format!("{method} /one HTTP/1.1"), Bytes::from(SMUGGLED)),
+                ("GET /two HTTP/1.1".to_owned(), Bytes::new()),
+            ];
+            assert_eq!(seen, expected);
+            w.log.forget();
+        }
+        // HTTP/2, which needs no ALPN, to an upstream that has no HTTP/2.
+        let mut sender = http2(w.tls((SERVER, 443), "api.example", &[]).await.unwrap()).await;
+        for method in [Method::GET, Method::HEAD, Method::POST] {
+            let frames = [SMUGGLED, "more"].map(|text| Ok(Frame::data(Bytes::from(text))));
+            let body = StreamBody::new(futures_util::stream::iter(frames)).boxed_unsync();
+            let answer = sender.send_request(request(method.clone(), 443, body)).await.unwrap();
+            assert_eq!(answer.status(), 200);
+            let _ = answer.into_body().collect().await.unwrap();
+            let answer = sender.send_request(request(Method::GET, 443, empty())).await.unwrap();
+            assert_eq!(answer.status(), 200);
+            let seen = w.log.seen();
+            assert_eq!(seen[0].line, format!("{method} / HTTP/1.1"));
+            assert_eq!(seen[0].body, [SMUGGLED, "more"].concat(), "{method}");
+            assert_eq!(seen.len(), 2, "{seen:?}");
+            assert_eq!(seen[1].header("transfer-encoding"), None);
+            w.log.forget();
+        }
+    });
+}
+
+#[test]
 fn an_empty_answer_in_a_coding_is_an_empty_answer() {
     world(|mut w| async move {
         start(&mut w).await;
