@@ -243,3 +243,27 @@ fn an_empty_answer_in_a_coding_is_an_empty_answer() {
     });
 }
 
+#[test]
+fn what_cannot_be_looked_for_is_not_passed_unlooked() {
+    world(|mut w| async move {
+        start(&mut w).await;
+        w.serve((SERVER, 443), Some(w.ca.server(&["api.example"], &["http/1.1"]))).await;
+        // Far more than an account may have, in characters that are the longest when they are spelled out.
+        let values: Vec<_> =
+            (10..40).map(|n| (format!("s{n}"), format!("{n}{}", "\"".repeat(16_000)))).collect();
+        let hosts: &[&str] = &["api.example"];
+        let secrets: Vec<_> = values.iter().map(|(name, value)| (&name[..], &value[..], hosts)).collect();
+        w.rules(Mode::Enforce, &["api.example"], &secrets);
+        for credentials in ["Bearer IRONSH_PROXY_s10", "Basic eDpJUk9OU0hfUFJPWFlfczEw"] {
+            let request = format!(
+                "GET / HTTP/1.1\r\nHost: api.example\r\nConnection: close\r\nAuthorization: {credentials}\r\n\r\n"
+            );
+            let answer = w.https((SERVER, 443), "api.example", &request).await;
+            assert!(answer.starts_with("HTTP/1.1 502"), "{}", &answer[..200]);
+            let event = w.event().await;
+            assert_eq!(event.verdict, Verdict::Deny { reason: Reason::Fault });
+            assert!(event.secrets.is_empty(), "nothing went out");
+        }
+        assert!(w.log.seen().is_empty());
+    });
+}

@@ -217,8 +217,14 @@ impl HttpConn {
                 return self.deny(record, Reason::Limit, host, Some(&error.to_string()), &asked);
             }
         };
+        let patterns = match self.entry.patterns(&policy, outcome.credentials).await {
+            Ok(patterns) => patterns,
+            Err(error) => {
+                drop(ticket);
+                return self.deny(record, Reason::Fault, host, Some(&error.to_string()), &asked);
+            }
+        };
         record.secrets(outcome.injected.into_iter().collect(), outcome.withheld.into_iter().collect());
-        let patterns = self.entry.patterns(&policy, outcome.credentials);
         let method = parts.method.clone();
         let request =
             Request::from_parts(parts, Outgoing::wrap(body, record.counters.clone(), self.entry.clone()));

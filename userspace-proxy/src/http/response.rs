@@ -6,8 +6,8 @@ use super::{
     headers::strip_hop_by_hop,
 };
 use crate::secret::{
-    clean::Patterns,
     decode::{self, Unreadable},
+    patterns::Patterns,
 };
 use futures_util::TryStreamExt as _;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, header};

@@ -4,7 +4,7 @@
 //! What is said after the switch is counted, held to the VM's rate and cut with its rule, and not looked into.
 
 use super::body::{self, Body};
-use crate::{audit::Record, io::Prefixed, registry::Ticket, secret::clean::Patterns, table::VmEntry};
+use crate::{audit::Record, io::Prefixed, registry::Ticket, secret::patterns::Patterns, table::VmEntry};
 use aws_lc_rs::{digest, rand};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bytes::Bytes;
