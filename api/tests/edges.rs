@@ -218,7 +218,15 @@ async fn every_wrong_request_is_answered_in_the_envelope() {
 #[tokio::test]
 async fn quotas_are_conflicts() {
     let settings = tapgate::Settings::default();
-    let quotas = tapgate::http::Quotas { vms: 1, rules: 1, secrets: 1, snapshots: 1, env: 1, keys: 2 };
+    let quotas = tapgate::http::Quotas {
+        vms: 1,
+        rules: 1,
+        secrets: 1,
+        secret_octets: 100,
+        snapshots: 1,
+        env: 1,
+        keys: 2,
+    };
     let app = TestApp::with(tapgate::Settings { quotas, rates: common::no_limits(), ..settings });
     let key = app.user("alice@example.com").await;
     app.vm(&key, "one").await;
@@ -236,6 +244,18 @@ async fn quotas_are_conflicts() {
     let secret = |name: &str| json!({ "name": name, "secret": "v", "env_var": name.to_uppercase() });
     app.post(&key, "/v1/secrets", secret("a")).await.is(201);
     assert_eq!(app.post(&key, "/v1/secrets", secret("b")).await.error(409), "quota_exceeded");
+    // Nor more octets of secrets than it may, whether by another or by a longer one.
+    let long = |name: &str, octets| json!({ "name": name, "secret": "v".repeat(octets), "env_var": name.to_uppercase() });
+    let other = app.user("bob@example.com").await;
+    let too_long = app.post(&other, "/v1/secrets", long("a", 101)).await;
+    assert!(too_long.body["error"]["message"].as_str().unwrap().contains("100 bytes"), "{}", too_long.body);
+    assert_eq!(too_long.error(409), "quota_exceeded");
+    let one = app.post(&other, "/v1/secrets", long("a", 60)).await.is(201);
+    let one = format!("/v1/secrets/{}", one["id"].as_str().unwrap());
+    let change =
+        async |octets| app.call(&other, "PATCH", &one, Some(json!({ "secret": "v".repeat(octets) }))).await;
+    change(100).await.is(200);
+    assert_eq!(change(101).await.error(409), "quota_exceeded");
     let vm = app.get(&key, "/v1/vms").await.is(200)["data"][0]["id"].as_str().unwrap().to_owned();
     app.make_ready(&vm).await;
     let snapshots = format!("/v1/vms/{vm}/snapshots");

@@ -45,6 +45,7 @@ pub mod internal {
     pub use crate::http::guard::GuardedIo;
     pub use crate::peek::http1::{Framing, Head, check_head};
     pub use crate::peek::tls::{Hello, HelloReader};
-    pub use crate::secret::clean::{Cleaner, Patterns};
+    pub use crate::secret::clean::Cleaner;
+    pub use crate::secret::patterns::{Patterns, Unsearchable};
     pub use crate::secret::substitute::{Channel, Outcome, substitute_headers};
 }

@@ -7,7 +7,10 @@ use crate::{
     intercept::ca::VmCa,
     place::{Place, Places},
     registry::{Registry, Subject, Ticket},
-    secret::clean::Patterns,
+    secret::{
+        known::{Known, Made, Shelf},
+        patterns::Patterns,
+    },
     throttle::Throttle,
 };
 use arc_swap::{ArcSwap, ArcSwapOption};
@@ -17,15 +20,12 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
     time::Instant,
 };
-use tapgate_model::{Cidr, GuestNet, Reason, SecretBinding, VmId, VmPolicy};
+use tapgate_model::{Cidr, GuestNet, Reason, VmId, VmPolicy};
 use tokio::sync::Semaphore;
 use zeroize::Zeroizing;
 
 /// A range of addresses that guests have.
 pub type HostPrefix = Cidr;
-
-/// Patterns, and the secrets that they were made of.
-type Made = (Arc<[SecretBinding]>, Option<Arc<Patterns>>);
 
 /// One VM as the proxy sees it.
 pub(crate) struct VmEntry {
@@ -39,8 +39,10 @@ pub(crate) struct VmEntry {
     pub pins: Pins,
     /// Its live connections.
     pub live: Arc<Registry>,
-    /// What to look for in answers, and the secrets that it was made of.
-    patterns: ArcSwapOption<Made>,
+    /// What to look for in answers.
+    known: ArcSwapOption<Known>,
+    /// Where it is shared with the account's other VMs.
+    shelf: Arc<Shelf>,
     /// Names being looked up: questions, which are refused when there are too many, and dials, which wait.
     pub dns: Semaphore,
     limits: ArcSwap<Limits>,
@@ -66,22 +68,18 @@ impl VmEntry {
     }
 
     /// What to look for in an answer under this policy, where these credentials were put in.
-    pub(crate) fn patterns(
+    pub(crate) async fn patterns(
         &self,
         policy: &VmPolicy,
         credentials: Vec<(Zeroizing<Vec<u8>>, Vec<u8>)>,
-    ) -> Option<Arc<Patterns>> {
-        if !credentials.is_empty() {
-            return Patterns::new(&policy.secrets, credentials);
-        }
-        if let Some(made) = self.patterns.load().as_ref()
-            && Arc::ptr_eq(&made.0, &policy.secrets)
-        {
-            return made.1.clone();
-        }
-        let patterns = Patterns::new(&policy.secrets, credentials);
-        self.patterns.store(Some(Arc::new((policy.secrets.clone(), patterns.clone()))));
-        patterns
+    ) -> Made {
+        let known = self.known.load_full().filter(|known| known.is_of(&policy.secrets));
+        let known = known.unwrap_or_else(|| {
+            let known = self.shelf.of(&policy.user, &policy.secrets);
+            self.known.store(Some(known.clone()));
+            known
+        });
+        Patterns::with(known.patterns().await?, credentials)
     }
 
     /// A place for a new connection, unless the VM has too many or opens them too fast.
@@ -125,6 +123,7 @@ pub struct PolicyTable {
     state: ArcSwap<State>,
     writing: Mutex<()>,
     limits: Limits,
+    shelf: Arc<Shelf>,
 }
 
 impl Default for PolicyTable {
@@ -136,7 +135,7 @@ impl Default for PolicyTable {
 impl PolicyTable {
     /// An empty table: nobody is served.
     pub fn new(limits: Limits) -> Self {
-        Self { state: ArcSwap::default(), writing: Mutex::default(), limits }
+        Self { state: ArcSwap::default(), writing: Mutex::default(), limits, shelf: Arc::default() }
     }
 
     fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
@@ -157,7 +156,8 @@ impl PolicyTable {
             policy: ArcSwap::new(policy),
             pins: Pins::new(limits.pins),
             live: Arc::default(),
-            patterns: ArcSwapOption::empty(),
+            known: ArcSwapOption::empty(),
+            shelf: self.shelf.clone(),
             dns: Semaphore::new(limits.dns_in_flight),
             limits: ArcSwap::from_pointee(*limits),
             throttle: Throttle::new(limits.octets_per_second),

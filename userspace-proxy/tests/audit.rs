@@ -107,6 +107,26 @@ fn every_way_leaves_one_event_with_sizes_and_the_id_that_was_shown() {
         let event = only(&w, "opened, nothing asked").await;
         assert!(event.verdict.is_allowed() && event.protocol == Protocol::Tls);
 
+        // What begins as HTTP and never becomes a request: closed, or stalled until it is given up.
+        let mut config = support::config(&w.ca);
+        config.timeouts.keep_alive = std::time::Duration::from_millis(200);
+        w.restart(config);
+        let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+        for (what, bytes, closed) in [
+            ("half a head", &b"GET / HTTP/1.1\r\n"[..], true),
+            ("half a head, and silence", b"GET / HTTP/1.1\r\nHost: a.example\r\n", false),
+            ("a preface alone", preface, true),
+        ] {
+            let mut stream = w.connect((SERVER, 80)).await;
+            stream.write_all(bytes).await.unwrap();
+            if closed {
+                stream.shutdown().await.unwrap();
+            }
+            let _ = stream.read_to_end(&mut Vec::new()).await;
+            let event = only(&w, what).await;
+            assert_eq!((event.protocol, event.verdict.reason()), (Protocol::Http, Reason::NoName), "{what}");
+        }
+
         // What is refused before HTTP.
         assert!(w.tls((SERVER, 443), "no.example", &[]).await.is_err());
         assert_eq!(only(&w, "an alert").await.verdict.reason(), Reason::NoRule);

@@ -155,6 +155,30 @@ fn prior_knowledge_is_decided_request_by_request() {
     });
 }
 
+#[test]
+fn who_offers_http2_alone_is_told_what_became_of_the_upstream() {
+    world(|mut w| async move {
+        start(&mut w, &["http/1.1"]).await;
+        for (name, at) in [("down.example", OTHER), ("evil2.example", ATTACKER)] {
+            w.zone.set(name, &[at]);
+        }
+        let names = ["api.example", "down.example", "evil2.example"];
+        w.rules(Mode::Enforce, &names, &[("token", VALUE, &names)]);
+        for (name, status, reason) in [
+            ("down.example", 502, Reason::Unreachable),
+            ("evil2.example", 502, Reason::Unverified),
+            ("api.example", 200, Reason::Host),
+        ] {
+            let mut sender = begin(w.tls((SERVER, 443), name, &["h2"]).await.unwrap()).await;
+            let answer = sender.send_request(get(&format!("https://{name}/"))).await.unwrap();
+            assert_eq!(answer.status(), status, "{name}");
+            assert!(!text(answer).await.contains(VALUE));
+            let event = w.event().await;
+            assert_eq!((event.protocol, event.verdict.reason()), (Protocol::Http, reason), "{name}");
+        }
+    });
+}
+
 /// An extended CONNECT (RFC 8441 §4).
 fn extended(path: &str, protocol: &'static str) -> Request<Body> {
     Request::connect(format!("https://api.example{path}"))

@@ -135,7 +135,7 @@ proptest! {
         sizes in vec(1usize..9, 1..20),
     ) {
         let named: Vec<_> = values.iter().enumerate().map(|(n, value)| (format!("s{n}"), value.clone())).collect();
-        let patterns = Patterns::new(&secrets(&named), Vec::new()).unwrap();
+        let patterns = Patterns::new(&secrets(&named)).unwrap().unwrap();
         let mut cleaner = Cleaner::new(patterns.clone());
         let (mut out, mut rest) = (Vec::new(), text.as_bytes());
         let mut impatient = Cleaner::new(patterns.clone());
@@ -160,6 +160,30 @@ proptest! {
             prop_assert!(!shown.contains(value.as_str()), "{:?} is left in {:?}", value, shown);
             prop_assert!(!out.contains(value.as_str()), "{:?} is left in {:?}", value, out);
         }
+    }
+
+    /// What is looked for in two sets is found as if it were one.
+    #[test]
+    fn two_sets_find_what_one_would(
+        values in vec("[ab]{4,7}", 2..6),
+        text in "[abc]{0,60}",
+        size in 1usize..20,
+    ) {
+        let named = |from: usize, values: &[String]| -> Vec<_> {
+            let named = values.iter().enumerate();
+            named.map(|(n, value)| (value.clone().into_bytes().into(), format!("<{}>", from + n).into_bytes())).collect()
+        };
+        let (one, other) = values.split_at(values.len() / 2);
+        let all = Patterns::with(None, named(0, &values)).unwrap().unwrap();
+        let base = Patterns::with(None, named(0, one)).unwrap();
+        let both = Patterns::with(base, named(one.len(), other)).unwrap().unwrap();
+        let clean = |patterns| {
+            let mut cleaner = Cleaner::new(patterns);
+            let mut out: Vec<u8> = text.as_bytes().chunks(size).flat_map(|chunk| cleaner.feed(chunk)).collect();
+            out.extend(cleaner.finish());
+            String::from_utf8(out).unwrap()
+        };
+        prop_assert_eq!(clean(both), clean(all));
     }
 
     /// Whole placeholders become values, once; everything else stays as it is.

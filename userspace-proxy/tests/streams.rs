@@ -76,6 +76,35 @@ fn a_refused_upgrade_opens_no_unguarded_way() {
 }
 
 #[test]
+fn an_upgrade_that_reaches_no_upstream_opens_no_unguarded_way() {
+    world(|mut w| async move {
+        start(&mut w).await;
+        w.zone.set("down.example", &[support::OTHER]);
+        w.serve((SERVER, 80), None).await;
+        w.rules(Mode::Enforce, &["api.example", "down.example"], &[("token", VALUE, &["api.example"])]);
+        let upgrade = |host: &str, version: &str| {
+            format!(
+                "GET /{host} HTTP/{version}\r\nHost: {host}\r\nConnection: upgrade, keep-alive\r\nUpgrade: websocket\r\n\r\n"
+            )
+        };
+        // The library would take this; the guard does not.
+        let smuggled = "GET /smuggled HTTP/1.1\nHost: api.example\nConnection: close\n\n";
+        for (request, status) in
+            [(upgrade("evil.example", "1.1"), "403"), (upgrade("down.example", "1.1"), "502")]
+        {
+            let answer = w.http((SERVER, 80), &[&request, smuggled].concat()).await;
+            assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{answer}");
+            assert!(answer.to_lowercase().contains("connection: close"), "{answer}");
+            assert_eq!(answer.matches("HTTP/1.1 ").count(), 1, "{answer}");
+        }
+        // HTTP/1.0 has no Upgrade: what follows is a request, and checked like one.
+        let answer = w.http((SERVER, 80), &[&upgrade("evil.example", "1.0"), smuggled].concat()).await;
+        assert!(answer.starts_with("HTTP/1.0 403") && answer.contains("HTTP/1.1 400"), "{answer}");
+        assert!(w.log.seen().is_empty());
+    });
+}
+
+#[test]
 fn a_body_waits_for_100_continue_and_is_streamed() {
     world(|mut w| async move {
         start(&mut w).await;

@@ -241,6 +241,7 @@ impl Settings {
             vms: self.quota_vms.unwrap_or(most.vms),
             rules: self.quota_rules.unwrap_or(most.rules),
             secrets: self.quota_secrets.unwrap_or(most.secrets),
+            secret_octets: most.secret_octets,
             snapshots: self.quota_snapshots.unwrap_or(most.snapshots),
             env: self.quota_env.unwrap_or(most.env),
             keys: self.quota_keys.unwrap_or(most.keys),

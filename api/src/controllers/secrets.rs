@@ -113,7 +113,8 @@ pub(crate) async fn create(
         hosts: hosts.map_or(Ok(vec![HostPattern::Any]), check_hosts)?,
         comment,
     };
-    let secret = state.store().secret_create(&account.user, new, state.settings().quotas.secrets).await?;
+    let quota = state.settings().quotas.of_secrets();
+    let secret = state.store().secret_create(&account.user, new, quota).await?;
     changed(&state, &account).await;
     Ok((StatusCode::CREATED, Json(secret.into())))
 }
@@ -182,7 +183,8 @@ pub(crate) async fn update(
     if let Some(Some(comment)) = &change.comment {
         at_most("comment", comment, 1024, true)?;
     }
-    let secret = state.store().secret_update(&account.user, &secret, change, expected).await?;
+    let quota = state.settings().quotas.of_secrets();
+    let secret = state.store().secret_update(&account.user, &secret, change, expected, quota).await?;
     changed(&state, &account).await;
     Ok(versioned(secret))
 }

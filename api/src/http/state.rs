@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tapgate_model::VmId;
-use tapgate_store::{CaPem, Resources, Store};
+use tapgate_store::{CaPem, Resources, SecretQuota, Store};
 
 /// Makes a VM's certificate authority.
 pub type CaMaker = Arc<dyn Fn(&VmId) -> anyhow::Result<CaPem> + Send + Sync>;
@@ -32,6 +32,9 @@ pub enum SignUp {
 /// What a VM may ask for, unless the settings say less.
 pub const MAX_RESOURCES: Resources = Resources { vcpus: 16, memory_mib: 64 * 1024, disk_bytes: 512 << 30 };
 
+/// Octets of an account's secrets together: the proxy looks for all of them, in several spellings, in every answer.
+const MAX_SECRET_OCTETS: u32 = 256 * 1024;
+
 /// How many of each an account may have.
 #[derive(Clone, Copy, Debug)]
 pub struct Quotas {
@@ -41,6 +44,8 @@ pub struct Quotas {
     pub rules: u32,
     /// Secrets.
     pub secrets: u32,
+    /// Octets of the secrets' values together.
+    pub secret_octets: u32,
     /// Snapshots.
     pub snapshots: u32,
     /// Environment variables.
@@ -49,9 +54,24 @@ pub struct Quotas {
     pub keys: u32,
 }
 
+impl Quotas {
+    /// What an account may have of secrets.
+    pub(crate) const fn of_secrets(&self) -> SecretQuota {
+        SecretQuota { count: self.secrets, octets: self.secret_octets }
+    }
+}
+
 impl Default for Quotas {
     fn default() -> Self {
-        Self { vms: 100, rules: 10_000, secrets: 500, snapshots: 500, env: 500, keys: 1000 }
+        Self {
+            vms: 100,
+            rules: 10_000,
+            secrets: 500,
+            secret_octets: MAX_SECRET_OCTETS,
+            snapshots: 500,
+            env: 500,
+            keys: 1000,
+        }
     }
 }
 

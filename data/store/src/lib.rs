@@ -42,7 +42,7 @@ pub use policy::{AccountPolicy, VmEgress};
 pub use pool::QueueLoad;
 pub use rules::{NewRule, RuleFilter, RuleRecord, RuleSort};
 pub use seal::{SealError, SealKey};
-pub use secrets::{NewSecret, SecretChange, SecretFilter, SecretRecord, SecretSort};
+pub use secrets::{NewSecret, SecretChange, SecretFilter, SecretQuota, SecretRecord, SecretSort};
 pub use snapshots::{MemoryObject, SnapshotKind, SnapshotRecord, SnapshotStatus, StoredSnapshot};
 pub use store::Store;
 pub use suspension::Suspension;

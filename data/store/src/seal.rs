@@ -17,6 +17,8 @@ const VERSION: u8 = 1;
 const KEY_ID: usize = 4;
 const NONCE: usize = 12;
 const KEY: usize = 32;
+/// How much longer a sealed value is than the value: what is in front of it, and the tag (16).
+pub(crate) const OVERHEAD: i64 = 1 + KEY_ID as i64 + NONCE as i64 + 16;
 
 /// Why a key file or a sealed value cannot be used.
 #[derive(Debug, thiserror::Error)]

@@ -3,6 +3,7 @@
 use crate::error::{Conflict, Kind, Result, StoreError};
 use crate::page::{Listing, Page, PageRequest};
 use crate::policy::touch;
+use crate::seal::OVERHEAD;
 use crate::store::{Store, quota};
 use crate::time::now_us;
 use crate::users::id;
@@ -38,6 +39,15 @@ pub struct SecretChange {
     pub hosts: Option<Vec<HostPattern>>,
     /// `Some(None)` removes it.
     pub comment: Option<Option<String>>,
+}
+
+/// How much of secrets an account may have.
+#[derive(Clone, Copy, Debug)]
+pub struct SecretQuota {
+    /// How many.
+    pub count: u32,
+    /// Octets of their values together: each is looked for in every answer.
+    pub octets: u32,
 }
 
 /// A secret as it can be shown: without its value.
@@ -119,6 +129,27 @@ fn env_var_free(db: &Connection, user: &UserId, env_var: &str, except: Option<&S
     if taken { Err(Conflict::EnvVar.into()) } else { Ok(()) }
 }
 
+/// Refuses a value that makes the account's too long together; `except` is the secret that it replaces.
+fn octets_left(
+    db: &Connection,
+    user: &UserId,
+    value: &SecretValue,
+    limit: u32,
+    except: Option<&SecretId>,
+) -> Result<()> {
+    // Sealed, each is longer by as much.
+    let (others, count): (i64, i64) = db.query_row(
+        "SELECT coalesce(sum(length(value)), 0), count(*) FROM secrets WHERE user = ?1 AND id IS NOT ?2",
+        params![user.as_str(), except.map(SecretId::as_str)],
+        |row| Ok((row.get(0)?, row.get(1)?)),
+    )?;
+    let value = i64::try_from(value.expose().len()).unwrap_or(i64::MAX);
+    if value.saturating_add(others - count * OVERHEAD) > i64::from(limit) {
+        return Err(Conflict::Quota { what: "bytes of secrets", limit }.into());
+    }
+    Ok(())
+}
+
 fn json(hosts: &[HostPattern]) -> Result<String> {
     serde_json::to_string(hosts).map_err(|e| StoreError::Internal(e.to_string()))
 }
@@ -176,7 +207,12 @@ impl Store {
     }
 
     /// Makes a secret.
-    pub async fn secret_create(&self, user: &UserId, new: NewSecret, limit: u32) -> Result<SecretRecord> {
+    pub async fn secret_create(
+        &self,
+        user: &UserId,
+        new: NewSecret,
+        limit: SecretQuota,
+    ) -> Result<SecretRecord> {
         let (user, key) = (user.clone(), self.key.clone());
         self.db
             .write(move |tx| {
@@ -189,7 +225,9 @@ impl Store {
                     return Err(Conflict::SecretName.into());
                 }
                 env_var_free(tx, &user, &new.env_var, None)?;
-                quota(tx, "secrets", "SELECT count(*) FROM secrets WHERE user = ?1", user.as_str(), limit)?;
+                let count = "SELECT count(*) FROM secrets WHERE user = ?1";
+                quota(tx, "secrets", count, user.as_str(), limit.count)?;
+                octets_left(tx, &user, &new.value, limit.octets, None)?;
                 let secret = SecretId::generate();
                 let now = now_us();
                 tx.execute(
@@ -250,6 +288,7 @@ impl Store {
         secret: &SecretId,
         change: SecretChange,
         expected: Expected,
+        limit: SecretQuota,
     ) -> Result<SecretRecord> {
         let (user, secret, key) = (user.clone(), secret.clone(), self.key.clone());
         self.db
@@ -267,6 +306,7 @@ impl Store {
                     params![secret.as_str(), env_var, json(&hosts)?, comment, updated],
                 )?;
                 if let Some(value) = change.value {
+                    octets_left(tx, &user, &value, limit.octets, Some(&secret))?;
                     let blob = key.seal(TABLE, secret.as_str(), value.expose())?;
                     tx.execute("UPDATE secrets SET value = ?2 WHERE id = ?1", params![secret.as_str(), blob])?;
                 }

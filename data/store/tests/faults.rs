@@ -19,7 +19,7 @@ async fn write_until_killed(folder: &std::path::Path) {
         let stamp = format!("{}x{n}", std::process::id());
         let user = user(&store, &format!("{stamp}@example.com")).await;
         store.env_set(&user, "K", &stamp, 10, Expected::any()).await.unwrap();
-        store.secret_create(&user, new_secret("s", "S", &stamp), 10).await.unwrap();
+        store.secret_create(&user, new_secret("s", "S", &stamp), secrets(10)).await.unwrap();
         writeln!(out, "{user} {stamp}").unwrap();
         out.flush().unwrap();
     }
@@ -162,7 +162,10 @@ async fn a_clock_that_goes_back_breaks_no_page() {
     let (folder, store) = fresh();
     let user = user(&store, "a@example.com").await;
     for n in 0..10 {
-        store.secret_create(&user, new_secret(&format!("s{n}"), &format!("S{n}"), "v"), 100).await.unwrap();
+        store
+            .secret_create(&user, new_secret(&format!("s{n}"), &format!("S{n}"), "v"), secrets(100))
+            .await
+            .unwrap();
     }
     let db = rusqlite::Connection::open(folder.path().join("db/tapgate.db")).unwrap();
     db.execute("UPDATE secrets SET created_at = created_at - 3600000000 WHERE seq % 3 = 0", []).unwrap();

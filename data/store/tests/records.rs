@@ -22,7 +22,7 @@ fn rule(target: &str, name: Option<&str>) -> NewRule {
 async fn nothing_secret_is_readable_in_the_files() {
     let (folder, store) = fresh();
     let user = user(&store, "a@example.com").await;
-    store.secret_create(&user, new_secret("s", "S", "ghp_very_secret"), 10).await.unwrap();
+    store.secret_create(&user, new_secret("s", "S", "ghp_very_secret"), secrets(10)).await.unwrap();
     store.env_set(&user, "E", "env_very_secret", 10, Expected::any()).await.unwrap();
     store.vm_create(new_vm(&user, "vm")).await.unwrap();
     let issued = store.key_create(&user, "k", 10).await.unwrap();
@@ -122,7 +122,7 @@ async fn the_effective_policy_is_whole_and_its_generation_rises() {
     let own = risen("VM policy").await;
     assert_eq!(own.mode, Mode::Warn);
     assert!(!own.rules.has_hosts(), "the account's rules no longer hold");
-    let secret = store.secret_create(&user, new_secret("s", "S", "value"), 10).await.unwrap();
+    let secret = store.secret_create(&user, new_secret("s", "S", "value"), secrets(10)).await.unwrap();
     let with = risen("secret").await;
     assert_eq!(with.secrets[0].value.expose(), b"value");
     store
@@ -134,6 +134,7 @@ async fn the_effective_policy_is_whole_and_its_generation_rises() {
                 ..SecretChange::default()
             },
             Expected::any(),
+            secrets(10),
         )
         .await
         .unwrap();
@@ -157,7 +158,7 @@ async fn policies_share_what_did_not_change_and_nothing_that_did() {
     store.vm_egress_set(&user, &vms[2], None, false, Expected::any()).await.unwrap();
     let account = store.rule_create(&user, None, rule("198.51.100.0/24", None), 10).await.unwrap();
     store.rule_create(&user, Some(&vms[0]), rule("192.0.2.0/24", None), 10).await.unwrap();
-    store.secret_create(&user, new_secret("s", "S", "value"), 10).await.unwrap();
+    store.secret_create(&user, new_secret("s", "S", "value"), secrets(10)).await.unwrap();
     let read = async |vm: Option<&VmId>, known: &[Arc<VmPolicy>]| -> Vec<Arc<VmPolicy>> {
         let known = known.iter().map(|policy| (policy.vm.clone(), policy.clone())).collect();
         let read = store.effective_policies(&user, vm, SecretsOverHttp::Never, known).await.unwrap();
@@ -365,7 +366,7 @@ async fn a_device_code_is_for_its_requester_and_once() {
 async fn a_backup_opens_and_holds_everything() {
     let (folder, store) = fresh();
     let user = user(&store, "a@example.com").await;
-    store.secret_create(&user, new_secret("s", "S", "value"), 10).await.unwrap();
+    store.secret_create(&user, new_secret("s", "S", "value"), secrets(10)).await.unwrap();
     let there = folder.path().join("backup");
     store.backup(&there).await.unwrap();
     assert!(store.backup(&there).await.is_err(), "a backup is never overwritten");
@@ -397,7 +398,7 @@ async fn tickets_are_for_one_purpose_and_a_time() {
 async fn a_rotated_key_seals_everything_and_the_old_one_nothing() {
     let (folder, store) = fresh();
     let user = user(&store, "a@example.com").await;
-    store.secret_create(&user, new_secret("s", "S", "value"), 10).await.unwrap();
+    store.secret_create(&user, new_secret("s", "S", "value"), secrets(10)).await.unwrap();
     store.env_set(&user, "E", "env value", 10, Expected::any()).await.unwrap();
     let vm = store.vm_create(new_vm(&user, "vm")).await.unwrap().id;
     let ticket = store.ticket("verify", "x", now_us() + 60_000_000);

@@ -4,7 +4,7 @@ use super::headers::strip_trailers;
 use crate::{
     audit::Record,
     registry::Ticket,
-    secret::clean::{Cleaner, Patterns},
+    secret::{clean::Cleaner, patterns::Patterns},
     table::VmEntry,
     throttle::Pause,
 };
@@ -288,7 +288,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_cleaned_body_keeps_its_trailers_and_cleans_them() {
-        let patterns = Patterns::new(&policy(&[("s", "VALUE", &["*"])]).secrets, Vec::new()).unwrap();
+        let patterns = Patterns::new(&policy(&[("s", "VALUE", &["*"])]).secrets).unwrap().unwrap();
         let mut trailers = HeaderMap::new();
         trailers.insert("x-sum", "VALUE".parse().unwrap());
         let frames = ["a VA", "LUE b VAL"].map(|text| Ok::<_, BoxError>(Frame::data(Bytes::from(text))));

@@ -2,7 +2,8 @@
 //! once it is whole and has one meaning.
 //!
 //! A bad head is replaced by a harmless one, and the refusal is kept for the handler to answer with; nothing that
-//! follows it is read. Must never hand the library an octet of a head that was not checked.
+//! follows it is read. Nor is what follows a head that asks for another protocol, until the handler grants it. Must never
+//! hand the library an octet of a head that was not checked.
 
 use crate::peek::http1::{Framing, Refused, check_head};
 use bytes::{Buf as _, BytesMut};
@@ -10,7 +11,10 @@ use std::{
     io,
     mem::MaybeUninit,
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll, ready},
 };
 use tapgate_model::Reason;
@@ -43,6 +47,21 @@ impl Refusal {
     }
 }
 
+/// Whether the guest may speak the other protocol that it asked for.
+#[derive(Clone, Default)]
+pub struct Switch(Arc<AtomicBool>);
+
+impl Switch {
+    /// From here on, the stream is let through as it is, if a head asked for that.
+    pub fn grant(&self) {
+        self.0.store(true, Ordering::Release);
+    }
+
+    fn is_granted(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
 #[derive(Clone, Copy, Debug)]
 enum Part {
     /// Gathering a head; so many octets were searched for its end.
@@ -57,6 +76,8 @@ enum Part {
     ChunkEnd,
     /// In the trailers: so many octets have passed.
     Trailers(usize),
+    /// After a head that asks for another protocol: the library sees the end unless it is granted.
+    Asked,
     /// Another protocol from here on.
     Tunnel,
     /// Refused, or broken beyond an answer: the library sees the end.
@@ -73,6 +94,7 @@ pub struct GuardedIo<S> {
     part: Part,
     heads: u64,
     refusal: Refusal,
+    switch: Switch,
     eof: bool,
 }
 
@@ -86,6 +108,7 @@ impl<S> GuardedIo<S> {
             part: Part::Head(0),
             heads: 0,
             refusal: Refusal::default(),
+            switch: Switch::default(),
             eof: false,
         }
     }
@@ -93,6 +116,11 @@ impl<S> GuardedIo<S> {
     /// Where a refusal is kept.
     pub fn refusal(&self) -> Refusal {
         self.refusal.clone()
+    }
+
+    /// Where another protocol is granted.
+    pub fn switch(&self) -> Switch {
+        self.switch.clone()
     }
 
     fn refuse(&mut self, why: Refused) {
@@ -167,7 +195,7 @@ impl<S> GuardedIo<S> {
                 }
                 Err(()) => self.broken(),
             },
-            Part::End => self.broken(),
+            Part::Asked | Part::End => self.broken(),
         }
         true
     }
@@ -206,7 +234,7 @@ impl<S> GuardedIo<S> {
             Some(end) if end <= MAX_HEAD => match check_head(&fresh[..end]) {
                 Ok(head) => {
                     self.part = match (head.upgrade, head.framing) {
-                        (true, Framing::Length(0)) => Part::Tunnel,
+                        (true, Framing::Length(0)) => Part::Asked,
                         (true, _) => {
                             self.refuse((Reason::BadRequest, "an Upgrade with a body"));
                             return true;
@@ -289,7 +317,10 @@ impl<S: AsyncRead + Unpin> AsyncRead for GuardedIo<S> {
                 }
                 return Poll::Ready(Ok(()));
             }
-            if matches!(this.part, Part::End) || this.eof && this.raw.is_empty() {
+            if matches!(this.part, Part::Asked) && this.switch.is_granted() {
+                this.part = Part::Tunnel;
+            }
+            if matches!(this.part, Part::Asked | Part::End) || this.eof && this.raw.is_empty() {
                 return Poll::Ready(Ok(()));
             }
             if this.step() {
@@ -392,6 +423,19 @@ mod tests {
             let (all, _) = through([head, body].concat().as_bytes(), 4096).await;
             assert!(!all.ends_with(b"0\r\n\r\n"), "{body:?}");
         }
+    }
+
+    #[tokio::test]
+    async fn what_follows_an_upgrade_waits_for_the_grant() {
+        let head = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n";
+        let input = [head.as_slice(), b"GET /x HTTP/1.1\r\n\r\n"].concat();
+        let mut guarded = GuardedIo::new(input.as_slice());
+        let mut all = Vec::new();
+        guarded.read_to_end(&mut all).await.unwrap();
+        assert_eq!(all, head);
+        guarded.switch().grant();
+        guarded.read_to_end(&mut all).await.unwrap();
+        assert_eq!(all, input);
     }
 
     #[tokio::test]

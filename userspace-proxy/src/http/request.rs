@@ -6,7 +6,7 @@
 use super::{
     authority::{Authority, Named},
     body::{self, Body, Incoming, Outgoing},
-    guard::Refusal,
+    guard::{Refusal, Switch},
     headers::strip_hop_by_hop,
     response,
     target::{Refused, address, name_in, repeatable, who},
@@ -56,6 +56,7 @@ pub(crate) struct HttpConn {
     offer: Alpn,
     started: Instant,
     refusal: Option<Refusal>,
+    switch: Switch,
     requests: AtomicU64,
     pub(super) under_way: UnderWay,
     parked: Mutex<Option<Upstream>>,
@@ -90,15 +91,17 @@ impl HttpConn {
             offer,
             started: Instant::now(),
             refusal: None,
+            switch: Switch::default(),
             requests: AtomicU64::new(0),
             under_way: UnderWay::default(),
             parked: Mutex::default(),
         }
     }
 
-    /// Where refusals of heads are found.
-    pub(crate) fn guarded(mut self, refusal: Refusal) -> Self {
+    /// Where refusals of heads are found, and another protocol is granted.
+    pub(crate) fn guarded(mut self, refusal: Refusal, switch: Switch) -> Self {
         self.refusal = Some(refusal);
+        self.switch = switch;
         self
     }
 
@@ -117,10 +120,27 @@ impl HttpConn {
 
     /// Answers one request.
     pub(crate) async fn handle(self: Arc<Self>, request: Request<hyper::body::Incoming>) -> Response<Body> {
-        let started = Instant::now();
         let number = self.requests.fetch_add(1, Ordering::Relaxed);
-        let policy = self.entry.policy.load_full();
         let (parts, body) = request.into_parts();
+        let asks = upgrade::asks(&parts);
+        let mut response = self.answer(number, parts, body).await;
+        if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+            self.switch.grant();
+        } else if asks {
+            // What follows on this connection was announced as another protocol, and is not read.
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        response
+    }
+
+    async fn answer(
+        self: &Arc<Self>,
+        number: u64,
+        parts: Parts,
+        body: hyper::body::Incoming,
+    ) -> Response<Body> {
+        let started = Instant::now();
+        let policy = self.entry.policy.load_full();
         let refused = self.refusal.as_ref().and_then(|refusal| refusal.of(number));
         let begin = |verdict, host: Option<&HostName>| {
             let mut record = Record::begin(&self.shared.sink, &policy, Protocol::Http, verdict, started);
@@ -209,8 +229,14 @@ impl HttpConn {
                 return self.deny(record, Reason::Limit, host, Some(&error.to_string()), &asked);
             }
         };
+        let patterns = match self.entry.patterns(&policy, outcome.credentials).await {
+            Ok(patterns) => patterns,
+            Err(error) => {
+                drop(ticket);
+                return self.deny(record, Reason::Fault, host, Some(&error.to_string()), &asked);
+            }
+        };
         record.secrets(outcome.injected.into_iter().collect(), outcome.withheld.into_iter().collect());
-        let patterns = self.entry.patterns(&policy, outcome.credentials);
         let method = parts.method.clone();
         let body = Outgoing::wrap(body, &ticket, record.counters.clone(), self.entry.clone());
         let request = Request::from_parts(parts, body);
@@ -249,11 +275,7 @@ impl HttpConn {
         self.keep(upstream);
         let response = response.map(|body| body.map_err(Into::into).boxed_unsync());
         match response::fit(response, &method, patterns) {
-            Ok(mut response) => {
-                if wish.is_some_and(|wish| !wish.is_extended()) {
-                    // What follows on this connection was announced as another protocol.
-                    response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
-                }
+            Ok(response) => {
                 response.map(|body| Incoming::wrap(body, record, Some(ticket), self.entry.clone()))
             }
             Err(error) => {
@@ -389,12 +411,19 @@ impl HttpConn {
 
 impl Drop for HttpConn {
     fn drop(&mut self) {
-        if let (Some(name), 0) = (&self.tls, *self.requests.get_mut()) {
-            // Opened, and nothing asked: that it was tried is said all the same.
-            let policy = self.entry.policy.load();
-            let verdict = decide::named(&self.shared.table, &policy, name, self.to).verdict;
-            let mut record = Record::begin(&self.shared.sink, &policy, Protocol::Tls, verdict, self.started);
-            record.destination(Some(name), self.to.ip(), self.to.port());
+        if *self.requests.get_mut() == 0 {
+            // Begun, and nothing asked: that it was tried is said all the same.
+            let (table, policy) = (&self.shared.table, self.entry.policy.load());
+            let (protocol, decision) = match &self.tls {
+                Some(name) => (Protocol::Tls, decide::named(table, &policy, name, self.to)),
+                None => {
+                    let unnamed = decide::unnamed(table, &self.entry, &policy, self.to, Reason::NoName);
+                    (Protocol::Http, unnamed)
+                }
+            };
+            let Decision { verdict, name, .. } = decision;
+            let mut record = Record::begin(&self.shared.sink, &policy, protocol, verdict, self.started);
+            record.destination(self.tls.as_ref().or(name.as_ref()), self.to.ip(), self.to.port());
         }
         let upstream = self.parked.get_mut().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(upstream) = upstream {

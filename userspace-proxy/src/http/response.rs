@@ -6,13 +6,13 @@ use super::{
     headers::strip_hop_by_hop,
 };
 use crate::secret::{
-    clean::Patterns,
     decode::{self, Unreadable},
+    patterns::Patterns,
 };
 use futures_util::TryStreamExt as _;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, header};
-use http_body::Frame;
-use http_body_util::{BodyExt as _, StreamBody};
+use http_body::{Body as _, Frame};
+use http_body_util::{BodyExt as _, Empty, StreamBody};
 use std::{io, sync::Arc};
 use tokio_util::io::{ReaderStream, StreamReader};
 
@@ -38,13 +38,17 @@ pub(crate) fn fit(
     let (mut parts, mut body) = response.into_parts();
     strip_hop_by_hop(&mut parts.headers);
     parts.headers.remove(ALT_SVC);
+    let bodiless = *method == Method::HEAD
+        || parts.status.is_informational()
+        || matches!(parts.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
+    if bodiless {
+        // What comes all the same, in HTTP/2's frames or as trailers, is part of no answer.
+        body = Empty::new().map_err(|never| match never {}).boxed_unsync();
+    }
     let Some(patterns) = patterns else { return Ok(Response::from_parts(parts, body)) };
     // A reason phrase of the server's own is text too.
     parts.extensions.remove::<hyper::ext::ReasonPhrase>();
     clean_headers(&mut parts.headers, &patterns);
-    let bodiless = *method == Method::HEAD
-        || parts.status.is_informational()
-        || matches!(parts.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
     if bodiless {
         return Ok(Response::from_parts(parts, body));
     }
@@ -55,7 +59,10 @@ pub(crate) fn fit(
             return Err(Unreadable);
         }
         parts.headers.remove(header::CONTENT_ENCODING);
-        body = decoded(codings, body);
+        // Nothing at all is in no coding, whatever is said of it.
+        if !body.is_end_stream() {
+            body = decoded(codings, body);
+        }
     }
     parts.headers.remove(header::CONTENT_LENGTH);
     // They are of the octets as sent, which the guest may not get.

@@ -59,7 +59,7 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let stream = GuardedIo::new(stream);
-    let conn = Arc::new(conn.guarded(stream.refusal()));
+    let conn = Arc::new(conn.guarded(stream.refusal(), stream.switch()));
     let watched = conn.clone();
     let service = service_fn(move |request| {
         let conn = conn.clone();

@@ -85,6 +85,7 @@ pub(super) fn address(request: &mut Request<Body>, sender: &Sender, tls: bool) {
     let mut uri = uri::Parts::default();
     let path = request.uri().path_and_query().cloned();
     uri.path_and_query = Some(path.unwrap_or_else(|| uri::PathAndQuery::from_static("/")));
+    request.headers_mut().remove(header::TRANSFER_ENCODING);
     let host = request.headers_mut().remove(header::HOST);
     let host = host.and_then(|host| uri::Authority::try_from(host.as_bytes()).ok());
     let host = host.or_else(|| request.uri().authority().cloned());
@@ -95,6 +96,11 @@ pub(super) fn address(request: &mut Request<Body>, sender: &Sender, tls: bool) {
                 request.headers_mut().insert(header::HOST, host);
             }
             join_cookies(request.headers_mut());
+            // Left to itself the library takes a GET of unknown length for one without a body.
+            let framed = request.headers().contains_key(header::CONTENT_LENGTH);
+            if !framed && !http_body::Body::is_end_stream(request.body()) {
+                request.headers_mut().insert(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+            }
         }
         Sender::Http2(_) => {
             *request.version_mut() = Version::HTTP_2;

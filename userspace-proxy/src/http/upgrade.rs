@@ -7,12 +7,15 @@ use super::{
     body::{self, Body},
     request::HttpConn,
 };
-use crate::{audit::Record, io::Prefixed, registry::Ticket, secret::clean::Patterns};
+use crate::{audit::Record, io::Prefixed, registry::Ticket, secret::patterns::Patterns};
 use aws_lc_rs::{digest, rand};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, Version, header, request::Parts};
-use hyper::{ext::Protocol, upgrade::OnUpgrade};
+use hyper::{
+    ext::{Protocol, ReasonPhrase},
+    upgrade::OnUpgrade,
+};
 use hyper_util::rt::TokioIo;
 use std::sync::Arc;
 use tapgate_model::{Reason, Verdict};
@@ -35,6 +38,13 @@ pub(super) fn is_extended(parts: &Parts) -> bool {
         && protocol.is_some_and(|protocol| protocol.as_ref().eq_ignore_ascii_case(b"websocket"))
 }
 
+/// Whether the request asks for WebSocket by `Upgrade`: what follows it on the connection is then no request.
+pub(super) fn asks(parts: &Parts) -> bool {
+    let upgrade = parts.headers.get(header::UPGRADE);
+    parts.version == Version::HTTP_11
+        && upgrade.is_some_and(|upgrade| upgrade.as_bytes().eq_ignore_ascii_case(b"websocket"))
+}
+
 /// The guest's side of the switch, if it asks for one that may be; the request is then one that asks by `Upgrade`.
 pub(super) fn take(parts: &mut Parts) -> Option<Wish> {
     let on = parts.extensions.remove::<OnUpgrade>();
@@ -47,8 +57,7 @@ pub(super) fn take(parts: &mut Parts) -> Option<Wish> {
         parts.headers.insert(header::SEC_WEBSOCKET_KEY, key.clone());
         return on.map(|on| Wish { on, key: Some(key) });
     }
-    let asks = parts.headers.get(header::UPGRADE)?.as_bytes().eq_ignore_ascii_case(b"websocket");
-    on.filter(|_| asks && parts.version == Version::HTTP_11).map(|on| Wish { on, key: None })
+    on.filter(|_| asks(parts)).map(|on| Wish { on, key: None })
 }
 
 /// Writes the wish on a request that goes out on HTTP/1.1.
@@ -91,6 +100,8 @@ impl Wish {
         let (mut parts, _) = response.into_parts();
         super::headers::strip_hop_by_hop(&mut parts.headers);
         if let Some(patterns) = &patterns {
+            // A reason phrase of the server's own is text too.
+            parts.extensions.remove::<ReasonPhrase>();
             super::response::clean_headers(&mut parts.headers, patterns);
         }
         if self.is_extended() {

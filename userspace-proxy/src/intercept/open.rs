@@ -42,7 +42,11 @@ impl Conn {
         let ticket = self.entry.enter(subject);
         let upstream =
             if hello.http2 { self.first_upstream(&name, decision.route.clone()).await } else { None };
-        let alpn = upstream.as_ref().map_or(Alpn::Http1, Upstream::alpn);
+        let alpn = match hello.http2_only {
+            // Whatever becomes of the upstream is told in the answers; it is no fault of the handshake.
+            true => Alpn::Http2,
+            false => upstream.as_ref().map_or(Alpn::Http1, Upstream::alpn),
+        };
         let config = match self.shared.leaves.config(&self.entry.ca, &name, alpn) {
             Ok(config) => config,
             Err(error) => {

@@ -85,7 +85,9 @@ pub fn check_head(bytes: &[u8]) -> Result<Head, Refused> {
         return Err(bad("an HTTP/1.1 request needs a Host field"));
     }
     check_target(method, target, host)?;
-    Ok(Head { framing: framing(request.headers, version)?, upgrade: upgrade(request.headers)? })
+    // HTTP/1.0 knows no Upgrade: a recipient ignores it (RFC 9110 §7.8).
+    let upgrade = upgrade(request.headers)? && version == 1;
+    Ok(Head { framing: framing(request.headers, version)?, upgrade })
 }
 
 /// Line ends are CR LF, none is folded, and no octet is one that some parser would end a line at.
@@ -209,6 +211,7 @@ mod tests {
             assert_eq!(head(text).map(|head| head.framing), Ok(framing), "{text:?}");
         }
         assert!(head("GET / HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\n\r\n").unwrap().upgrade);
+        assert!(!head("GET / HTTP/1.0\r\nHost: a\r\nUpgrade: websocket\r\n\r\n").unwrap().upgrade);
     }
 
     #[test]

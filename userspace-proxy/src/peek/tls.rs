@@ -16,6 +16,8 @@ pub struct Hello {
     pub name: Option<Result<HostName, HostError>>,
     /// Whether HTTP/2 is offered by ALPN.
     pub http2: bool,
+    /// Whether HTTP/2 alone is offered: whoever offers it cannot be answered in anything else.
+    pub http2_only: bool,
     /// Whether HTTP could be spoken: ALPN offers a version of it, or offers nothing.
     pub http: bool,
     /// Whether ALPN is there at all.
@@ -70,11 +72,13 @@ fn describe(hello: &rustls::server::ClientHello<'_>) -> Hello {
     let offered: Option<Vec<&[u8]>> = hello.alpn().map(Iterator::collect);
     let offers = |protocol: &[u8]| offered.as_ref().is_some_and(|all| all.contains(&protocol));
     let http2 = offers(b"h2");
+    let http1 = offers(b"http/1.1") || offers(b"http/1.0");
     Hello {
         name: hello.server_name().map(|name| HostName::parse_wire(name.as_bytes())),
         http2,
+        http2_only: http2 && !http1,
         alpn_offered: offered.is_some(),
-        http: http2 || offers(b"http/1.1") || offers(b"http/1.0") || offered.is_none(),
+        http: http2 || http1 || offered.is_none(),
     }
 }
 

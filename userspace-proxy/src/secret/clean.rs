@@ -4,114 +4,22 @@
 //! is, as it stands in JSON and in URLs, and inside the Basic credentials that were put in. Other encodings of a server's
 //! own choice cannot be told.
 
-use aho_corasick::{AhoCorasick, MatchKind};
+use super::patterns::{Patterns, SHORTEST};
 use bytes::Bytes;
-use std::{fmt, sync::Arc};
-use tapgate_model::SecretBinding;
-use zeroize::{Zeroize as _, Zeroizing};
-
-/// Shorter values would turn up by chance in any text, and are guessed as fast as read.
-const SHORTEST: usize = 4;
-
-struct Pair {
-    value: Zeroizing<Vec<u8>>,
-    placeholder: Vec<u8>,
-}
-
-/// What is looked for, and what is put in its stead.
-pub struct Patterns {
-    pairs: Vec<Pair>,
-    automaton: AhoCorasick,
-}
-
-impl fmt::Debug for Patterns {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Patterns({})", self.pairs.len())
-    }
-}
+use std::sync::Arc;
+use zeroize::Zeroize as _;
 
 impl Patterns {
-    /// The values of all these secrets, and credentials that hold one. `None` if there is nothing to look for.
-    pub fn new(
-        secrets: &[SecretBinding],
-        credentials: Vec<(Zeroizing<Vec<u8>>, Vec<u8>)>,
-    ) -> Option<Arc<Self>> {
-        let mut pairs: Vec<Pair> = Vec::new();
-        let mut add = |value: Zeroizing<Vec<u8>>, placeholder: &[u8]| {
-            if value.len() >= SHORTEST && !pairs.iter().any(|pair| pair.value == value) {
-                pairs.push(Pair { value, placeholder: placeholder.to_vec() });
-            }
-        };
-        for secret in secrets {
-            let placeholder = secret.placeholder();
-            for value in spellings(secret.value.expose()) {
-                add(value, placeholder.as_bytes());
-            }
-        }
-        for (value, sent) in credentials {
-            add(value, &sent);
-        }
-        if pairs.is_empty() {
-            return None;
-        }
-        let values = pairs.iter().map(|pair| pair.value.as_slice());
-        let automaton = AhoCorasick::builder().match_kind(MatchKind::LeftmostLongest).build(values).ok()?;
-        Some(Arc::new(Self { pairs, automaton }))
-    }
-
-    /// Where the longest tail begins that could grow into a value.
-    fn held_from(&self, text: &[u8]) -> usize {
-        let longest = self.pairs.iter().map(|pair| pair.value.len()).max().unwrap_or(0);
-        let from = text.len().saturating_sub(longest.saturating_sub(1));
-        (from..text.len())
-            .find(|at| {
-                let tail = &text[*at..];
-                self.pairs.iter().any(|pair| pair.value.len() > tail.len() && pair.value.starts_with(tail))
-            })
-            .unwrap_or(text.len())
-    }
-
     /// A text that is whole, such as a header's value; `None` if it is clean.
     pub fn clean_whole(&self, text: &[u8]) -> Option<Vec<u8>> {
-        self.automaton.find(text)?;
+        if !self.is_in(text) {
+            return None;
+        }
         let mut cleaner = Cleaner::new_unshared(self);
         let mut out = cleaner.feed(text);
         out.extend(cleaner.finish());
         Some(out)
     }
-}
-
-/// The ways in which a value is written by servers that do not mean to hide it.
-fn spellings(value: &[u8]) -> Vec<Zeroizing<Vec<u8>>> {
-    let mut all = vec![Zeroizing::new(value.to_vec())];
-    let escape = |escape: &dyn Fn(u8, &mut Vec<u8>)| {
-        let mut out = Zeroizing::new(Vec::with_capacity(value.len() * 6));
-        value.iter().for_each(|b| escape(*b, &mut out));
-        out
-    };
-    let json = |slash: bool| {
-        escape(&move |b, out| match b {
-            b'"' | b'\\' => out.extend([b'\\', b]),
-            b'/' if slash => out.extend(b"\\/"),
-            _ => out.push(b),
-        })
-    };
-    let url = |digits: &'static [u8; 16]| {
-        escape(&move |b, out| match b {
-            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' => out.push(b),
-            _ => out.extend([b'%', digits[usize::from(b >> 4)], digits[usize::from(b & 15)]]),
-        })
-    };
-    let html = escape(&|b, out| match b {
-        b'&' => out.extend(b"&amp;"),
-        b'<' => out.extend(b"&lt;"),
-        b'>' => out.extend(b"&gt;"),
-        b'"' => out.extend(b"&quot;"),
-        b'\'' => out.extend(b"&#39;"),
-        _ => out.push(b),
-    });
-    all.extend([json(false), json(true), url(b"0123456789ABCDEF"), url(b"0123456789abcdef"), html]);
-    all
 }
 
 /// Cleans one body. Generic over how the patterns are held.
@@ -172,14 +80,14 @@ impl<P: std::ops::Deref<Target = Patterns>> Cleaner<P> {
         let held_from = if end { text.len() } else { self.patterns.held_from(text) };
         let mut out = Vec::with_capacity(text.len());
         let mut at = 0;
-        for found in self.patterns.automaton.find_iter(text) {
+        for (found, placeholder) in self.patterns.find(text) {
             // One that begins where a longer one may still grow is not decided yet.
-            if found.start() >= held_from {
+            if found.start >= held_from {
                 break;
             }
-            out.extend_from_slice(text.get(at.max(self.shown)..found.start()).unwrap_or_default());
-            out.extend_from_slice(&self.patterns.pairs[found.pattern().as_usize()].placeholder);
-            at = found.end();
+            out.extend_from_slice(text.get(at.max(self.shown)..found.start).unwrap_or_default());
+            out.extend_from_slice(placeholder);
+            at = found.end;
         }
         let keep = at.max(held_from);
         out.extend_from_slice(text.get(at.max(self.shown)..keep).unwrap_or_default());
@@ -199,7 +107,7 @@ impl<P: std::ops::Deref<Target = Patterns>> Cleaner<P> {
     /// As [`Self::feed`], sparing the copy where nothing is held and nothing found.
     pub(crate) fn feed_bytes(&mut self, chunk: Bytes) -> Bytes {
         if self.held.is_empty()
-            && self.patterns.automaton.find(&chunk).is_none()
+            && !self.patterns.is_in(&chunk)
             && self.patterns.held_from(&chunk) == chunk.len()
         {
             return chunk;
@@ -211,11 +119,12 @@ impl<P: std::ops::Deref<Target = Patterns>> Cleaner<P> {
 #[cfg(test)]
 mod tests {
     use super::{super::substitute::tests::policy, *};
+    use zeroize::Zeroizing;
 
     fn patterns(secrets: &[(&str, &str)]) -> Arc<Patterns> {
         let hosts: &[&str] = &["*"];
         let secrets: Vec<_> = secrets.iter().map(|(name, value)| (*name, *value, hosts)).collect();
-        Patterns::new(&policy(&secrets).secrets, Vec::new()).unwrap()
+        Patterns::new(&policy(&secrets).secrets).unwrap().unwrap()
     }
 
     fn clean(patterns: &Arc<Patterns>, text: &[u8], size: usize) -> String {
@@ -269,10 +178,10 @@ mod tests {
     #[test]
     fn credentials_become_what_the_guest_sent() {
         let credentials = vec![(Zeroizing::new(b"Z2l0OnMzY3IzdA==".to_vec()), b"Z2l0OlA=".to_vec())];
-        let patterns = Patterns::new(&[], credentials).unwrap();
+        let patterns = Patterns::with(None, credentials).unwrap().unwrap();
         assert_eq!(clean(&patterns, b"Basic Z2l0OnMzY3IzdA==.", 3), "Basic Z2l0OlA=.");
         assert!(patterns.clean_whole(b"clean").is_none());
-        assert!(Patterns::new(&[], Vec::new()).is_none());
+        assert!(Patterns::with(Patterns::new(&[]).unwrap(), Vec::new()).unwrap().is_none());
         assert!(!format!("{patterns:?}").contains("Z2l0"));
     }
 }

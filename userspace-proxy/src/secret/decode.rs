@@ -74,6 +74,10 @@ pub(crate) fn codings(headers: &HeaderMap) -> Result<Vec<&'static str>, Unreadab
 /// Undoes the codings.
 pub(crate) async fn decoded(codings: &[&'static str], body: Source) -> io::Result<Reader> {
     let mut body = body;
+    if body.fill_buf().await?.is_empty() {
+        // Some servers name a coding and send nothing, which no coding's form of nothing is.
+        return Ok(body);
+    }
     for coding in codings.iter().rev() {
         let reader: Reader = match *coding {
             "gzip" => {
@@ -139,6 +143,13 @@ mod tests {
             (vec![], text.clone()),
         ] {
             assert!(all(decoded(&codings, source(bytes)).await.unwrap()).await == text, "{codings:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn nothing_is_nothing_in_every_coding() {
+        for coding in KNOWN {
+            assert!(all(decoded(&[coding], source(Vec::new())).await.unwrap()).await.is_empty(), "{coding}");
         }
     }
 

@@ -3,4 +3,6 @@
 pub(crate) mod basic;
 pub(crate) mod clean;
 pub(crate) mod decode;
+pub(crate) mod known;
+pub(crate) mod patterns;
 pub(crate) mod substitute;

@@ -52,6 +52,11 @@ pub fn new_secret(name: &str, env_var: &str, value: &str) -> NewSecret {
     }
 }
 
+/// So many secrets, of any length.
+pub fn secrets(count: u32) -> SecretQuota {
+    SecretQuota { count, octets: u32::MAX }
+}
+
 pub fn page(limit: u32) -> PageRequest {
     PageRequest { limit, cursor: None, order: Order::Desc }
 }
