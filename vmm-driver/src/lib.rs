@@ -21,6 +21,7 @@ pub mod ready;
 mod rest;
 pub mod seed;
 mod spec;
+mod turn;
 
 pub use cgroup::IoLimits;
 pub use confine::uid_of;
