@@ -352,6 +352,25 @@ impl Store {
             .await
     }
 
+    /// How large the disk of a VM from this snapshot is: as large as that of any VM that it comes from by way of others.
+    pub async fn snapshot_disk_bytes(&self, snapshot: &SnapshotId) -> Result<u64> {
+        let snapshot = snapshot.clone();
+        self.db
+            .read(move |db| {
+                let bytes: i64 = db
+                    .prepare_cached(
+                        "WITH RECURSIVE line (vm) AS (
+                             SELECT vm FROM snapshots WHERE id = ?1
+                             UNION
+                             SELECT s.vm FROM line JOIN vms v ON v.id = line.vm JOIN snapshots s ON s.id = v.snapshot)
+                         SELECT coalesce(max(disk_bytes), 0) FROM vms WHERE id IN line",
+                    )?
+                    .query_row([snapshot.as_str()], |row| row.get(0))?;
+                Ok(u64::try_from(bytes).unwrap_or(0))
+            })
+            .await
+    }
+
     /// Snapshots that were asked for and are neither ready nor failed, deleted ones too: for the engine.
     pub async fn snapshots_unfinished(&self) -> Result<Vec<SnapshotRecord>> {
         self.db

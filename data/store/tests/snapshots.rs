@@ -124,3 +124,23 @@ async fn a_deleted_snapshot_is_kept_for_a_vm_that_has_no_disk_yet() {
     }
     assert_eq!(free(&[]).await, [one.clone(), other.clone()], "nobody starts them again");
 }
+
+#[tokio::test]
+async fn a_snapshots_disk_is_as_large_as_any_that_it_comes_from() {
+    let (_folder, store) = fresh();
+    let user = user(&store, "a@example.com").await;
+    let sized = |name: &str, gib: u64, snapshot: Option<&SnapshotId>| {
+        let new = new_vm(&user, name);
+        let resources = Resources { disk_bytes: gib << 30, ..new.resources };
+        NewVm { resources, snapshot: snapshot.cloned(), ..new }
+    };
+    let mut before: Option<SnapshotId> = None;
+    // The third was recorded smaller than its disk is.
+    for (name, gib, least) in [("a", 4, 4), ("b", 16, 16), ("c", 1, 16), ("d", 32, 32)] {
+        let vm = ready(&store, sized(name, gib, before.as_ref())).await;
+        let snapshot = begin(&store, &user, &vm).await;
+        finish(&store, &snapshot).await;
+        assert_eq!(store.snapshot_disk_bytes(&snapshot).await.unwrap(), least << 30, "{name}");
+        before = Some(snapshot);
+    }
+}
