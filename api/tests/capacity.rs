@@ -7,7 +7,8 @@ use common::{PUBLIC_KEY, TestApp, no_limits};
 use serde_json::json;
 use tapgate::Settings;
 use tapgate::capacity::{Room, Share};
-use tapgate_model::StatusDetail as S;
+use tapgate_model::{SnapshotId, StatusDetail as S};
+use tapgate_store::{Resources, SnapshotStatus, StoredSnapshot};
 
 const ALL: Share =
     Share { memory_reserve_mib: 0, memory_overcommit: 1.0, disk_reserve: 0, disk_overcommit: 1000.0 };
@@ -76,4 +77,86 @@ async fn no_copy_and_no_memory_is_written_into_the_disks_reserve() {
     assert_eq!(app.post(&key, &of_vm, json!({ "kind": "memory" })).await.error(503), "host_disk_full");
     app.post(&key, &of_vm, json!({})).await.is(201);
     assert_eq!(app.get(&key, &format!("/v1/vms/{vm}")).await.is(200)["status"], "running");
+}
+
+#[tokio::test]
+async fn a_vm_from_a_snapshot_takes_the_disk_that_the_snapshot_has() {
+    let total = Room::of_host(ALL, "/".into(), true).capacity().disk_bytes / 1000;
+    // Room for about two and a half disks of 512 GiB.
+    let share = Share { disk_overcommit: (1300u64 << 30) as f64 / total as f64, ..ALL };
+    let room = Room::of_host(share.clone(), "/".into(), true);
+    let app = app(share);
+    let key = app.user("alice@example.com").await;
+    let create = async |name: &str, more: serde_json::Value| {
+        let mut body = json!({ "name": name, "public_key": PUBLIC_KEY, "memory_mib": 128 });
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        app.post(&key, "/v1/vms", body).await
+    };
+    let id = |answer: common::Answer| answer.is(201)["id"].as_str().unwrap().to_owned();
+    let large = id(create("large", json!({ "disk_gib": 512 })).await);
+    app.make_ready(&large).await;
+    let snapshot = snapshot(&app, &key, &large).await;
+    app.call(&key, "POST", &format!("/v1/vms/{large}/stop"), None).await.is(200);
+    app.advance(&large, S::Stopped).await;
+    app.call(&key, "DELETE", &format!("/v1/vms/{large}"), None).await.is(204);
+    app.advance(&large, S::Destroyed).await;
+    assert!(room.capacity().disk_bytes >> 30 < 3 * 512, "the test's host is as large as it is meant to be");
+
+    // Smaller than it is, it cannot be had.
+    let small = create("small", json!({ "snapshot_id": snapshot, "disk_gib": 1 })).await;
+    assert!(small.body["error"]["message"].as_str().unwrap().contains("512"), "{}", small.body);
+    assert_eq!(small.error(422), "validation_error");
+    let agent =
+        json!({ "name": "a", "repo": "o/r", "prompt": "p", "memory_mib": 128, "snapshot_id": snapshot });
+    let mut small = agent.clone();
+    small["disk_gib"] = json!(1);
+    assert_eq!(app.post(&key, "/v1/agents", small).await.error(422), "validation_error");
+
+    // Without a word of its size it is as large, and counted so.
+    for name in ["one", "two"] {
+        let vm = id(create(name, json!({ "snapshot_id": snapshot })).await);
+        let record = app.store.vm_any(&vm.parse().unwrap()).await.unwrap();
+        assert_eq!(record.resources.disk_bytes, 512 << 30);
+    }
+    assert_eq!(create("three", json!({ "snapshot_id": snapshot })).await.error(503), "host_disk_full");
+    assert_eq!(app.post(&key, "/v1/agents", agent).await.error(503), "host_disk_full");
+    let same = create("same", json!({ "snapshot_id": snapshot, "disk_gib": 512 })).await;
+    assert_eq!(same.error(503), "host_disk_full");
+}
+
+#[tokio::test]
+async fn a_snapshot_that_is_larger_than_a_vm_may_be_is_refused() {
+    let of = |max_gib: u64| {
+        let settings = Settings { rates: no_limits(), ..Settings::default() };
+        let max_resources = Resources { disk_bytes: max_gib << 30, ..settings.max_resources };
+        Settings { max_resources, ..settings }
+    };
+    let app = TestApp::with(of(64));
+    let key = app.user("alice@example.com").await;
+    let body = json!({ "name": "a", "public_key": PUBLIC_KEY, "disk_gib": 64 });
+    let vm = app.post(&key, "/v1/vms", body).await.is(201)["id"].as_str().unwrap().to_owned();
+    app.make_ready(&vm).await;
+    let snapshot = snapshot(&app, &key, &vm).await;
+    let body = json!({ "name": "b", "public_key": PUBLIC_KEY, "snapshot_id": snapshot });
+    let app = app.again(of(32));
+    let refused = app.post(&key, "/v1/vms", body).await;
+    assert!(refused.body["error"]["message"].as_str().unwrap().contains("at most 32"), "{}", refused.body);
+    assert_eq!(refused.error(422), "validation_error");
+}
+
+/// One that is ready, as the engine would make it.
+async fn snapshot(app: &TestApp, key: &str, vm: &str) -> String {
+    let made = app.post(key, &format!("/v1/vms/{vm}/snapshots"), json!({})).await.is(201);
+    let id = made["data"]["id"].as_str().unwrap().to_owned();
+    let snapshot: SnapshotId = id.parse().unwrap();
+    app.store.snapshot_advance(&snapshot, SnapshotStatus::Uploading, None).await.unwrap();
+    let stored = StoredSnapshot {
+        key: format!("snapshots/{id}"),
+        size_bytes: 1,
+        sha256: "00".into(),
+        file_bytes: 1,
+        memory: None,
+    };
+    app.store.snapshot_stored(&snapshot, stored).await.unwrap();
+    id
 }

@@ -152,6 +152,7 @@ fn start(image: &Image, qemu: &Path) -> Result<(PipeReader, i32), VmmError> {
         confined,
         descriptors: Vec::new(),
         cgroup: None,
+        ends_with_us: false,
     };
     Ok((reader, launch.spawn()?))
 }

@@ -5,6 +5,7 @@
 
 use crate::image::Image;
 use crate::spec::VmmError;
+use crate::turn::Wanted;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, OpenOptions};
 use std::io::Write as _;
@@ -88,7 +89,7 @@ pub fn find(dir: &Path) -> Option<Disk> {
         .find(|disk| disk.path.exists())
 }
 
-/// The VM's disk: as it is, or made from the snapshot or else the image; grown to `bytes` if it is smaller.
+/// The VM's disk: as it is, or made from the snapshot, or from the image if none is named; grown to `bytes` if it is smaller.
 pub fn prepare(dir: &Path, image: &Image, snapshot: Option<&Path>, bytes: u64) -> Result<Disk, VmmError> {
     let bytes = bytes.max(image.manifest().disk.size).next_multiple_of(1 << 20);
     let disk = match (find(dir), snapshot) {
@@ -103,12 +104,13 @@ pub fn prepare(dir: &Path, image: &Image, snapshot: Option<&Path>, bytes: u64) -
 
 /// The same as a raw file, whatever the file system can, for VMMs that are given nothing else: no format's parser is between
 /// them and what a guest writes. It belongs to the VMM's user.
-pub fn prepare_raw(
+pub(crate) fn prepare_raw(
     dir: &Path,
     image: &Image,
     snapshot: Option<&Path>,
     bytes: u64,
     uid: u32,
+    wanted: &Wanted,
 ) -> Result<PathBuf, VmmError> {
     let bytes = bytes.max(image.manifest().disk.size).next_multiple_of(1 << 20);
     let path = dir.join(RAW);
@@ -122,7 +124,7 @@ pub fn prepare_raw(
             ));
         }
         (None, Some(snapshot)) => {
-            unpack(snapshot, &path, uid)?;
+            unpack(snapshot, &path, uid, wanted)?;
             if snapshot.parent() == Some(dir) {
                 // Brought here for this VM alone.
                 fs::remove_file(snapshot).map_err(VmmError::io("removing the snapshot's copy"))?;
@@ -178,19 +180,20 @@ pub fn pack(raw: &Path, to: &Path) -> Result<(), VmmError> {
 
 /// A raw disk from a snapshot. The reader of the format runs as the VM's user, in a view with nothing but the two files: what
 /// is in the snapshot was written by a VMM that a guest may have taken over.
-fn unpack(snapshot: &Path, to: &Path, uid: u32) -> Result<(), VmmError> {
-    if depends_on_another(snapshot)? {
-        return Err(VmmError::Disk(format!(
-            "{} is not a snapshot: it depends on another file",
-            snapshot.display()
-        )));
-    }
+fn unpack(snapshot: &Path, to: &Path, uid: u32, wanted: &Wanted) -> Result<(), VmmError> {
+    check_snapshot(snapshot)?;
     let new = to.with_extension("new");
     let bytes = qcow2_size(snapshot)?;
-    File::create(&new).and_then(|file| file.set_len(bytes)).map_err(VmmError::io("making the disk"))?;
-    private(&new)?;
-    crate::confine::tool::convert(snapshot, "qcow2", &new, uid)?;
-    fs::rename(&new, to).map_err(VmmError::io("naming the disk"))
+    // A file of its own: what a daemon that was lost had begun with may still be written to.
+    let _ = fs::remove_file(&new);
+    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new);
+    file.and_then(|file| file.set_len(bytes)).map_err(VmmError::io("making the disk"))?;
+    let converted = crate::confine::tool::convert(snapshot, "qcow2", &new, uid, wanted);
+    converted.inspect_err(|_| drop(fs::remove_file(&new)))?;
+    File::open(&new)
+        .and_then(|file| file.sync_data())
+        .and_then(|()| fs::rename(&new, to))
+        .map_err(VmmError::io("naming the disk"))
 }
 
 fn create(dir: &Path, image: &Image, bytes: u64) -> Result<Disk, VmmError> {
@@ -243,13 +246,7 @@ fn empty_layer(scratch: &Path, image: &Image, bytes: u64) -> Result<Arc<[u8]>, V
 /// A disk of its own from a snapshot: nothing ties it to the snapshot's file afterwards.
 fn copy_snapshot(dir: &Path, snapshot: &Path) -> Result<Disk, VmmError> {
     let disk = Disk { path: dir.join(STANDALONE), format: Format::Standalone };
-    // A snapshot may come from far: it must not name a file of this host as its backing.
-    if depends_on_another(snapshot)? {
-        return Err(VmmError::Disk(format!(
-            "{} is not a snapshot: it depends on another file",
-            snapshot.display()
-        )));
-    }
+    check_snapshot(snapshot)?;
     if snapshot.parent() == Some(dir) {
         // Brought here for this VM alone: it becomes the disk as it is.
         private(snapshot)?;
@@ -261,6 +258,19 @@ fn copy_snapshot(dir: &Path, snapshot: &Path) -> Result<Disk, VmmError> {
         fs::rename(&new, &disk.path).map_err(VmmError::io("naming the disk"))?;
     }
     Ok(disk)
+}
+
+/// Refuses what is no snapshot, or is not there: nothing else stands in for it.
+fn check_snapshot(file: &Path) -> Result<(), VmmError> {
+    let refused = |why: &str| Err(VmmError::Disk(format!("the snapshot {} {why}", file.display())));
+    if !file.exists() {
+        return refused("is not there");
+    }
+    // It may come from far: it must not name a file of this host as its backing.
+    if depends_on_another(file)? {
+        return refused("is refused: it depends on another file");
+    }
+    Ok(())
 }
 
 /// An empty qcow2 file of a disk's size, for a snapshot to be written to.

@@ -17,6 +17,11 @@ pub trait Vmm: Send + Sync {
     /// `qemu`, `netns`, …
     fn name(&self) -> &'static str;
 
+    /// Makes the VM's disk if it has none, where that takes as long as copying it does. A caller that gives up ends the work.
+    fn prepare<'a>(&'a self, _spec: &'a VmSpec) -> BoxFuture<'a, Result<(), VmmError>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
     /// Boots the VM. Needs the gate of this very VM: the proof that its programs are attached.
     fn boot<'a>(&'a self, spec: &'a VmSpec, gate: Gate) -> BoxFuture<'a, Result<Box<dyn Running>, VmmError>>;
 
@@ -31,7 +36,7 @@ pub trait Vmm: Send + Sync {
     /// Ends what the handle means, if it is still there, without taking it over: for VMs that cannot be adopted.
     fn discard<'a>(&'a self, spec: &'a VmSpec, handle: &'a Handle) -> BoxFuture<'a, Result<(), VmmError>>;
 
-    /// Ends what a boot that was cut off left before it could note a handle. Nothing there is no error.
+    /// Ends what a boot that was cut off or given up left, noted or not, once its work has ended. Nothing there is no error.
     fn sweep<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, ()>;
 }
 

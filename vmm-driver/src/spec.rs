@@ -29,7 +29,8 @@ pub struct VmSpec {
     pub net: GuestNet,
     /// What the guest is told.
     pub seed: Seed,
-    /// The file of a snapshot that its disk is made from, if it has none yet; not needed any more afterwards.
+    /// The file of a snapshot that its disk is made from, if it has none yet; not needed any more afterwards. A VM that names
+    /// one is made from nothing else: where it is missing there is no disk.
     pub snapshot: Option<PathBuf>,
     /// Whether it goes on with the memory that its folder holds.
     pub resume: Resume,

@@ -1,6 +1,6 @@
 //! Agents: the records, and the VM that is made and destroyed with each.
 
-use super::vms::{asked, check_public_key, new_vm, parse_snapshot};
+use super::vms::{asked, check_public_key, new_vm, of_snapshot, parse_snapshot};
 use crate::agent::CloneUrl;
 use crate::engine::agents as logs;
 use crate::http::{Account, ApiError, AppState, Fields, Id, List, Params, time};
@@ -72,7 +72,7 @@ pub(crate) async fn create(
     let agent_args = fields.optional_text("agent_args")?;
     let public_key = fields.optional_text("public_key")?;
     let snapshot = fields.optional_text("snapshot_id")?.map(|text| parse_snapshot(&text)).transpose()?;
-    let resources = asked(&state, &mut fields)?.or_default(&state);
+    let asked = asked(&state, &mut fields)?;
     fields.finish()?;
     bounded("name", &name, 64, false)?;
     check_word("repo", &repo, 2048)?;
@@ -91,12 +91,19 @@ pub(crate) async fn create(
         .and_then(|harness| harness.argv(&prompt, agent_args.as_deref()))
         .map_err(|error| ApiError::validation(error.to_string()))?;
     let public_key = public_key.map_or(Ok(String::new()), |key| check_public_key(&key))?;
-    if let Some(snapshot) = &snapshot
-        && state.store().snapshot(&account.user, snapshot).await?.kind == SnapshotKind::Memory
-    {
-        // Its agent would be the parent's, in the middle of what that one does.
-        return Err(ApiError::validation("`snapshot_id` of an agent must be a snapshot of kind `disk`"));
-    }
+    let resources = match &snapshot {
+        Some(snapshot) => {
+            let snapshot = state.store().snapshot(&account.user, snapshot).await?;
+            if snapshot.kind == SnapshotKind::Memory {
+                // Its agent would be the parent's, in the middle of what that one does.
+                return Err(ApiError::validation(
+                    "`snapshot_id` of an agent must be a snapshot of kind `disk`",
+                ));
+            }
+            of_snapshot(&state, &snapshot, asked).await?
+        }
+        None => asked.or_default(&state),
+    };
     let vm_name = format!("agent-{name}");
     let vm = new_vm(&state, account.user, vm_name, public_key, snapshot, resources).await?;
     let new = NewAgent { name, repo, branch, harness, prompt, agent_args, vm };

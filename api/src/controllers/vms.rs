@@ -9,7 +9,7 @@ use axum::http::StatusCode;
 use serde::Serialize;
 use tapgate_model::lifecycle::{Call, Refusal, decide};
 use tapgate_model::{SnapshotId, Status, StatusDetail, UserId, VmId};
-use tapgate_store::{NewVm, Resources, SnapshotKind, Suspension, VmFilter, VmRecord, VmSort};
+use tapgate_store::{NewVm, Resources, SnapshotKind, SnapshotRecord, Suspension, VmFilter, VmRecord, VmSort};
 use tokio::time::Instant;
 
 #[derive(Serialize)]
@@ -68,7 +68,10 @@ pub(crate) async fn create(
     let public_key = check_public_key(&public_key)?;
     let snapshot = snapshot.map(|text| parse_snapshot(&text)).transpose()?;
     let resources = match &snapshot {
-        Some(snapshot) => of_snapshot(&state, &account, snapshot, asked).await?,
+        Some(snapshot) => {
+            let snapshot = state.store().snapshot(&account.user, snapshot).await?;
+            of_snapshot(&state, &snapshot, asked).await?
+        }
         None => asked.or_default(&state),
     };
     let new = new_vm(&state, account.user, name, public_key, snapshot, resources).await?;
@@ -113,16 +116,16 @@ pub(super) fn asked(state: &AppState, fields: &mut Fields) -> Result<Asked, ApiE
     })
 }
 
-/// A memory goes on in a machine like its own and in no other.
-async fn of_snapshot(
+/// A VM from a snapshot has a disk as large as that one's at least: it never shrinks, so this is what the host has to have room
+/// for. A memory goes on in a machine like its own and in no other.
+pub(super) async fn of_snapshot(
     state: &AppState,
-    account: &Account,
-    snapshot: &SnapshotId,
+    snapshot: &SnapshotRecord,
     asked: Asked,
 ) -> Result<Resources, ApiError> {
-    let snapshot = state.store().snapshot(&account.user, snapshot).await?;
     if snapshot.kind == SnapshotKind::Disk {
-        return Ok(asked.or_default(state));
+        let least = state.store().snapshot_disk_bytes(&snapshot.id).await?;
+        return of_disk(state, least, asked);
     }
     keeps_memory(state)?;
     let parent = state.store().vm_any(&snapshot.vm).await?.resources;
@@ -136,6 +139,23 @@ async fn of_snapshot(
         )));
     }
     Ok(parent)
+}
+
+fn of_disk(state: &AppState, least: u64, asked: Asked) -> Result<Resources, ApiError> {
+    let (gib, max) = (least.div_ceil(1 << 30), state.settings().max_resources.disk_bytes);
+    if asked.disk_bytes.is_some_and(|bytes| bytes < least) {
+        return Err(ApiError::validation(format!(
+            "`disk_gib` must be at least {gib}, the size of the snapshot's disk; leave it out, or ask for more"
+        )));
+    }
+    if least > max {
+        return Err(ApiError::validation(format!(
+            "The snapshot's disk has {gib} GiB, and this host's VMs have at most {}",
+            max >> 30
+        )));
+    }
+    let resources = asked.or_default(state);
+    Ok(Resources { disk_bytes: resources.disk_bytes.max(least), ..resources })
 }
 
 pub(super) async fn new_vm(

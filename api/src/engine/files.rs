@@ -27,7 +27,8 @@ pub(super) async fn spec(shared: &Shared, record: &VmRecord) -> Result<VmSpec, S
             Suspension::Cloned => Resume::Another,
             Suspension::None | Suspension::Wanted => Resume::Never,
         },
-        snapshot: Some(snapshots::fetched(shared, record)).filter(|file| file.exists()),
+        // Whether it is there or not: a VM that is to come from a snapshot comes from nothing else.
+        snapshot: record.snapshot.as_ref().map(|_| snapshots::fetched(shared, record)),
         guest_ns: guest_namespace(shared, record)?,
         vcpus: record.resources.vcpus,
         memory_mib: record.resources.memory_mib,
@@ -79,6 +80,11 @@ pub(super) async fn ca(shared: &Shared, record: &VmRecord) -> Result<Arc<VmCa>, 
     VmCa::from_pem(&pem.cert, &pem.key)
         .map(Arc::new)
         .map_err(|error| format!("the VM's CA is unusable: {error}"))
+}
+
+/// Whether the VM has the disk that it was made with. A namespace has none and wants none.
+pub(super) fn has_disk(shared: &Shared, vm: &VmId) -> bool {
+    shared.config.driver == DriverKind::Netns || tapgate_vmm::disk::find(&dir(shared, vm)).is_some()
 }
 
 /// Makes the folder; the driver fills it. Doing it again after a crash is no error.

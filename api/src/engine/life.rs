@@ -20,8 +20,8 @@ use tokio::sync::Notify;
 const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
 /// The same where a memory is read as well: five minutes for that, one for a clone to become someone else.
 const RESUME_TIMEOUT: Duration = Duration::from_secs(480);
-/// For a snapshot to come from its store.
-const FETCH_TIMEOUT: Duration = Duration::from_secs(3600);
+/// For a snapshot to come from its store, and for a disk to be made of it.
+const DISK_TIMEOUT: Duration = Duration::from_secs(3600);
 /// For an adopted VMM to answer.
 const ADOPT_CHECK: Duration = Duration::from_secs(15);
 /// How often a start is tried: what kept the first from it (a port, a process that was just ending) may be gone.
@@ -121,16 +121,14 @@ async fn step(
     match record.detail {
         S::Queued => Ok(Next::Enter(S::Creating)),
         S::Creating => {
-            files::create(shared, record).await?;
-            point("create.folder");
-            let fetch = tokio::time::timeout(FETCH_TIMEOUT, snapshots::fetch(shared, record)).await;
-            fetch
-                .map_err(|_| format!("the snapshot did not come within {} s", FETCH_TIMEOUT.as_secs()))??;
+            provide(shared, record).await?;
             Ok(Next::Enter(S::Starting))
         }
         S::Starting => {
             // A start that a crash cut short may have left a VMM: it goes before its successor comes.
             release(shared, record, live.take()).await;
+            // One that failed before it had a disk has to get the one that it was to have, and no other.
+            provide(shared, record).await?;
             *live = Some(start(shared, record).await?);
             Ok(Next::Enter(S::Running))
         }
@@ -187,6 +185,24 @@ async fn step(
             Ok(Next::Enter(S::Destroyed))
         }
         S::Destroyed => Ok(Next::End),
+    }
+}
+
+/// Folder and disk, and what the disk is made from. This takes as long as copying does, so that booting need not.
+async fn provide(shared: &Shared, record: &VmRecord) -> Result<(), String> {
+    files::create(shared, record).await?;
+    point("create.folder");
+    if files::has_disk(shared, &record.id) {
+        return Ok(());
+    }
+    let provided = async {
+        snapshots::fetch(shared, record).await?;
+        let spec = files::spec(shared, record).await?;
+        shared.driver.prepare(&spec).await.map_err(|error| error.to_string())
+    };
+    match tokio::time::timeout(DISK_TIMEOUT, provided).await {
+        Ok(provided) => provided,
+        Err(_) => Err(format!("its disk was not there within {} s", DISK_TIMEOUT.as_secs())),
     }
 }
 

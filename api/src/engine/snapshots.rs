@@ -95,16 +95,29 @@ async fn take_all(shared: &Shared, vm: &VmId, machine: &dyn Running) {
         };
         let advanced = match taken {
             Ok(()) => shared.store.snapshot_advance(&snapshot.id, SnapshotStatus::Uploading, None).await,
-            Err(reason) => fail(shared, &snapshot, reason).await,
+            Err(reason) => fail(shared, &snapshot, reason).await.map(|_| false),
         };
-        if let Err(error) = advanced {
-            return tracing::error!(%vm, %error, "snapshot.record_unwritable");
+        match advanced {
+            Ok(true) => {}
+            Ok(false) => {
+                // It failed; or it was deleted, or its VM ended, while the copy was made.
+                tracing::info!(%vm, snapshot = %snapshot.id, "snapshot.not_kept");
+                unstage(shared, &snapshot.id);
+            }
+            Err(error) => return tracing::error!(%vm, %error, "snapshot.record_unwritable"),
         }
         shared.uploads.notify_one();
     }
 }
 
-async fn fail(shared: &Shared, snapshot: &SnapshotRecord, reason: String) -> Result<(), StoreError> {
+/// Removes what was copied of a snapshot that is stored, or that nobody wants any more.
+fn unstage(shared: &Shared, snapshot: &SnapshotId) {
+    for kind in ["part", "qcow2", "memory-part", "memory", "note"] {
+        remove(&staged(&shared.config, snapshot, kind));
+    }
+}
+
+async fn fail(shared: &Shared, snapshot: &SnapshotRecord, reason: String) -> Result<bool, StoreError> {
     tracing::error!(vm = %snapshot.vm, snapshot = %snapshot.id, %reason, "snapshot.failed");
     shared.store.snapshot_advance(&snapshot.id, SnapshotStatus::Failed, Some(reason)).await
 }
@@ -212,15 +225,13 @@ async fn upload_all(shared: &Shared) {
                 };
                 shared.store.snapshot_stored(&snapshot.id, stored).await
             }
-            Err(reason) => fail(shared, &snapshot, reason).await,
+            Err(reason) => fail(shared, &snapshot, reason).await.map(drop),
         };
         if let Err(error) = noted {
             // The file stays: the upload is made again when the records can be written.
             return tracing::error!(snapshot = %snapshot.id, %error, "snapshot.record_unwritable");
         }
-        for kind in ["qcow2", "memory", "note"] {
-            remove(&staged(&shared.config, &snapshot.id, kind));
-        }
+        unstage(shared, &snapshot.id);
     }
 }
 
@@ -274,8 +285,10 @@ async fn put(
 }
 
 /// Removes the bytes of deleted snapshots. By the records alone: what else is in a bucket is none of ours.
-async fn collect(shared: &Shared) -> Result<(), String> {
-    let gone = shared.store.snapshots_to_collect().await.map_err(|error| error.to_string())?;
+async fn collect(shared: &Arc<Shared>) -> Result<(), String> {
+    let of = shared.clone();
+    let gone = shared.store.snapshots_to_collect(move |vm| files::has_disk(&of, vm)).await;
+    let gone = gone.map_err(|error| error.to_string())?;
     for snapshot in gone {
         for key in [key(&snapshot), memory_key(&snapshot)] {
             shared.storage.remove(&key).await.map_err(|error| error.to_string())?;

@@ -95,6 +95,15 @@ impl TestApp {
         let folder = tempfile::tempdir().unwrap();
         let key = SealKey::load_or_create(&folder.path().join("seal.key")).unwrap();
         let store = Store::open(&folder.path().join("db"), key).unwrap();
+        Self::over(folder, store, settings)
+    }
+
+    /// The same records under other settings.
+    pub fn again(self, settings: Settings) -> Self {
+        Self::over(self.folder, self.store, settings)
+    }
+
+    fn over(folder: tempfile::TempDir, store: Store, settings: Settings) -> Self {
         let (engine, commands) = Handle::new();
         let ca =
             Arc::new(|vm: &VmId| Ok(CaPem { cert: format!("CA of {vm}"), key: String::from("key").into() }));

@@ -315,6 +315,11 @@ pub(crate) fn follow(tx: &Transaction<'_>, vm: &VmId, to: StatusDetail, failure:
         (AgentStatus::Running, StatusDetail::Stopped) => {
             set(tx, &agent.id, AgentStatus::Idle, Some("its VM was stopped while it ran"))
         }
+        // By itself, without the agent: whatever it was to do is not done any more.
+        (
+            AgentStatus::Provisioning | AgentStatus::Running,
+            StatusDetail::Destroying | StatusDetail::Destroyed,
+        ) => set(tx, &agent.id, AgentStatus::Idle, Some("its VM was destroyed")),
         // It has not begun, so it begins when the VM is started again.
         (AgentStatus::Provisioning, StatusDetail::Failed) => {
             set(tx, &agent.id, agent.status, Some(&because("its VM failed")))

@@ -9,6 +9,7 @@
 mod admin;
 mod agents;
 pub mod audit;
+mod collection;
 mod device;
 mod env;
 mod error;

@@ -288,26 +288,35 @@ impl Store {
             .await
     }
 
-    /// The engine's report that a snapshot is being stored, or that it failed and why.
+    /// The engine's report that a snapshot is being stored, or that it failed and why. Answers whether that still holds: what
+    /// was deleted or failed meanwhile stays so, and nothing is stored of it.
     pub async fn snapshot_advance(
         &self,
         snapshot: &SnapshotId,
         status: SnapshotStatus,
         failure: Option<String>,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let snapshot = snapshot.clone();
+        let before = match status {
+            SnapshotStatus::Uploading => "status = 'pending' AND deleted_at IS NULL",
+            // A deleted one too: only then are its bytes collected.
+            SnapshotStatus::Failed => "status IN ('pending', 'uploading')",
+            SnapshotStatus::Pending | SnapshotStatus::Ready => {
+                return Err(StoreError::Internal(format!("no report makes a snapshot {}", status.word())));
+            }
+        };
         self.db
             .write(move |tx| {
-                tx.execute(
-                    "UPDATE snapshots SET status = ?2, failure = ?3 WHERE id = ?1",
+                let changed = tx.execute(
+                    &format!("UPDATE snapshots SET status = ?2, failure = ?3 WHERE id = ?1 AND {before}"),
                     params![snapshot.as_str(), status.word(), failure],
                 )?;
-                Ok(())
+                Ok(changed > 0)
             })
             .await
     }
 
-    /// The engine's report that a snapshot is stored whole.
+    /// The engine's report that a snapshot is stored whole. Its bytes are there now, whatever was collected before.
     pub async fn snapshot_stored(&self, snapshot: &SnapshotId, stored: StoredSnapshot) -> Result<()> {
         let snapshot = snapshot.clone();
         self.db
@@ -315,7 +324,7 @@ impl Store {
                 let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
                 tx.execute(
                     "UPDATE snapshots SET status = 'ready', r2_key = ?2, size_bytes = ?3, sha256 = ?4, file_bytes = ?5,
-                            memory = ?6, failure = NULL WHERE id = ?1",
+                            memory = ?6, failure = NULL, collected_at = NULL WHERE id = ?1",
                     params![
                         snapshot.as_str(),
                         stored.key,
@@ -343,33 +352,21 @@ impl Store {
             .await
     }
 
-    /// Deleted snapshots whose bytes may go: no VM is being made from them.
-    pub async fn snapshots_to_collect(&self) -> Result<Vec<SnapshotId>> {
-        self.db
-            .read(|db| {
-                let mut statement = db.prepare_cached(
-                    "SELECT id FROM snapshots WHERE deleted_at IS NOT NULL AND collected_at IS NULL
-                     AND status NOT IN ('pending', 'uploading') AND id NOT IN (
-                         SELECT snapshot FROM vms
-                         WHERE snapshot IS NOT NULL AND detail IN ('queued', 'creating', 'starting'))
-                     ORDER BY seq LIMIT 1000",
-                )?;
-                let found = statement.query_map([], |row| id(row, "id"))?.collect::<rusqlite::Result<_>>()?;
-                Ok(found)
-            })
-            .await
-    }
-
-    /// The bytes of a deleted snapshot are gone.
-    pub async fn snapshot_collected(&self, snapshot: &SnapshotId) -> Result<()> {
+    /// How large the disk of a VM from this snapshot is: as large as that of any VM that it comes from by way of others.
+    pub async fn snapshot_disk_bytes(&self, snapshot: &SnapshotId) -> Result<u64> {
         let snapshot = snapshot.clone();
         self.db
-            .write(move |tx| {
-                tx.execute(
-                    "UPDATE snapshots SET collected_at = ?2 WHERE id = ?1",
-                    params![snapshot.as_str(), now_us()],
-                )?;
-                Ok(())
+            .read(move |db| {
+                let bytes: i64 = db
+                    .prepare_cached(
+                        "WITH RECURSIVE line (vm) AS (
+                             SELECT vm FROM snapshots WHERE id = ?1
+                             UNION
+                             SELECT s.vm FROM line JOIN vms v ON v.id = line.vm JOIN snapshots s ON s.id = v.snapshot)
+                         SELECT coalesce(max(disk_bytes), 0) FROM vms WHERE id IN line",
+                    )?
+                    .query_row([snapshot.as_str()], |row| row.get(0))?;
+                Ok(u64::try_from(bytes).unwrap_or(0))
             })
             .await
     }

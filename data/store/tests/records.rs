@@ -341,6 +341,27 @@ async fn an_agents_reports_go_forward_and_end_with_its_vm() {
     let ended = store.agent(&user, &two.id).await.unwrap();
     assert_eq!(ended.status, AgentStatus::Idle);
     assert!(ended.failure.unwrap().contains("stopped"));
+
+    // Destroyed while it still stops, and before it ran: nobody reports anything of it any more.
+    for (name, running) in [("three", true), ("four", false)] {
+        let last = store.agent_create(agent(name)).await.unwrap();
+        if running {
+            store.vm_advance(&last.vm, S::Running, None).await.unwrap();
+            report(&last.vm, AgentStatus::Running, None).await.unwrap();
+        }
+        store.vm_call(&user, &last.vm, Call::Stop).await.unwrap();
+        store.vm_call(&user, &last.vm, Call::Destroy).await.unwrap();
+        store.vm_advance(&last.vm, S::Stopped, None).await.unwrap_err();
+        store.vm_advance(&last.vm, S::Destroyed, None).await.unwrap();
+        let ended = store.agent(&user, &last.id).await.unwrap();
+        let reason = ended.failure.as_deref();
+        assert_eq!((ended.status, reason), (AgentStatus::Idle, Some("its VM was destroyed")), "{name}");
+    }
+    // What ended it first stays.
+    store.vm_call(&user, &one.vm, Call::Stop).await.unwrap();
+    store.vm_call(&user, &one.vm, Call::Destroy).await.unwrap();
+    let first = store.agent(&user, &one.id).await.unwrap();
+    assert_eq!((first.status, first.failure.as_deref()), (AgentStatus::Idle, Some("first")));
 }
 
 #[tokio::test]

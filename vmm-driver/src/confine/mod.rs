@@ -61,6 +61,8 @@ pub struct Launch<'a> {
     pub descriptors: Vec<(OwnedFd, RawFd)>,
     /// The entrance of its control group.
     pub cgroup: Option<OwnedFd>,
+    /// Whether it ends with the thread that started it, and so with the daemon. A VMM outlives both.
+    pub ends_with_us: bool,
 }
 
 /// What only root can put around a process.
@@ -81,7 +83,8 @@ impl Launch<'_> {
         command.stdout(self.stdout).stderr(self.stderr);
         let descriptors = high(self.descriptors).map_err(VmmError::io("descriptors"))?;
         let filter = filter::build().map_err(VmmError::io("the system call filter"))?;
-        let (cgroup, confined) = (self.cgroup, self.confined);
+        let (cgroup, confined, ends_with_us) = (self.cgroup, self.confined, self.ends_with_us);
+        let us = nix::unistd::getpid();
         let prepare = move || -> io::Result<()> {
             // A session of its own: no terminal's signal and no daemon's end reaches it.
             nix::unistd::setsid()?;
@@ -104,6 +107,13 @@ impl Launch<'_> {
                 nix::unistd::setresgid(group, group, group)?;
                 // From root to another id: the kernel takes every capability away.
                 nix::unistd::setresuid(user, user, user)?;
+            }
+            if ends_with_us {
+                // A change of user takes this away, so not before.
+                nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
+                if nix::unistd::getppid() != us {
+                    return Err(io::Error::from_raw_os_error(libc::ESRCH));
+                }
             }
             nix::sys::prctl::set_no_new_privs()?;
             seccompiler::apply_filter(&filter).map_err(|_| io::Error::from_raw_os_error(libc::ENOSYS))

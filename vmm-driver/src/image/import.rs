@@ -10,6 +10,7 @@ use super::partition::{Part, parts};
 use super::{Image, ImageError, open};
 use crate::confine::tool;
 use crate::disk::copy_raw;
+use crate::turn::Wanted;
 use ext4_view::{Ext4, Ext4Read};
 use std::error::Error;
 use std::fs::{self, File};
@@ -112,7 +113,8 @@ fn to_raw(source: &Path, disk: &Path) -> Result<(), ImageError> {
         Kind::Raw => fs::rename(source, disk).map_err(ImageError::io(disk)),
         Kind::Qcow2(_) => {
             File::create(disk).and_then(|file| file.set_len(size)).map_err(ImageError::io(disk))?;
-            tool::convert(source, "qcow2", disk, tool::NOBODY).map_err(|e| ImageError::Build(e.to_string()))
+            tool::convert(source, "qcow2", disk, tool::NOBODY, &Wanted::default())
+                .map_err(|e| ImageError::Build(e.to_string()))
         }
     }
 }

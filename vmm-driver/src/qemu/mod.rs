@@ -23,6 +23,7 @@ use crate::image::Image;
 use crate::process::{Process, ProcessRef};
 use crate::qmp::Qmp;
 use crate::spec::{Exit, Handle, MemorySnapshot, Observed, SnapshotInfo, Suspended, TapFd, VmSpec, VmmError};
+use crate::turn;
 use args::{Plan, fd};
 use serde_json::Value;
 use std::fs;
@@ -68,16 +69,13 @@ impl QemuDriver {
     async fn start(&self, spec: &VmSpec, mut gate: Gate) -> Result<Box<dyn Running>, VmmError> {
         fits(spec, &gate)?;
         let tap = gate.take_tap().ok_or_else(|| VmmError::Gate("it has no tap to hand over".into()))?;
-        let launched = {
-            let (driver, spec) = (self.clone(), spec.clone());
-            // Files, qemu-img and fork: nothing for a thread that serves others.
-            tokio::task::spawn_blocking(move || {
-                let memory = memory::take(&spec.dir, &driver, &spec)?;
-                driver.launch(&spec, tap, memory.is_some()).map(|launched| (launched, memory))
-            })
-            .await
-        };
-        let launched = launched.map_err(|e| VmmError::Start(e.to_string())).and_then(std::convert::identity);
+        let (driver, owned) = (self.clone(), spec.clone());
+        // Files, qemu-img and fork: nothing for a thread that serves others.
+        let launched = turn::run(&spec.dir, move |_| {
+            let memory = memory::take(&owned.dir, &driver, &owned)?;
+            driver.launch(&owned, tap, memory.is_some()).map(|launched| (launched, memory))
+        })
+        .await;
         let ((handle, process, scratch), memory) =
             launched.inspect_err(|_| clean(self.cgroups.as_deref(), spec))?;
         match filled(spec, &process, memory).await {
@@ -164,6 +162,7 @@ impl QemuDriver {
             confined,
             descriptors,
             cgroup: cgroup.and_then(|group| group.entrance().ok()),
+            ends_with_us: false,
         }
         .spawn()?;
         point("vmm.spawned");
@@ -225,8 +224,9 @@ pub(crate) fn clean(cgroups: Option<&Path>, spec: &VmSpec) {
     }
 }
 
-/// Ends the VMM of the handle if it is there.
+/// Ends the VMM of the handle if it is there, after a start that was given up.
 pub(crate) async fn discard(cgroups: Option<&Path>, spec: &VmSpec, handle: &Handle) -> Result<(), VmmError> {
+    turn::rest(&spec.dir).await;
     if let Some(process) = Process::open(&handle.process).map_err(VmmError::io("pidfd"))? {
         process.signal(libc::SIGKILL).map_err(VmmError::io("signal"))?;
         timeout(END, process.wait())
@@ -238,8 +238,15 @@ pub(crate) async fn discard(cgroups: Option<&Path>, spec: &VmSpec, handle: &Hand
     Ok(())
 }
 
-/// Ends VMMs of this VM that nobody noted: of its user, with these words among their arguments.
+/// Ends VMMs of this VM that nobody holds: the noted one, and those of its user with these words among their arguments.
 pub(crate) async fn sweep(cgroups: Option<&Path>, spec: &VmSpec, wanted: String) {
+    // A start that was given up may have been just about to make one, and has noted it since.
+    turn::rest(&spec.dir).await;
+    if let Some(noted) = noted_handle(&spec.dir)
+        && let Err(error) = discard(cgroups, spec, &noted).await
+    {
+        tracing::warn!(vm = %spec.id, %error, "a VMM of a start that was given up is not ended");
+    }
     let uid = uid_of(spec.net.slot);
     let found = tokio::task::spawn_blocking(move || confine::orphans(&wanted, uid)).await;
     for process in found.unwrap_or_default() {

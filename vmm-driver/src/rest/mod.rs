@@ -17,10 +17,11 @@ use crate::confine::view::View;
 use crate::confine::{self, Confined, Launch, Network, uid_of};
 use crate::disk;
 use crate::driver::{BoxFuture, Running, Vmm};
-use crate::image::unpacked;
+use crate::image::{Image, unpacked};
 use crate::process::{Process, ProcessRef};
 use crate::qemu::{clean, file, fits, noted_handle, remember};
 use crate::spec::{Exit, Handle, Observed, SnapshotInfo, TapFd, VmSpec, VmmError};
+use crate::turn::{self, Wanted};
 use client::Request;
 use serde_json::Value;
 use std::fs;
@@ -185,8 +186,7 @@ impl ApiDriver {
     async fn run(&self, spec: &VmSpec, tap: Tap) -> Result<(Handle, Live), VmmError> {
         let (driver, owned) = (self.clone(), spec.clone());
         // Files, copies and fork: nothing for a thread that serves others.
-        let launched = tokio::task::spawn_blocking(move || driver.launch(&owned, tap)).await;
-        let launched = launched.map_err(|e| VmmError::Start(e.to_string())).and_then(std::convert::identity);
+        let launched = turn::run(&spec.dir, move |wanted| driver.launch(&owned, tap, wanted)).await;
         let (handle, live) = launched.inspect_err(|_| clean(self.cgroups.as_deref(), spec))?;
         if let Err(error) = self.configure(spec, &live).await {
             let _ = live.process.signal(libc::SIGKILL);
@@ -199,21 +199,28 @@ impl ApiDriver {
         Ok((handle, live))
     }
 
-    fn launch(&self, spec: &VmSpec, tap: Tap) -> Result<(Handle, Live), VmmError> {
-        let missing = |source| VmmError::NoProgram { program: self.program.display().to_string(), source };
-        self.program.metadata().map_err(missing)?;
+    /// The VM's disk, made if it is not there, and the image that it was made with.
+    fn provide(spec: &VmSpec, wanted: &Wanted) -> Result<(Image, PathBuf), VmmError> {
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(&spec.dir)
             .map_err(VmmError::io(spec.dir.display().to_string()))?;
         let image = spec.image.as_ref().ok_or_else(|| VmmError::Disk("the VM has no image".into()))?;
-        let image = &disk::origin(&spec.dir, image)?;
+        let image = disk::origin(&spec.dir, image)?;
+        let (snapshot, uid) = (spec.snapshot.as_deref(), uid_of(spec.net.slot));
+        let disk = disk::prepare_raw(&spec.dir, &image, snapshot, spec.disk_bytes, uid, wanted)?;
+        Ok((image, disk))
+    }
+
+    fn launch(&self, spec: &VmSpec, tap: Tap, wanted: &Wanted) -> Result<(Handle, Live), VmmError> {
+        let missing = |source| VmmError::NoProgram { program: self.program.display().to_string(), source };
+        self.program.metadata().map_err(missing)?;
+        let (image, disk) = &Self::provide(spec, wanted)?;
         let uid = uid_of(spec.net.slot);
-        let disk = disk::prepare_raw(&spec.dir, image, spec.snapshot.as_deref(), spec.disk_bytes, uid)?;
         let seed = spec.dir.join(file::SEED);
         spec.seed.write(&seed)?;
-        for file in [&disk, &seed] {
+        for file in [disk, &seed] {
             std::os::unix::fs::chown(file, Some(uid), Some(uid)).map_err(VmmError::io("a disk's owner"))?;
         }
         let kernel = unpacked(image).map_err(|e| VmmError::Start(e.to_string()))?;
@@ -223,7 +230,7 @@ impl ApiDriver {
             view.program(&self.program)?;
             view.read_only(&kernel, KERNEL)?;
             view.read_only(&image.initrd(), INITRD)?;
-            view.writable(&disk, DISK)?;
+            view.writable(disk, DISK)?;
             view.read_only(&seed, SEED)?;
             view.scratch(&scratch)?;
             view.device("/dev/kvm", 10, 232)?;
@@ -260,6 +267,7 @@ impl ApiDriver {
             confined: Some(Confined { uid, view, network: inside }),
             descriptors,
             cgroup: cgroup.and_then(|group| group.entrance().ok()),
+            ends_with_us: false,
         }
         .spawn()?;
         self.noted(spec, pid, notes, scratch, network).inspect_err(|_| confine::end_child(pid))
@@ -450,6 +458,11 @@ impl ApiRunning {
 impl Vmm for ApiDriver {
     fn name(&self) -> &'static str {
         self.kind.name()
+    }
+
+    fn prepare<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, Result<(), VmmError>> {
+        let of = spec.clone();
+        Box::pin(turn::run(&spec.dir, move |wanted| Self::provide(&of, wanted).map(drop)))
     }
 
     fn boot<'a>(&'a self, spec: &'a VmSpec, gate: Gate) -> BoxFuture<'a, Result<Box<dyn Running>, VmmError>> {
