@@ -14,15 +14,15 @@ use tapgate_e2e::{
 const REAL: &str = "sk-live-77d1e0c6b2f94a5c";
 
 fn with_guest(test: impl FnOnce(&mut Stage<'_>)) {
-    with_guest_of("", test);
+    with_guest_of(&[], test);
 }
 
-/// With more lines of configuration.
-fn with_guest_of(lines: &str, test: impl FnOnce(&mut Stage<'_>)) {
+/// With settings of the daemon's beside its file.
+fn with_guest_of(environment: &[(&str, &str)], test: impl FnOnce(&mut Stage<'_>)) {
     let world = World::new().unwrap();
     let images = "/var/cache/tapgate/images".into();
     let settings = Settings { binary: daemon::binary().unwrap(), driver: Driver::Netns, images };
-    let daemon = Daemon::start_with(&world, settings, lines, &[]).unwrap();
+    let daemon = Daemon::start_with(&world, settings, "", environment).unwrap();
     let mut stage = Stage::new(&world, daemon).unwrap();
     stage.boot("box").unwrap();
     test(&mut stage);
@@ -249,7 +249,7 @@ fn guests_reach_neither_each_other_nor_the_host() {
 #[test]
 fn the_public_address_is_the_hosts_own() {
     const PUBLIC: &str = "198.51.100.99";
-    with_guest_of(&format!("public_host = \"{PUBLIC}\"\n"), |stage| {
+    with_guest_of(&[("TAPGATE_PUBLIC_HOST", PUBLIC)], |stage| {
         stage.api().rule("cidr", "0.0.0.0/0").unwrap();
         let (code, said) = curl(stage, &format!("http://{PUBLIC}:2222/"));
         assert_ne!(code, 0, "{said}");
@@ -275,5 +275,31 @@ fn an_address_that_the_host_gets_later_is_closed_too() {
             std::thread::sleep(std::time::Duration::from_millis(100));
         }
         panic!("{LATER} was never taken for the host's own: {:?}", reasons(stage));
+    });
+}
+
+/// A VM that ends right after it has tried much keeps nothing of it to itself.
+#[test]
+fn what_a_vm_tried_last_is_on_record() {
+    const TRIES: u64 = 900;
+    with_guest(|stage| {
+        let vm = stage.vm().unwrap().to_owned();
+        let send = format!(
+            "python3 -c \"import socket; s = socket.socket(2, 2)\nfor p in range({TRIES}): s.sendto(b'x', ('203.0.113.9', 20000 + p))\""
+        );
+        let done = stage.sh(&send).unwrap();
+        assert!(done.ok(), "{done:?}");
+        stage.clear().unwrap();
+        let told = || -> u64 {
+            let events = stage.api().audit(&vm, "&protocol=udp").unwrap();
+            events.iter().map(|event| event["count"].as_u64().unwrap_or(1)).sum()
+        };
+        for _ in 0..50 {
+            if told() == TRIES {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(100));
+        }
+        assert_eq!(told(), TRIES);
     });
 }

@@ -2,23 +2,29 @@
 //! the audit log.
 //!
 //! The datapath tells the first of a kind at once and what follows once a second with its count; what it could not tell
-//! apart any more it counts as lost. Must never block on the log.
+//! apart any more it counts as lost. Must never block on the log, nor write what one VM tried into another's.
 
 use super::Shared;
 use std::{sync::Arc, time::Duration};
 use tapgate_datapath::{DatapathError, Event};
 use tapgate_model::{AuditEvent, AuditSink as _};
+use tokio::sync::{mpsc, oneshot};
 
 /// After the events could not be read.
 const RETRY: Duration = Duration::from_secs(1);
 
+/// Asks for all that was tried so far to be told, and hears when it was.
+pub(super) type Settle = oneshot::Sender<()>;
+/// For that; it takes a few thousand system calls at worst.
+const PATIENCE: Duration = Duration::from_secs(5);
+
 /// Runs until the daemon stops.
-pub(super) async fn pump(shared: Arc<Shared>) {
+pub(super) async fn pump(shared: Arc<Shared>, mut settle: mpsc::Receiver<Settle>) {
     loop {
         tokio::select! {
             () = shared.stop.cancelled() => return,
             // Nothing is lost meanwhile: the kernel keeps the counts.
-            done = read(&shared) => if let Err(error) = done { tracing::error!(%error, "events.not_read") },
+            done = read(&shared, &mut settle) => if let Err(error) = done { tracing::error!(%error, "events.not_read") },
         }
         tokio::select! {
             () = shared.stop.cancelled() => return,
@@ -27,15 +33,33 @@ pub(super) async fn pump(shared: Arc<Shared>) {
     }
 }
 
-async fn read(shared: &Shared) -> Result<(), DatapathError> {
+/// Comes back when everything that VMs have tried is told: before one's slot and its counts go.
+pub(super) async fn settle(shared: &Shared) {
+    let (done, heard) = oneshot::channel();
+    let told = async {
+        let _ = shared.settle.send(done).await;
+        let _ = heard.await;
+    };
+    if tokio::time::timeout(PATIENCE, told).await.is_err() {
+        tracing::warn!("events.not_settled: what a VM tried last may be missing in the log");
+    }
+}
+
+async fn read(shared: &Shared, settle: &mut mpsc::Receiver<Settle>) -> Result<(), DatapathError> {
     let mut events = shared.datapath.events()?;
     loop {
-        record(shared, &events.next().await?);
+        tokio::select! {
+            event = events.next() => record(shared, &event?),
+            Some(done) = settle.recv() => {
+                events.rest()?.iter().for_each(|event| record(shared, event));
+                let _ = done.send(());
+            }
+        }
     }
 }
 
 fn record(shared: &Shared, event: &Event) {
-    let Some(vm) = shared.gates().of_slot(event.slot).cloned() else {
+    let Some(vm) = shared.gates().of_slot(event.slot, event.moment).cloned() else {
         tracing::debug!(slot = event.slot, "events.slot_without_vm");
         return;
     };

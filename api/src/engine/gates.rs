@@ -11,6 +11,8 @@ use tapgate_model::{GuestNet, UserId, VmId, VmPolicy};
 pub(super) struct Gated {
     pub user: UserId,
     pub net: GuestNet,
+    /// When it got its gate, by the programs' clock: what was told of its slot before is another's.
+    pub since: u64,
     /// The policy in force, as the records had it; none before the first, and none while the VM is closed for want of one.
     pub policy: Option<Arc<VmPolicy>>,
 }
@@ -48,9 +50,10 @@ impl Gates {
         }
     }
 
-    /// The VM whose gate has this slot.
-    pub(super) fn of_slot(&self, slot: u32) -> Option<&VmId> {
-        self.by_slot.get(&slot)
+    /// The VM whose gate had this slot then.
+    pub(super) fn of_slot(&self, slot: u32, then: u64) -> Option<&VmId> {
+        let vm = self.by_slot.get(&slot)?;
+        self.by_vm.get(vm).is_some_and(|gated| then >= gated.since).then_some(vm)
     }
 
     /// The VM that has this address.
@@ -72,22 +75,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_slot_is_its_present_owners() {
-        let gated = |slot| Gated {
+    fn a_slot_is_its_present_owners_from_when_that_had_it() {
+        let gated = |slot, since| Gated {
             user: UserId::generate(),
             net: GuestNet::new(slot, [10, 214, 0, 0].into(), None),
+            since,
             policy: None,
         };
         let mut gates = Gates::default();
         let (old, new) = (VmId::generate(), VmId::generate());
-        gates.insert(old.clone(), gated(3));
-        assert_eq!(gates.of_slot(3), Some(&old));
+        gates.insert(old.clone(), gated(3, 10));
+        assert_eq!(gates.of_slot(3, 10), Some(&old));
         // The next one has the slot before the last word about the former.
-        gates.insert(new.clone(), gated(3));
+        gates.insert(new.clone(), gated(3, 20));
         gates.remove(&old);
-        assert_eq!(gates.of_slot(3), Some(&new));
+        assert_eq!(gates.of_slot(3, 20), Some(&new));
+        assert_eq!(gates.of_slot(3, 19), None, "what the former one did is not told of the present one");
         assert_eq!(gates.of_address([10, 214, 0, 4].into()), Some(&new));
         gates.remove(&new);
-        assert!(gates.of_slot(3).is_none() && gates.of(None).next().is_none());
+        assert!(gates.of_slot(3, 30).is_none() && gates.of(None).next().is_none());
     }
 }

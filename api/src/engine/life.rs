@@ -3,7 +3,7 @@
 //! Each state is in the records before it is acted on, so after a crash the task goes on where the records say. What a
 //! user asks comes in by the records too; the waker only says that they changed.
 
-use super::{Shared, files, gates::Gated, policy, snapshots, ssh, suspend, watching};
+use super::{Shared, events, files, gates::Gated, policy, snapshots, ssh, suspend, watching};
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
@@ -242,12 +242,13 @@ async fn boot(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> {
         shared.policy_of(record).await.map_err(|error| format!("cannot read the egress policy: {error}"))?;
     let read = began.elapsed();
     let net = shared.net(record);
+    let since = tapgate_datapath::monotonic();
     let gate = match &spec.guest_ns {
         None => shared.datapath.attach_tap(&record.id, net, &policy).await,
         Some(guest) => shared.datapath.attach_netns(&record.id, net, &policy, guest).await,
     }
     .map_err(|error| format!("cannot attach the gate: {error}"))?;
-    serve(shared, record, &gate).await?;
+    serve(shared, record, &gate, since).await?;
     // Before the guest: what cannot be opened is not to cost a suspended VM its memory.
     let forward = forward(shared, record).await?;
     let resumes = suspend::keeps(shared, record);
@@ -292,7 +293,8 @@ async fn adopt(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> 
         .adopt(&record.id, shared.net(record), &policy)
         .await
         .map_err(|error| error.to_string())?;
-    serve(shared, record, &gate).await?;
+    // Its slot was its own all the while.
+    serve(shared, record, &gate, 0).await?;
     let machine = shared.driver.adopt(&spec, &handle, gate).await.map_err(|error| error.to_string())?;
     // One that hangs is as good as one that died.
     match tokio::time::timeout(ADOPT_CHECK, machine.check()).await {
@@ -304,11 +306,11 @@ async fn adopt(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> 
 }
 
 /// Makes the VM known to the proxy, with the policy of this moment.
-async fn serve(shared: &Shared, record: &VmRecord, gate: &Gate) -> Result<(), String> {
+async fn serve(shared: &Shared, record: &VmRecord, gate: &Gate, since: u64) -> Result<(), String> {
     let ca = files::ca(shared, record).await?;
     let policy = shared.policy_of(record).await.map_err(|error| error.to_string())?;
     shared.table.insert(gate.net(), ca, Arc::new(policy));
-    let gated = Gated { user: record.user.clone(), net: gate.net(), policy: None };
+    let gated = Gated { user: record.user.clone(), net: gate.net(), since, policy: None };
     shared.gates().insert(record.id.clone(), gated);
     // A change that came between reading and inserting would be lost without this.
     policy::install(shared, &record.user, Some(&record.id)).await;
@@ -359,6 +361,7 @@ pub(super) async fn release(shared: &Shared, record: &VmRecord, live: Option<Liv
     }
     point("release.ended");
     discard(shared, record).await;
+    events::settle(shared).await;
     shared.table.remove(vm);
     shared.gates().remove(vm);
     if let Err(error) = shared.datapath.detach(shared.net(record)).await {

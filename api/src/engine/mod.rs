@@ -51,6 +51,8 @@ pub(crate) struct Shared {
     pub stop: CancellationToken,
     /// The VMs that have a gate now.
     gates: Mutex<Gates>,
+    /// Where it is asked that all that VMs tried be told.
+    settle: mpsc::Sender<events::Settle>,
     /// Held while policies are read and installed: of two changes the newer one stays.
     installing: tokio::sync::Mutex<()>,
     /// The VMs whose snapshots are being taken.
@@ -110,6 +112,8 @@ pub struct Engine {
     shared: Arc<Shared>,
     tasks: TaskTracker,
     wakers: HashMap<VmId, Arc<Notify>>,
+    /// Until the events are read.
+    settle: Option<mpsc::Receiver<events::Settle>>,
     /// Held by whoever has not yet looked at a VM that ran under a former daemon.
     looking: Option<Looking>,
 }
@@ -121,7 +125,10 @@ impl Engine {
     /// Takes the opened parts.
     pub fn new(parts: Parts) -> Self {
         let Parts { config, store, datapath, table, driver, image, storage, notifier, stop } = parts;
+        // One VM after another: who waits is told by the same look.
+        let (settle, settled) = mpsc::channel(64);
         let shared = Shared {
+            settle,
             config,
             store,
             datapath,
@@ -141,7 +148,13 @@ impl Engine {
         };
         let shared = Arc::new(shared);
         shared.notifier.meters.connect(&shared);
-        Self { shared, tasks: TaskTracker::new(), wakers: HashMap::new(), looking: None }
+        Self {
+            shared,
+            tasks: TaskTracker::new(),
+            wakers: HashMap::new(),
+            settle: Some(settled),
+            looking: None,
+        }
     }
 
     /// Adopts what a former daemon left, then serves commands until told to stop. VMs keep running afterwards.
@@ -156,7 +169,9 @@ impl Engine {
             Ok(gone) => tracing::warn!(slots = ?gone, "engine.leftovers_removed"),
             Err(error) => tracing::error!(%error, "engine.leftovers_not_removed"),
         }
-        self.tasks.spawn(events::pump(self.shared.clone()));
+        if let Some(settle) = self.settle.take() {
+            self.tasks.spawn(events::pump(self.shared.clone(), settle));
+        }
         self.tasks.spawn(snapshots::keep_store(self.shared.clone()));
         let looking = self.looking.take();
         for record in living {

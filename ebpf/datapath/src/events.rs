@@ -19,7 +19,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 use tapgate_ebpf_common::{
-    maps::{EVENT_ALLOWED, EVENT_TOLERATED, Event as Raw},
+    maps::{EVENT_ALLOWED, EVENT_TOLERATED, Event as Raw, RING_BYTES},
     packet::{ICMP, ICMP6, TCP, UDP},
 };
 use tapgate_model::{Protocol, Reason, Verdict};
@@ -36,6 +36,8 @@ const EVERY: Duration = Duration::from_secs(1);
 pub struct Event {
     /// When.
     pub time: SystemTime,
+    /// The same by the monotonic clock, in nanoseconds ([`monotonic`]): that one is never set.
+    pub moment: u64,
     /// The VM's slot.
     pub slot: u32,
     /// IP protocol number.
@@ -110,6 +112,22 @@ impl Events {
         }
     }
 
+    /// All that can be told by now, without waiting: what a VM tried before it ended.
+    pub fn rest(&mut self) -> Result<Vec<Event>, DatapathError> {
+        let mut repeated: Vec<Repeated> = self.repeated.drain(..).collect();
+        let ring = self.ring.get_mut();
+        let mut raws = Vec::new();
+        // No more than it holds: a flood is not followed for ever.
+        while raws.len() < RING_BYTES as usize / size_of::<Raw>()
+            && let Some(item) = ring.next()
+        {
+            raws.extend(read(&item));
+        }
+        repeated.extend(self.counts.look()?);
+        let told = raws.iter().map(|raw| self.of_ring(raw));
+        Ok(told.chain(repeated.iter().map(|repeated| self.of_repeated(repeated))).collect())
+    }
+
     fn of_ring(&self, raw: &Raw) -> Event {
         let v6 = raw.v6 != 0;
         let ports = raw.protocol == TCP || raw.protocol == UDP;
@@ -158,6 +176,7 @@ impl Events {
         let ports = what.protocol == TCP || what.protocol == UDP;
         Event {
             time: wall_clock(time),
+            moment: time,
             slot: what.slot,
             ip_protocol: what.protocol,
             protocol: match what.protocol {
@@ -211,7 +230,7 @@ fn wall_clock(nanoseconds: u64) -> SystemTime {
 }
 
 /// Nanoseconds of the monotonic clock: the programs' time.
-pub(crate) fn monotonic() -> u64 {
+pub fn monotonic() -> u64 {
     let time =
         nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from);
     time.as_nanos() as u64

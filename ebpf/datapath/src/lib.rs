@@ -29,7 +29,7 @@ mod world;
 pub use config::{DatapathConfig, Range};
 pub use counters::Counters;
 pub use error::DatapathError;
-pub use events::{Event, Events};
+pub use events::{Event, Events, monotonic};
 pub use gate::Gate;
 pub use hook::Attachment;
 pub use requirements::{Requirement, requirements};

@@ -9,7 +9,7 @@ use std::{
     net::{SocketAddr, TcpStream, UdpSocket},
     time::{Duration, Instant},
 };
-use tapgate_datapath::{Attachment, Datapath};
+use tapgate_datapath::{Attachment, Datapath, monotonic};
 use tapgate_ebpf_common::Reason;
 use tapgate_model::{Mode, Verdict};
 use tapgate_netns::{Netns, nft};
@@ -578,6 +578,28 @@ fn settings_of_the_host_that_would_close_guests_are_not_taken_over() {
         let stream = a.connect("203.0.113.1:443").unwrap();
         listeners.tcp.accept().unwrap();
         drop(stream);
+        datapath.teardown().await.unwrap();
+    });
+}
+
+/// Everything that was tried can be told at once, before a VM's slot and its counts go.
+#[test]
+fn what_a_guest_tried_last_is_told_before_it_goes() {
+    in_world(|world| async move {
+        let datapath = world.open().await;
+        let mut events = datapath.events().unwrap();
+        let a = guest(&datapath, 0, Mode::Enforce, &[]).await;
+        events.rest().unwrap();
+        let before = monotonic();
+        let socket = a.udp();
+        for port in 10_000..10_700 {
+            socket.send_to(b"x", ("203.0.113.1", port)).unwrap();
+        }
+        let told = events.rest().unwrap();
+        let own = told.iter().filter(|event| event.ip_protocol == 17 && event.moment + 50_000_000 > before);
+        let told: u64 = own.map(|event| u64::from(event.count)).sum();
+        assert_eq!(told + datapath.counters(0).unwrap().events_lost, 700);
+        assert!(told > 512, "{told}");
         datapath.teardown().await.unwrap();
     });
 }
