@@ -7,21 +7,26 @@ use tapgate_e2e::{
     World,
     daemon::{self, Daemon, Driver, Settings},
     demo::Stage,
-    sh, sites,
+    net, sh, sites,
     world::GIT_TOKEN,
 };
 
 const REAL: &str = "sk-live-77d1e0c6b2f94a5c";
 
 fn with_guest(test: impl FnOnce(&mut Stage<'_>)) {
-    with_guest_of(&[], test);
+    with_guest_of(&[], |_| {}, test);
 }
 
-/// With settings of the daemon's beside its file.
-fn with_guest_of(environment: &[(&str, &str)], test: impl FnOnce(&mut Stage<'_>)) {
+/// With settings of the daemon's beside its file, in a world that is prepared for them.
+fn with_guest_of(
+    environment: &[(&str, &str)],
+    prepare: impl FnOnce(&World),
+    test: impl FnOnce(&mut Stage<'_>),
+) {
     let world = World::new().unwrap();
     let images = "/var/cache/tapgate/images".into();
     let settings = Settings { binary: daemon::binary().unwrap(), driver: Driver::Netns, images };
+    prepare(&world);
     let daemon = Daemon::start_with(&world, settings, "", environment).unwrap();
     let mut stage = Stage::new(&world, daemon).unwrap();
     stage.boot("box").unwrap();
@@ -249,7 +254,16 @@ fn guests_reach_neither_each_other_nor_the_host() {
 #[test]
 fn the_public_address_is_the_hosts_own() {
     const PUBLIC: &str = "198.51.100.99";
-    with_guest_of(&[("TAPGATE_PUBLIC_HOST", PUBLIC)], |stage| {
+    let translate = |world: &World| {
+        let (internet, host) = (world.names().internet(), world.names().host());
+        sh::ip(&format!("-n {internet} route add {PUBLIC}/32 via {}", sites::HOST_V4)).unwrap();
+        let table = format!(
+            "table ip cloud {{ chain in {{ type nat hook prerouting priority dstnat; ip daddr {PUBLIC} dnat to {}; }}; }}",
+            sites::HOST_V4
+        );
+        sh::expect(net::inside(&host, "nft").arg(table), b"").unwrap();
+    };
+    with_guest_of(&[("TAPGATE_PUBLIC_HOST", PUBLIC)], translate, |stage| {
         stage.api().rule("cidr", "0.0.0.0/0").unwrap();
         let (code, said) = curl(stage, &format!("http://{PUBLIC}:2222/"));
         assert_ne!(code, 0, "{said}");
