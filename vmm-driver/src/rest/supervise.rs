@@ -182,6 +182,7 @@ mod tests {
         }
         let scratch = Scratch::create(0).unwrap();
         let mut console = scratch.append("console").unwrap();
+        console.write_all(b"boot").unwrap();
         let folder = tempfile::tempdir().unwrap();
         let stop = Arc::new(AtomicBool::new(false));
         let printing = {
