@@ -122,15 +122,15 @@ fn no_checksum_is_written_anywhere_but_in_the_header_that_was_judged() {
         let mut wire = Wire::new(gate.take_tap().unwrap());
         for (to, own, header) in [(SERVER, frames::OWN, 20u16), (SERVER_V6, frames::OWN_V6, 40)] {
             let transport = 14 + header;
-            // On the way of a frame that is judged, and on that of a flow that is known.
-            for known in [false, true] {
+            // On the way of a frame that is judged, and on that of a flow that is known: there IPv4's own checksum sees to it.
+            for known in if header == 40 { [false, true].as_slice() } else { &[false] } {
                 for (protocol, body, field) in
                     [(17, frames::udp(7, &[0; 64]), 6), (6, frames::tcp(7, frames::SYN), 16)]
                 {
                     let packet = frames::ip_from(own, to, protocol, &body);
                     let kind = if header == 40 { 0x86dd } else { 0x0800 };
                     let frame = frames::ethernet(GATEWAY_MAC, frames::MAC, kind, &packet);
-                    if known {
+                    if *known {
                         let before = world.quiet();
                         wire.send_with(&virtio(0, 0, transport, field), &frame);
                         eventually("what is right arrives", || world.arrived() > before);
