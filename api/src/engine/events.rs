@@ -50,9 +50,13 @@ async fn read(shared: &Shared, settle: &mut mpsc::Receiver<Settle>) -> Result<()
     loop {
         tokio::select! {
             event = events.next() => record(shared, &event?),
-            Some(done) = settle.recv() => {
+            Some(first) = settle.recv() => {
+                // One look for all who wait by now: many VMs may end at a time, and a look goes through every VM's counts.
+                let all: Vec<Settle> = std::iter::once(first).chain(std::iter::from_fn(|| settle.try_recv().ok())).collect();
                 events.rest()?.iter().for_each(|event| record(shared, event));
-                let _ = done.send(());
+                for done in all {
+                    let _ = done.send(());
+                }
             }
         }
     }

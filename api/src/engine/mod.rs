@@ -125,7 +125,6 @@ impl Engine {
     /// Takes the opened parts.
     pub fn new(parts: Parts) -> Self {
         let Parts { config, store, datapath, table, driver, image, storage, notifier, stop } = parts;
-        // One VM after another: who waits is told by the same look.
         let (settle, settled) = mpsc::channel(64);
         let shared = Shared {
             settle,
