@@ -128,7 +128,10 @@ impl Store {
                 let now = now_us();
                 let old = find(tx, &user, &key)?;
                 expected.check(&old.as_ref().map_or(String::new(), |(old, _)| old.version()))?;
-                room(tx, &user, &key, value.len())?;
+                // What gets shorter is no more than there was.
+                if value.len() >= old.as_ref().map_or(0, |(_, blob)| blob.len()) {
+                    room(tx, &user, &key, value.len())?;
+                }
                 match old {
                     Some((old, _)) => {
                         let blob = seal.seal(TABLE, old.id.as_str(), value.as_bytes())?;
@@ -166,5 +169,38 @@ impl Store {
                 Ok(())
             })
             .await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An account that has more than the bound, from before there was one, can get below it step by step.
+    #[tokio::test]
+    async fn what_gets_shorter_is_taken_above_the_bound_too() {
+        let folder = tempfile::tempdir().unwrap();
+        let key = SealKey::load_or_create(&folder.path().join("seal.key")).unwrap();
+        let store = Store::open(&folder.path().join("db"), key).unwrap();
+        let account = crate::NewUser {
+            email: "a@example.com".into(),
+            first_name: "A".into(),
+            last_name: "L".into(),
+            password: "$argon2id$".into(),
+        };
+        let user = store.user_create(account, "key").await.unwrap().0.id;
+        let large = "x".repeat(100_000);
+        for name in ["A", "B"] {
+            store.env_set(&user, name, &large, 10, Expected::any()).await.unwrap();
+        }
+        let (of, blob) = (user.clone(), vec![0u8; 200_000]);
+        let old = move |tx: &Transaction<'_>| {
+            let sql = "INSERT INTO env (id, user, key, value, created_at, updated_at) VALUES ('env_old', ?1, 'OLD', ?2, 1, 1)";
+            Ok(tx.execute(sql, params![of.as_str(), blob])?)
+        };
+        store.db.write(old).await.unwrap();
+        assert!(store.env_set(&user, "A", &"x".repeat(100_200), 10, Expected::any()).await.is_err());
+        store.env_set(&user, "A", "short", 10, Expected::any()).await.unwrap();
+        assert!(store.env_set(&user, "C", "new", 10, Expected::any()).await.is_err());
     }
 }
