@@ -448,13 +448,23 @@ pub struct Event {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SkbLayout {
-    /// `ip_summed`, in bits; it has two.
+    /// The octet with `ip_summed`.
     pub ip_summed: u32,
+    /// The two bits of `ip_summed` in it. Both are set in `CHECKSUM_PARTIAL` alone (include/linux/skbuff.h): the checksum is still
+    /// to be written.
+    pub partial: u32,
     /// `csum_start`, in octets; `csum_offset` follows it.
     pub csum_start: u32,
     /// `mac_header`, in octets.
     pub mac_header: u32,
+    /// Number of the kernel's function `bpf_cast_to_kern_ctx` in its BTF, whose answer lets fields be read as such; 0 where the
+    /// kernel has none. The loader puts it into every [`CAST_CALL`] too.
+    pub cast: u32,
 }
+
+/// A call of a kernel function (Documentation/bpf/standardization/instruction-set.rst: BPF_CALL with source 2) as it stands in
+/// the object, with a number that is none where the loader writes the function's.
+pub const CAST_CALL: u64 = 0x7467_cca5_0000_2085;
 
 /// Where a listener of the proxy is in the socket map.
 #[repr(u32)]
@@ -496,6 +506,6 @@ mod pod {
 
     plain! {
         Vm = 48, Tap = 48, Config = 48, RuleKey = 20, FlowKey = 24, Flow = 64, FlowCount = 16, Bucket = 16,
-        Traffic = 96, Drops = 520, Event = 56, FragmentKey = 28, Fragment = 16, AttemptKey = 28, Attempts = 16, SkbLayout = 12,
+        Traffic = 96, Drops = 520, Event = 56, FragmentKey = 28, Fragment = 16, AttemptKey = 28, Attempts = 16, SkbLayout = 20,
     }
 }

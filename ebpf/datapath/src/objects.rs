@@ -17,7 +17,7 @@ use std::{
 };
 use tapgate_ebpf_common::maps::{
     AttemptKey, Attempts, Bucket, Config, Drops, Flow, FlowCount, FlowKey, Listener, NO_SLOT, REASONS,
-    RuleKey, Traffic, Vm, mapped,
+    RuleKey, SkbLayout, Traffic, Vm, mapped,
 };
 
 /// The object, aligned as an ELF file wants it.
@@ -69,7 +69,16 @@ pub(crate) struct Tables {
 
 /// Loads programs and maps; maps that are pinned are taken as they are.
 pub(crate) fn load(pins: &Path) -> Result<(Ebpf, Tables), DatapathError> {
-    load_all(pins).map_err(|error| {
+    let layout = layout::skb()?;
+    let loaded = match load_all(pins, layout) {
+        // A kernel that has the function may still refuse it; without, each look costs more.
+        Err(error) if layout.cast != 0 => {
+            tracing::warn!(%error, "the kernel does not let fields of its buffers be read; loading without");
+            load_all(pins, SkbLayout { cast: 0, ..layout })
+        }
+        loaded => loaded,
+    };
+    loaded.map_err(|error| {
         // What was refused says little; what the kernel has not says more.
         match requirements::missing(&requirements::requirements()) {
             Some(names) => DatapathError::Kernel(names),
@@ -78,15 +87,14 @@ pub(crate) fn load(pins: &Path) -> Result<(Ebpf, Tables), DatapathError> {
     })
 }
 
-fn load_all(pins: &Path) -> Result<(Ebpf, Tables), DatapathError> {
+fn load_all(pins: &Path, layout: SkbLayout) -> Result<(Ebpf, Tables), DatapathError> {
     let folder = bpffs::maps(pins);
-    let layout = layout::skb()?;
     let mut loader = EbpfLoader::new();
     loader.override_global("SKB_LAYOUT", &layout, true);
     for name in MAPS {
         loader.map_pin_path(name, folder.join(name));
     }
-    let mut programs = loader.load(OBJECT)?;
+    let mut programs = loader.load(&layout::fitted(OBJECT, &layout)?)?;
     for name in [FROM_GUEST, TO_GUEST] {
         program(&mut programs, name)?.load().map_err(|source| DatapathError::Program {
             what: "load",

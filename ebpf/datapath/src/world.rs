@@ -350,7 +350,8 @@ table inet tapgate {{
 ///
 /// `arrived` is ahead of the host's own translations, which may send its addresses elsewhere. It asks for an address's kind
 /// once a connection, since that is a look-up of a route; `input` catches what became the host's own later. A link's name is
-/// compared once a chain: that is most of what a rule costs.
+/// compared once a chain: that is most of what a rule costs. Only a connection's first packet is counted (it is `confirmed` after
+/// that): the count goes through all that the guest has, and every packet of one that nobody answers is `new`.
 fn host_table(config: &DatapathConfig) -> String {
     let (table, link) = (config.host_table(), config.host_link());
     let v4 = config.guest_v4;
@@ -405,8 +406,8 @@ table inet {table} {{
         ct state invalid drop
         oifname \"{link}\" drop
         {elsewhere}
-        ct state new add @guests_v4 {{ ip saddr ct count over {TRACKED} }} drop
-        ct state new add @guests_v6 {{ ip6 saddr ct count over {TRACKED} }} drop
+        ct state new ct status ! confirmed add @guests_v4 {{ ip saddr ct count over {TRACKED} }} drop
+        ct state new ct status ! confirmed add @guests_v6 {{ ip6 saddr ct count over {TRACKED} }} drop
     }}
     chain inward {{
         ct state established,related accept

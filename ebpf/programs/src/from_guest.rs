@@ -52,24 +52,13 @@ const UNKNOWN: i32 = -1;
 fn known(skb: &Skb, tap: &Tap) -> i32 {
     let Some(sight) = glance::from_guest(&skb.front(), tap) else { return UNKNOWN };
     match flows::find(&sight.key) {
-        Some(flow) if flow.policy == policy(tap) && sealed(skb, &sight.key) => {
+        Some(flow)
+            if flow.policy == policy(tap) && offload::fits(skb, sight.key.v6 != 0, sight.key.protocol) =>
+        {
             forward(skb, &sight.key, &sight.segment, flow)
         }
         _ => UNKNOWN,
     }
-}
-
-/// Whether no checksum that is still to be written can make another packet of it. IPv4's header has a checksum of its own, which is
-/// verified before and would not fit after: with one exception, for in its arithmetic (RFC 1071) 0 and ffff are the same, so that
-/// x.y.0.0 could become x.y.255.255, and x.0.0.y x.255.255.y. There, and with IPv6, whose header has none, the place is looked at.
-#[inline(always)]
-fn sealed(skb: &Skb, key: &FlowKey) -> bool {
-    if key.v6 != 0 {
-        return offload::fits(skb, true, key.protocol);
-    }
-    let address = u32::from_be(key.remote.0[3]);
-    let same = |half: u32| matches!(half & 0xffff, 0 | 0xffff);
-    !(same(address) || same(address >> 8)) || offload::fits(skb, false, key.protocol)
 }
 
 /// Everything else, once it is read. A function of its own, for the sake of the stack.

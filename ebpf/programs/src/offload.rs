@@ -2,37 +2,47 @@
 //!
 //! The virtio header of a frame names that place, and the kernel only makes sure that it lies in the frame: it could be the
 //! destination's last octets. No field of `__sk_buff` shows it, so it is read from the kernel's own `struct sk_buff`, whose
-//! layout user space found in the kernel's BTF. Must let no other place through than that of the judged header's checksum.
+//! layout user space found in the kernel's BTF: as fields, where the kernel lets programs (6.2), which costs nothing; else by a
+//! helper that reads any address. Must let no other place through than that of the judged header's checksum.
 
 use crate::skb::Skb;
 use aya_ebpf::helpers::bpf_probe_read_kernel;
+use core::arch::asm;
 use tapgate_ebpf_common::{
-    maps::SkbLayout,
+    maps::{CAST_CALL, SkbLayout},
     packet::{ETHERNET, IPV4, IPV6, TCP, UDP},
 };
 
 /// Written before the programs are loaded.
 #[unsafe(no_mangle)]
-static SKB_LAYOUT: SkbLayout = SkbLayout { ip_summed: 0, csum_start: 0, mac_header: 0 };
+static SKB_LAYOUT: SkbLayout = SkbLayout { ip_summed: 0, partial: 0, csum_start: 0, mac_header: 0, cast: 0 };
 
-/// `CHECKSUM_PARTIAL` (include/linux/skbuff.h): the checksum is still to be written.
-const PARTIAL: u8 = 3;
+/// One number of it.
+macro_rules! layout {
+    ($field:ident) => {
+        // SAFETY: a constant of this program, which user space has set.
+        unsafe { (&raw const SKB_LAYOUT.$field).read_volatile() }
+    };
+}
 
 /// Whether nothing of the frame is still to be written but, if anything, the checksum of its transport header. `protocol` is 0 where
 /// it has none.
 #[inline(always)]
 pub fn fits(skb: &Skb, v6: bool, protocol: u8) -> bool {
-    // SAFETY: a constant of this program, which user space has set.
-    let layout = unsafe { (&raw const SKB_LAYOUT).read_volatile() };
-    if layout.csum_start == 0 {
-        return false;
-    }
-    let Some(octet) = read::<u8>(skb, layout.ip_summed / 8) else { return false };
-    if octet >> (layout.ip_summed % 8) & 3 != PARTIAL {
+    let buffer = Buffer::of(skb);
+    let Some(octet) = buffer.read::<u8>(layout!(ip_summed)) else { return false };
+    let partial = layout!(partial);
+    if u32::from(octet) & partial != partial {
         return true;
     }
-    let Some([start, offset]) = read::<[u16; 2]>(skb, layout.csum_start) else { return false };
-    let Some(frame) = read::<u16>(skb, layout.mac_header) else { return false };
+    // Without a layout, everything comes here.
+    let place = layout!(csum_start);
+    if place == 0 {
+        return false;
+    }
+    let Some(start) = buffer.read::<u16>(place) else { return false };
+    let Some(offset) = buffer.read::<u16>(place + 2) else { return false };
+    let Some(frame) = buffer.read::<u16>(layout!(mac_header)) else { return false };
     let header = ETHERNET + if v6 { IPV6 } else { IPV4 };
     let field = match protocol {
         TCP => 16,
@@ -42,10 +52,48 @@ pub fn fits(skb: &Skb, v6: bool, protocol: u8) -> bool {
     start.wrapping_sub(frame) == header as u16 && offset == field
 }
 
-/// A member of the kernel's buffer: the program's context is its address.
-#[inline(always)]
-fn read<T>(skb: &Skb, at: u32) -> Option<T> {
-    let address = skb.raw() as usize + at as usize;
-    // SAFETY: the helper reads any kernel address, or fails.
-    unsafe { bpf_probe_read_kernel(address as *const T) }.ok()
+/// The kernel's buffer of the frame.
+enum Buffer {
+    /// The verifier knows its type, and lets its fields be read.
+    Typed(*const u8),
+    /// An address.
+    Raw(usize),
+}
+
+impl Buffer {
+    #[inline(always)]
+    fn of(skb: &Skb) -> Self {
+        // The program's context is the buffer's address.
+        let context = skb.raw();
+        if layout!(cast) == 0 {
+            return Self::Raw(context as usize);
+        }
+        let typed: *const u8;
+        // SAFETY: a call of the kernel's function `bpf_cast_to_kern_ctx`, once the loader has put its number in. It takes the
+        // context in r1 and answers in r0; like every call it leaves r1 to r5 undefined.
+        unsafe {
+            asm!(
+                ".quad {call}",
+                call = const CAST_CALL,
+                inout("r1") context => _,
+                lateout("r0") typed,
+                lateout("r2") _,
+                lateout("r3") _,
+                lateout("r4") _,
+                lateout("r5") _,
+                options(nostack),
+            );
+        }
+        Self::Typed(typed)
+    }
+
+    #[inline(always)]
+    fn read<T: Copy>(&self, at: u32) -> Option<T> {
+        match self {
+            // SAFETY: the verifier refuses a load that is not of a field.
+            Self::Typed(start) => Some(unsafe { start.add(at as usize).cast::<T>().read_volatile() }),
+            // SAFETY: the helper reads any kernel address, or fails.
+            Self::Raw(start) => unsafe { bpf_probe_read_kernel((start + at as usize) as *const T) }.ok(),
+        }
+    }
 }
