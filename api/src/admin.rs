@@ -104,9 +104,15 @@ async fn act(args: Args) -> anyhow::Result<()> {
     let folder = &args.data_dir;
     let key_file = folder.join("seal.key");
     if !key_file.exists() {
+        if let Command::Restore { .. } = args.command {
+            bail!(
+                "{} is not there; put the seal.key of the backup's time in its place first",
+                key_file.display()
+            );
+        }
         bail!("there is no tapgate in {}; name its folder with --data-dir", folder.display());
     }
-    let open = || -> anyhow::Result<Store> { Ok(Store::open(folder, SealKey::load(&key_file)?)?) };
+    let open = || open(folder, &key_file);
     match args.command {
         Command::User(command) => user(&open()?, command).await,
         Command::Invite { email } => {
@@ -130,6 +136,23 @@ async fn act(args: Args) -> anyhow::Result<()> {
         }
         Command::VerifyAudit => verify_audit(&open()?).await,
     }
+}
+
+/// The store beside the daemon, if one runs. Records of an older version are brought up to date, and never under a daemon that
+/// knows the old form alone.
+fn open(folder: &Path, key_file: &Path) -> anyhow::Result<Store> {
+    let key = SealKey::load(key_file)?;
+    let _lock = match Store::is_current(folder)? {
+        true => None,
+        false => Some(lock(folder)?.with_context(|| {
+            format!(
+                "a daemon of an older version runs on {}; restart it as this version ({}) first, or use its own binary",
+                folder.display(),
+                env!("CARGO_PKG_VERSION")
+            )
+        })?),
+    };
+    Ok(Store::open(folder, key)?)
 }
 
 async fn verify_audit(store: &Store) -> anyhow::Result<()> {
@@ -185,8 +208,8 @@ fn password() -> anyhow::Result<Zeroizing<String>> {
     Ok(Zeroizing::new(text.trim_end_matches(['\r', '\n']).to_owned()))
 }
 
-/// The daemon's own lock: held by one process at a time.
-fn alone(folder: &Path) -> anyhow::Result<nix::fcntl::Flock<std::fs::File>> {
+/// The daemon's own lock: held by one process at a time. `None` if a daemon has it.
+fn lock(folder: &Path) -> anyhow::Result<Option<nix::fcntl::Flock<std::fs::File>>> {
     let path = folder.join("lock");
     let file = std::fs::OpenOptions::new()
         .create(true)
@@ -194,8 +217,11 @@ fn alone(folder: &Path) -> anyhow::Result<nix::fcntl::Flock<std::fs::File>> {
         .write(true)
         .open(&path)
         .with_context(|| format!("cannot open {}", path.display()))?;
-    nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock)
-        .map_err(|_| anyhow::anyhow!("a daemon runs on {}; stop it first", folder.display()))
+    Ok(nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock).ok())
+}
+
+fn alone(folder: &Path) -> anyhow::Result<nix::fcntl::Flock<std::fs::File>> {
+    lock(folder)?.with_context(|| format!("a daemon runs on {}; stop it first", folder.display()))
 }
 
 fn say(text: &str) -> anyhow::Result<()> {

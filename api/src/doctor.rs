@@ -4,7 +4,10 @@
 
 use crate::config::{Config, DriverKind};
 use serde::Serialize;
-use std::{path::Path, process::Command};
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
 use tapgate_vmm::{
     accel::{self, Accel},
     cgroup::Cgroup,
@@ -59,16 +62,17 @@ pub fn checks(config: &Config) -> Vec<Check> {
         tun(),
         cgroup(),
         disk_limits(&config.data_dir),
-        program("nft", "nftables"),
+        program("nft", Path::new("nft"), "nftables"),
     ];
     if config.driver == DriverKind::Qemu {
-        checks.push(program("qemu-system-x86_64", "qemu-system-x86"));
+        checks.push(program("qemu-system-x86_64", &qemu(config), "qemu-system-x86"));
+        checks.push(program("qemu-img", Path::new("qemu-img"), "qemu-utils"));
         checks.push(image(config));
         checks.push(kvm(config));
     }
     if let DriverKind::Firecracker | DriverKind::CloudHypervisor = config.driver {
         checks.push(vmm(config));
-        checks.push(program("qemu-img", "qemu-utils"));
+        checks.push(program("qemu-img", Path::new("qemu-img"), "qemu-utils"));
         checks.push(image(config));
         checks.push(kvm_opens());
     }
@@ -180,20 +184,29 @@ fn disk_limits(data_dir: &Path) -> Check {
     }
 }
 
-fn program(name: &'static str, package: &str) -> Check {
-    match Command::new(name).arg("--version").output() {
+/// The QEMU that the daemon will run.
+fn qemu(config: &Config) -> PathBuf {
+    config.vmm_program.clone().unwrap_or_else(tapgate_vmm::default_program)
+}
+
+fn program(name: &'static str, path: &Path, package: &str) -> Check {
+    let shown = path.display();
+    match Command::new(path).arg("--version").output() {
         Ok(output) if output.status.success() => {
             Check::ok(name, String::from_utf8_lossy(&output.stdout).lines().next().unwrap_or_default())
         }
         Ok(output) => Check::bad(
             Outcome::Fail,
             name,
-            format!("`{name} --version` ended with {}", output.status),
+            format!("`{shown} --version` ended with {}", output.status),
             format!("reinstall it: `apt-get install --reinstall {package}`"),
         ),
-        Err(_) => {
-            Check::bad(Outcome::Fail, name, "not found", format!("install it: `apt-get install {package}`"))
-        }
+        Err(error) => Check::bad(
+            Outcome::Fail,
+            name,
+            format!("{shown}: {error}"),
+            format!("install it: `apt-get install {package}`"),
+        ),
     }
 }
 
@@ -201,7 +214,8 @@ fn image(config: &Config) -> Check {
     match crate::images::find(&config.image_dir, &config.image) {
         Ok(image) => Check::ok("image", image.dir().display().to_string()),
         Err(error) => {
-            Check::bad(Outcome::Fail, "image", error.to_string(), "build it: `tapgate image build`")
+            let build = crate::images::command("build", &config.image_dir);
+            Check::bad(Outcome::Fail, "image", error.to_string(), format!("build it: `{build}`"))
         }
     }
 }
@@ -216,7 +230,7 @@ fn kvm(config: &Config) -> Check {
     let Ok(image) = crate::images::find(&config.image_dir, &config.image) else {
         return Check::ok("kvm", "/dev/kvm opens; whether it runs guests is tried once there is an image");
     };
-    let probe = accel::probe(&image, &tapgate_vmm::default_program(), &config.data_dir);
+    let probe = accel::probe(&image, &qemu(config), &config.data_dir);
     match probe.accel {
         Accel::Kvm => Check::ok("kvm", probe.reason),
         Accel::Tcg => Check::bad(Outcome::Warn, "kvm", probe.reason, remedy),

@@ -14,9 +14,22 @@ pub fn find(folder: &Path, name: &str) -> anyhow::Result<Image> {
     match nearest(folder, name) {
         Some(found) => Ok(image::open(&found.dir)?),
         None => bail!(
-            "there is no image `{name}` in {}; build debian-12 with `tapgate image build`, take another with `tapgate image import`",
-            folder.display()
+            "there is no image `{name}` in {}; build debian-12 with `{}`, take another with `{}`",
+            folder.display(),
+            command("build", folder),
+            command("import", folder)
         ),
+    }
+}
+
+/// Where images are kept unless the operator says otherwise.
+pub const FOLDER: &str = "/var/cache/tapgate/images";
+
+/// What to type so that it acts on this folder.
+pub fn command(what: &str, folder: &Path) -> String {
+    match folder == Path::new(FOLDER) {
+        true => format!("tapgate image {what}"),
+        false => format!("tapgate image {what} --image-dir {}", folder.display()),
     }
 }
 
@@ -33,7 +46,7 @@ fn nearest(folder: &Path, name: &str) -> Option<Shelved> {
 #[derive(clap::Args, Debug)]
 pub struct Folder {
     /// Where images are kept
-    #[arg(long, env = "TAPGATE_IMAGE_DIR", default_value = "/var/cache/tapgate/images")]
+    #[arg(long, env = "TAPGATE_IMAGE_DIR", default_value = FOLDER)]
     image_dir: PathBuf,
 }
 

@@ -3,7 +3,7 @@
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
-use tapgate::{admin, cli, doctor, images, serve, unit};
+use tapgate::{admin, cli, config, doctor, images, serve, unit};
 
 /// Runs untrusted code in microVMs and decides what may leave them.
 #[derive(Parser)]
@@ -19,6 +19,8 @@ enum Command {
     Serve(serve::Args),
     /// Test what this host can do, and say how to mend what is missing
     Doctor(doctor::Args),
+    /// Check the configuration and print it: what is set, and every other key with its default
+    Config(serve::Args),
     /// The operator's work on the daemon's data
     Admin(admin::Args),
     /// Build, import and look after the images that VMs boot from
@@ -34,6 +36,7 @@ fn main() -> ExitCode {
     let done = match Arguments::parse().command {
         Command::Serve(args) => serve::run(args),
         Command::Doctor(args) => doctor::run(args),
+        Command::Config(args) => config::print(args),
         Command::Admin(args) => admin::run(args),
         Command::Image(args) => images::run(args),
         Command::Unit => {

@@ -49,11 +49,19 @@ impl Args {
     /// # Errors
     /// The file cannot be read, or a key is unknown or makes no sense.
     pub fn config(self) -> Result<Config, config::ConfigError> {
+        self.settings()?.check()
+    }
+
+    /// The keys that are set: flags and variables, then the file.
+    ///
+    /// # Errors
+    /// The file cannot be read, or a key is unknown.
+    pub fn settings(self) -> Result<config::Settings, config::ConfigError> {
         let file = match &self.config {
             Some(path) => config::Settings::read(path)?,
             None => config::Settings::default(),
         };
-        self.settings.or(file).check()
+        Ok(self.settings.or(file))
     }
 }
 

@@ -65,10 +65,46 @@ async fn the_operators_commands() {
         assert!(String::from_utf8_lossy(&refused.stderr).contains("stop it first"), "{args:?}");
     }
     drop((held, store));
+    // On another host the key has to be there first.
+    let other = tempfile::tempdir().unwrap();
+    let keyless = run(other.path(), &["restore", backup.to_str().unwrap()], "");
+    let said = String::from_utf8_lossy(&keyless.stderr).into_owned();
+    assert!(!keyless.status.success() && said.contains("put the seal.key"), "{said}");
+    std::fs::copy(&key_file, other.path().join("seal.key")).unwrap();
+    ok(other.path(), &["restore", backup.to_str().unwrap()], "");
+    assert!(ok(other.path(), &["user", "list"], "").contains("alice@example.com"));
     ok(folder, &["rotate-key"], "");
     assert!(open().authenticate(&token).await.unwrap().is_some());
     let old = run(folder, &["restore", backup.to_str().unwrap()], "");
     assert!(String::from_utf8_lossy(&old.stderr).contains("does not fit"), "sealed by the key before");
+}
+
+/// A new binary was installed, and the daemon of the old one still runs: its records keep their form under it.
+#[tokio::test]
+async fn records_of_an_older_version_are_not_changed_under_its_daemon() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    drop(Store::open(folder, SealKey::load_or_create(&folder.join("seal.key")).unwrap()).unwrap());
+    let audit = || rusqlite::Connection::open(folder.join("audit.db")).unwrap();
+    let version = || audit().pragma_query_value(None, "user_version", |row| row.get::<_, u32>(0)).unwrap();
+    let newest = version();
+    // As the version before left it.
+    audit()
+        .execute_batch("DROP TABLE cuts; DROP TABLE holdings; ALTER TABLE blocks DROP COLUMN places")
+        .unwrap();
+    audit().pragma_update(None, "user_version", newest - 1).unwrap();
+    let backup = folder.join("backup");
+    let lock = std::fs::File::create(folder.join("lock")).unwrap();
+    let held = nix::fcntl::Flock::lock(lock, nix::fcntl::FlockArg::LockExclusiveNonblock).unwrap();
+    for args in [&["user", "list"][..], &["backup", backup.to_str().unwrap()], &["verify-audit"]] {
+        let refused = run(folder, args, "");
+        let said = String::from_utf8_lossy(&refused.stderr);
+        assert!(!refused.status.success() && said.contains("older version"), "{args:?}: {said}");
+        assert_eq!(version(), newest - 1, "{args:?}");
+    }
+    drop(held);
+    ok(folder, &["user", "list"], "");
+    assert_eq!(version(), newest, "with no daemon in the way they are brought up to date");
 }
 
 #[tokio::test]

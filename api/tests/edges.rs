@@ -163,6 +163,19 @@ async fn every_wrong_request_is_answered_in_the_envelope() {
     assert_eq!(raw("application/json", Body::from_stream(endless)).await.error(413), "payload_too_large");
     let cut = futures_util::stream::once(async { Err::<bytes::Bytes, _>(std::io::Error::other("cut")) });
     assert_eq!(raw("application/json", Body::from_stream(cut)).await.error(400), "invalid_body");
+    // A key for retries changes nothing of that.
+    let keyed = async |body: Body| {
+        let request = Request::post("/v1/vms")
+            .header(header::AUTHORIZATION, format!("Bearer {key}"))
+            .header(header::CONTENT_TYPE, "application/json")
+            .header("Idempotency-Key", "one");
+        app.send(request.body(body).unwrap()).await
+    };
+    let cut = futures_util::stream::once(async { Err::<bytes::Bytes, _>(std::io::Error::other("cut")) });
+    assert_eq!(keyed(Body::from_stream(cut)).await.error(400), "invalid_body");
+    let large = keyed(Body::from(vec![b' '; 400 * 1024])).await;
+    assert!(large.body["error"]["message"].as_str().unwrap().contains("256 KiB"), "{large:?}");
+    assert_eq!(large.error(413), "payload_too_large");
 
     let unknown =
         app.post(&key, "/v1/vms", json!({ "name": "a", "public_key": PUBLIC_KEY, "color": 1 })).await;

@@ -65,3 +65,26 @@ fn an_image_comes_is_checked_and_goes_when_no_vm_needs_it() {
     assert!(image(folder, &["remove", "stock"]).0 && !Path::new(&left).exists());
     assert!(image(folder, &["remove", "stock"]).2.contains("there is no image"));
 }
+
+/// What `doctor` looks at is what the daemon will use, and what it says to type acts on that.
+#[test]
+fn doctor_looks_at_the_image_folder_and_the_program_of_the_configuration() {
+    let folder = tempfile::tempdir().unwrap();
+    let images = folder.path().join("images");
+    let mut doctor = Command::new(env!("CARGO_BIN_EXE_tapgate"));
+    doctor.args(["doctor", "--json", "--listen", "127.0.0.1:0", "--vmm-program", "/nowhere/qemu"]);
+    doctor.arg("--image-dir").arg(&images).arg("--data-dir").arg(folder.path().join("data"));
+    let done = doctor.output().unwrap();
+    assert!(!done.status.success());
+    let said: Value = serde_json::from_slice(&done.stdout).unwrap();
+    let check = |name: &str| {
+        let found = said["checks"].as_array().unwrap().iter().find(|check| check["name"] == name);
+        found.unwrap_or_else(|| panic!("{name}: {said}")).clone()
+    };
+    let qemu = check("qemu-system-x86_64");
+    assert_eq!(qemu["outcome"], "fail");
+    assert!(qemu["found"].as_str().unwrap().contains("/nowhere/qemu"), "{qemu}");
+    let remedy = check("image")["remedy"].as_str().unwrap().to_owned();
+    assert!(remedy.contains(&format!("tapgate image build --image-dir {}", images.display())), "{remedy}");
+    check("qemu-img");
+}

@@ -107,6 +107,8 @@ async fn who_is_slow_is_cut_off() {
         "PUT /v1/env/K HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {key}\r\nContent-Type: application/json\r\n\
          Content-Length: 20\r\n\r\n{{"
     );
+    let keyed =
+        body.replace("PUT /v1/env/K ", "POST /v1/keys ").replace("Host: a", "Host: a\r\nIdempotency-Key: k");
     let form = "POST /activate HTTP/1.1\r\nHost: a\r\nContent-Type: application/x-www-form-urlencoded\r\nContent-Length: 9\r\n\r\nc=";
     let slowly = async {
         tokio::join!(
@@ -115,17 +117,21 @@ async fn who_is_slow_is_cut_off() {
             slow("GET /healthz HTTP/1.1\r\nHost:".to_owned()),
             slow("GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n".to_owned()),
             slow(body),
+            slow(keyed),
             slow(form.to_owned())
         )
     };
     let all = tokio::time::timeout(std::time::Duration::from_secs(60), slowly).await;
-    let (silent, preface, head, idle, body, form) = all.expect("a slow client holds its connection for ever");
+    let (silent, preface, head, idle, body, keyed, form) =
+        all.expect("a slow client holds its connection for ever");
     assert_eq!(silent, "");
     assert!(!preface.contains("HTTP/1.1 200"), "{preface}");
     assert!(!head.contains("200"), "{head}");
     assert!(form.starts_with("HTTP/1.1 408"), "{form}");
     assert!(idle.starts_with("HTTP/1.1 200"), "answered, and then ended for want of another: {idle}");
-    assert!(body.starts_with("HTTP/1.1 408") && body.contains("request_timeout"), "{body}");
+    for body in [body, keyed] {
+        assert!(body.starts_with("HTTP/1.1 408") && body.contains("request_timeout"), "{body}");
+    }
     stop.cancel();
     server.await.unwrap();
 }

@@ -56,16 +56,21 @@ pub fn probe(image: &Image, qemu: &Path, data_dir: &Path) -> Probe {
     if let Some(known) = known.filter(|probe| probe.key == key) {
         return known;
     }
-    let (accel, reason) = match try_kvm(image, qemu, PATIENCE) {
-        Ok(()) => (Accel::Kvm, "KVM runs guests on this machine".to_owned()),
-        Err(why) => (Accel::Tcg, format!("{why}; guests are emulated by TCG, many times slower")),
+    let tried = try_kvm(image, qemu, PATIENCE);
+    // What kept it from being tried can be mended at any moment, and is looked at again.
+    let lasts = tried.is_ok();
+    let emulated = |why: &str| (Accel::Tcg, format!("{why}; guests are emulated by TCG, many times slower"));
+    let (accel, reason) = match tried {
+        Ok(true) => (Accel::Kvm, "KVM runs guests on this machine".to_owned()),
+        Ok(false) => emulated("/dev/kvm opens, but a guest kernel started with it never prints a line"),
+        Err(why) => emulated(&why),
     };
     match accel {
         Accel::Kvm => tracing::info!("{reason}"),
         Accel::Tcg => tracing::warn!("{reason}"),
     }
     let probe = Probe { accel, reason, key };
-    if let Ok(text) = serde_json::to_vec(&probe) {
+    if let (true, Ok(text)) = (lasts, serde_json::to_vec(&probe)) {
         // Only a memory: without it the next start finds out again.
         let _ = fs::write(&cache, text);
     }
@@ -77,7 +82,8 @@ pub fn open_kvm() -> std::io::Result<OwnedFd> {
     Ok(fs::OpenOptions::new().read(true).write(true).open("/dev/kvm")?.into())
 }
 
-fn try_kvm(image: &Image, qemu: &Path, patience: Patience) -> Result<(), String> {
+/// Whether a guest's kernel got to its first line, or why none could be started.
+fn try_kvm(image: &Image, qemu: &Path, patience: Patience) -> Result<bool, String> {
     if let Err(e) = open_kvm() {
         return Err(match e.kind() {
             std::io::ErrorKind::NotFound => {
@@ -89,10 +95,7 @@ fn try_kvm(image: &Image, qemu: &Path, patience: Patience) -> Result<(), String>
     let (reader, pid) = start(image, qemu).map_err(|e| format!("QEMU cannot be started ({e})"))?;
     let spoke = speaks(reader, pid, patience);
     confine::end_child(pid);
-    match spoke {
-        true => Ok(()),
-        false => Err("/dev/kvm opens, but a guest kernel started with it never prints a line".into()),
-    }
+    Ok(spoke)
 }
 
 /// QEMU with the image's kernel, confined like any other: the kernel may be a stranger's.

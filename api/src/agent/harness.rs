@@ -1,7 +1,7 @@
 //! Harnesses: the programs that run an agent's prompt, as a table of the configuration. A template's elements become
 //! arguments one to one; nothing is ever joined into a line.
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// Where the prompt goes: one argument.
@@ -10,7 +10,7 @@ const PROMPT: &str = "{prompt}";
 const ARGS: &str = "{args}";
 
 /// How one harness is started.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Harness {
     /// The program and its arguments. `{prompt}` stands for the prompt, `{args}` for the agent's arguments; both are

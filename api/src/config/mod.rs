@@ -11,8 +11,10 @@ use crate::{
     retention::Retention,
     storage::Place,
 };
+mod print;
 mod settings;
 
+pub use print::run as print;
 pub use settings::{AccelChoice, DriverKind, OverHttp, Settings};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -21,6 +23,7 @@ use std::{
     ops::RangeInclusive,
     path::{Path, PathBuf},
 };
+use tapgate_ebpf_common::maps::MAX_VMS;
 use tapgate_model::{Cidr, HostName, policy::SecretsOverHttp};
 use tapgate_proxy::{BadResolver, Limits, Resolver};
 use tapgate_vmm::IoLimits;
@@ -301,7 +304,7 @@ impl Settings {
             ssh_ports,
             instance,
             image,
-            image_dir: self.image_dir.unwrap_or_else(|| "/var/cache/tapgate/images".into()),
+            image_dir: self.image_dir.unwrap_or_else(|| crate::images::FOLDER.into()),
             vcpus: bounded("vcpus", self.vcpus, 1, 1..=64)?,
             memory_mib: bounded("memory_mib", self.memory_mib, 512, 128..=262_144)?,
             disk_gib: bounded("disk_gib", self.disk_gib, 8, 1..=4096)?,
@@ -366,11 +369,11 @@ impl Config {
         }
     }
 
-    /// How many VMs the address and port ranges hold.
+    /// How many VMs the address and port ranges hold, and the kernel's tables.
     pub fn slots(&self) -> u32 {
         let addresses = (1u64 << (32 - u32::from(self.guest_v4.prefix_len()))) - 2;
         let ports = self.ssh_ports.clone().count() as u64;
-        u32::try_from(addresses.min(ports)).unwrap_or(u32::MAX)
+        u32::try_from(addresses.min(ports)).map_or(MAX_VMS, |slots| slots.min(MAX_VMS))
     }
 }
 
@@ -414,6 +417,12 @@ mod tests {
         assert_eq!(config.driver, DriverKind::Qemu);
         assert_eq!(config.slots(), 1000);
         assert_eq!(parse("quota_vms = 3").unwrap().quotas.vms, 3);
+    }
+
+    #[test]
+    fn no_range_gives_out_more_places_than_the_kernels_tables_have() {
+        let config = parse("ssh_ports = '1024-65535'\nguest_v4 = '10.0.0.0/8'").unwrap();
+        assert_eq!(config.slots(), MAX_VMS);
     }
 
     #[test]

@@ -3,12 +3,12 @@
 use super::ConfigError;
 use crate::agent::Harness;
 use crate::http::SignUp;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// Which program runs the guests.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum DriverKind {
     /// Cloud Hypervisor, with KVM.
@@ -23,7 +23,7 @@ pub enum DriverKind {
 }
 
 /// What executes guest code.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum AccelChoice {
     /// KVM where a probe shows that it runs guests, else TCG.
@@ -36,7 +36,7 @@ pub enum AccelChoice {
 }
 
 /// When secrets may go out in clear-text HTTP.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum OverHttp {
     /// Wherever the secret's hosts match.
@@ -48,7 +48,7 @@ pub enum OverHttp {
 }
 
 /// The keys as written, before they are checked. One list for the file, the flags and the variables.
-#[derive(Clone, Debug, Default, Deserialize, clap::Args)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize, clap::Args)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
     /// Where all state lives [default: /var/lib/tapgate]

@@ -1,7 +1,7 @@
 //! A JSON body, taken apart field by field: each error names its field, and a field that nobody asked for is one too.
 
 use super::{ApiError, Code};
-use axum::body::to_bytes;
+use axum::body::{Body, Bytes, to_bytes};
 use axum::extract::{FromRequest, Request};
 use axum::http::header;
 use serde_json::{Map, Value};
@@ -24,14 +24,7 @@ impl<S: Send + Sync> FromRequest<S> for Fields {
             let essence = value.to_str().unwrap_or("").split(';').next().unwrap_or("").trim();
             essence.eq_ignore_ascii_case("application/json")
         });
-        let bytes = match tokio::time::timeout(BODY_TIMEOUT, to_bytes(request.into_body(), MAX_BODY)).await {
-            Ok(Ok(bytes)) => bytes,
-            Ok(Err(error)) => return Err(unreadable(&error)),
-            Err(_) => {
-                let message = "The request body did not arrive in time";
-                return Err(ApiError::new(Code::RequestTimeout, message));
-            }
-        };
+        let bytes = whole_body(request.into_body()).await?;
         if bytes.is_empty() {
             return Ok(Self(Map::new(), false));
         }
@@ -46,6 +39,15 @@ impl<S: Send + Sync> FromRequest<S> for Fields {
                 Err(ApiError::new(Code::InvalidJson, format!("The body is not valid JSON: {error}")))
             }
         }
+    }
+}
+
+/// The body, or why it cannot be had.
+pub(super) async fn whole_body(body: Body) -> Result<Bytes, ApiError> {
+    match tokio::time::timeout(BODY_TIMEOUT, to_bytes(body, MAX_BODY)).await {
+        Ok(Ok(bytes)) => Ok(bytes),
+        Ok(Err(error)) => Err(unreadable(&error)),
+        Err(_) => Err(ApiError::new(Code::RequestTimeout, "The request body did not arrive in time")),
     }
 }
 

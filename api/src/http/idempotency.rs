@@ -15,8 +15,6 @@ use tapgate_store::Known;
 
 const HEADER: &str = "idempotency-key";
 const REPLAYED: &str = "idempotent-replayed";
-/// As large as a body may be at all, and a little more: the handler says that it is too large.
-const MAX_BODY: usize = 300 * 1024;
 
 pub(super) async fn layer(State(state): State<AppState>, request: Request, next: Next) -> Response {
     let keyed = request.method() == Method::POST
@@ -37,11 +35,7 @@ async fn run(state: AppState, request: Request, next: Next) -> Result<Response, 
         return Err(ApiError::new(Code::InvalidIdempotencyKey, message));
     }
     let user = Account::from_request_parts(&mut parts, &state).await?.user;
-    let read = tokio::time::timeout(super::fields::BODY_TIMEOUT, to_bytes(body, MAX_BODY)).await;
-    let Ok(Ok(body)) = read else {
-        let message = "The request body is too large or did not arrive whole";
-        return Err(ApiError::new(Code::PayloadTooLarge, message));
-    };
+    let body = super::fields::whole_body(body).await?;
     let mut hash = Sha256::new();
     hash.update(parts.uri.to_string());
     hash.update([0]);

@@ -51,6 +51,22 @@ pub(crate) fn prepare_audit(path: &Path) -> Result<()> {
     prepare(path, AUDIT, Durability::Normal, false)
 }
 
+/// Whether the files of a store are in the newest form, or not there: opening them then changes nothing that another process
+/// which has them open would stumble over.
+pub(crate) fn is_current(main: &Path, audit: &Path) -> Result<bool> {
+    for (path, steps) in [(main, TAPGATE.len()), (audit, AUDIT.len())] {
+        if !path.exists() {
+            continue;
+        }
+        let connection = connect(path, Durability::Normal, false)?;
+        let version: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
+        if usize::try_from(version).is_ok_and(|version| version < steps) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 /// SQLite would make it readable to all; its -wal and -shm take the mode of the file itself.
 fn create(path: &Path) -> Result<()> {
     let made = OpenOptions::new().create(true).append(true).mode(0o600).open(path);

@@ -45,6 +45,11 @@ impl Store {
         Ok(Self { db: Pool::start(&main, "store", Durability::Full)?, key, cursors, tickets, audit })
     }
 
+    /// Whether [`Self::open`] would leave the files' form as it is. What has an older form may be opened by one process alone.
+    pub fn is_current(folder: &Path) -> Result<bool> {
+        schema::is_current(&folder.join("tapgate.db"), &folder.join("audit.db"))
+    }
+
     /// The audit log.
     pub fn audit(&self) -> &AuditLog {
         &self.audit

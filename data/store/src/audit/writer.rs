@@ -32,18 +32,20 @@ pub(super) struct Writer {
 impl Writer {
     /// Blocks while it makes what is missing of the index: after a change of its form, that is all.
     pub(super) fn new(mut connection: Connection, chain: Chain) -> Result<Self> {
-        let head = chain.get_mark(&connection, "head")?;
+        // Read where nobody writes: the operator's commands open the log of a daemon that is writing, and what it wrote after
+        // the head that they know would be taken for blocks beyond the end.
+        let tx = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let head = chain.get_mark(&tx, "head")?;
         let changed = head.is_none();
         let (seq, hash) = match head {
             Some(head) => head,
             None => {
                 // Someone changed the log. Writing goes on from what is there; `audit verify` will tell.
                 tracing::error!("the audit log was changed outside of tapgate; run `tapgate audit verify`");
-                last(&connection)?
+                last(&tx)?
             }
         };
         // Blocks beyond the end are of events that someone removed: new ones take their numbers.
-        let tx = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         index::remove(&tx, seq + 1, i64::MAX)?;
         if changed || tx.query_row("SELECT NOT EXISTS (SELECT 1 FROM holdings)", [], |row| row.get(0))? {
             shares::recount(&tx)?;
@@ -169,4 +171,72 @@ fn id_of(tx: &Transaction<'_>, names: &mut Names, name: &str) -> Result<i64> {
         tx.prepare_cached("SELECT id FROM names WHERE name = ?1")?.query_row([name], |row| row.get(0))?;
     names.insert(name.to_owned(), id);
     Ok(id)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pool::{Durability, connect};
+    use crate::schema;
+    use crate::seal::SealKey;
+    use std::sync::Barrier;
+    use tapgate_model::{AuditEvent, Mode, Protocol, Reason, UserId, Verdict, VmPolicy};
+
+    static MET: Barrier = Barrier::new(2);
+    static GO: Barrier = Barrier::new(2);
+
+    /// Stays in front of a locked file until the test lets it go on.
+    fn waits(times: i32) -> bool {
+        if times == 0 {
+            MET.wait();
+            GO.wait();
+        }
+        true
+    }
+
+    /// The operator's commands open the log of a daemon that writes just then: they take nothing of it for what is beyond the end.
+    #[test]
+    fn opening_a_log_that_is_written_to_leaves_its_index_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("audit.db");
+        schema::prepare_audit(&path).unwrap();
+        let chain = Chain::new(&SealKey::load_or_create(&folder.path().join("seal.key")).unwrap());
+        let open = || connect(&path, Durability::Normal, true).unwrap();
+        let policy = VmPolicy {
+            vm: VmId::generate(),
+            user: UserId::generate(),
+            generation: 1,
+            mode: Mode::Enforce,
+            rules: Default::default(),
+            secrets: [].into(),
+            secrets_over_http: Default::default(),
+        };
+        let verdict = Verdict::Deny { reason: Reason::NoRule };
+        let event = |ts| Stored::of(AuditEvent::new(&policy, Protocol::Tcp, verdict.clone(), ts));
+        let mut daemon = Writer::new(open(), chain.clone()).unwrap();
+        let mut write =
+            || daemon.write(&(0..20_000).map(event).collect::<Vec<_>>(), &HashMap::new()).unwrap();
+
+        let lock = open();
+        lock.execute_batch("BEGIN IMMEDIATE").unwrap();
+        let connection = open();
+        connection.busy_handler(Some(waits)).unwrap();
+        let theirs = chain.clone();
+        let command = std::thread::spawn(move || drop(Writer::new(connection, theirs).unwrap()));
+        MET.wait();
+        lock.execute_batch("ROLLBACK").unwrap();
+        write();
+        GO.wait();
+        command.join().unwrap();
+        write();
+
+        let mut blocks = lock.prepare("SELECT first, last FROM blocks ORDER BY first").unwrap();
+        let blocks = blocks.query_map([], |row| Ok((row.get::<_, i64>(0)?, row.get::<_, i64>(1)?))).unwrap();
+        let mut end = 0;
+        for (first, last) in blocks.map(Result::unwrap) {
+            assert_eq!(first, end + 1, "events before it are in no block: no question finds them");
+            end = last;
+        }
+        assert_eq!(end, 40_000);
+    }
 }
