@@ -9,6 +9,7 @@ use common::{PUBLIC_KEY, TestApp};
 use serde_json::{Value, json};
 use tapgate::Settings;
 use tapgate::http::{Rate, Rates};
+use tower::ServiceExt as _;
 
 /// An operation of the document that needs a key.
 struct Operation {
@@ -441,4 +442,25 @@ async fn a_database_that_cannot_be_written_is_said_and_nothing_is_lost() {
     assert_eq!(app.get(&key, "/v1/env/K").await.is(200)["value"], "before", "reading goes on");
     other.execute_batch("ROLLBACK").unwrap();
     app.call(&key, "PUT", "/v1/env/K", Some(json!({ "value": "after" }))).await.is(200);
+}
+
+/// A client hangs up while its change is being written: the change is recorded, so the engine must hear of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_is_carried_out_whoever_waits_for_the_answer() {
+    let mut app = TestApp::new();
+    let token = app.user("ada@example.com").await;
+    let rule = app.post(&token, "/v1/egress/rules", json!({ "host": "a.example" })).await;
+    let path = format!("/v1/egress/rules/{}", rule.body["id"].as_str().unwrap());
+    while app.commands.try_recv().is_ok() {}
+    let lock = rusqlite::Connection::open(app.folder.path().join("db/tapgate.db")).unwrap();
+    lock.execute_batch("BEGIN IMMEDIATE").unwrap();
+    let request = Request::delete(&path).header(header::AUTHORIZATION, format!("Bearer {token}"));
+    let request = tokio::spawn(app.router.clone().oneshot(request.body(Body::empty()).unwrap()));
+    tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+    request.abort();
+    assert!(request.await.unwrap_err().is_cancelled());
+    lock.execute_batch("ROLLBACK").unwrap();
+    let heard = tokio::time::timeout(std::time::Duration::from_secs(10), app.commands.recv()).await;
+    assert!(heard.is_ok(), "the engine never heard of the rule that was removed");
+    assert_eq!(app.get(&token, "/v1/egress/rules").await.body["data"], json!([]));
 }

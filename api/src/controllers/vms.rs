@@ -299,12 +299,12 @@ pub(crate) async fn start(
     Ok(Json(record.into()))
 }
 
-/// Enters the call into the records and tells the engine.
-async fn called(state: &AppState, account: &Account, vm: VmId, call: Call) -> Result<Json<VmView>, ApiError> {
+/// Enters the call into the records and tells the engine, also where it was called before: whoever calls again misses something.
+async fn called(state: &AppState, account: &Account, vm: VmId, call: Call) -> Result<VmView, ApiError> {
     let called = state.store().vm_call(&account.user, &vm, call).await;
     let (record, _) = called.map_err(|error| named(&vm, error.into()))?;
     state.engine().wake(vm);
-    Ok(Json(record.into()))
+    Ok(record.into())
 }
 
 pub(crate) async fn stop(
@@ -314,7 +314,7 @@ pub(crate) async fn stop(
     params: Params,
 ) -> Result<Json<VmView>, ApiError> {
     params.finish()?;
-    called(&state, &account, vm, Call::Stop).await
+    called(&state, &account, vm, Call::Stop).await.map(Json)
 }
 
 pub(crate) async fn suspend(
@@ -328,7 +328,7 @@ pub(crate) async fn suspend(
     let record = find(&state, &account, &vm).await?;
     keeps_memory(&state)?;
     state.settings().room.check_memory_file(record.resources.memory_mib)?;
-    called(&state, &account, vm, Call::Suspend).await
+    called(&state, &account, vm, Call::Suspend).await.map(Json)
 }
 
 /// Refuses what needs a driver that can keep a guest's memory.
@@ -349,14 +349,7 @@ pub(crate) async fn destroy(
     params: Params,
 ) -> Result<StatusCode, ApiError> {
     params.finish()?;
-    let (_, changed) = state
-        .store()
-        .vm_call(&account.user, &vm, Call::Destroy)
-        .await
-        .map_err(|error| named(&vm, error.into()))?;
-    if changed {
-        state.engine().wake(vm);
-    }
+    called(&state, &account, vm, Call::Destroy).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 

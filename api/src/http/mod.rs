@@ -19,6 +19,7 @@ pub mod server;
 mod state;
 mod version;
 mod view;
+mod whole;
 
 pub(crate) use crate::controllers::users::{check_email, check_password};
 pub use auth::Account;

@@ -1,6 +1,6 @@
 //! All routes, and what every answer goes through: no panic, no unknown path and no wrong method leaves the envelope.
 
-use super::{ApiError, AppState, Code, idempotency, metrics, openapi};
+use super::{ApiError, AppState, Code, idempotency, metrics, openapi, whole};
 use crate::controllers::{
     agents, audit, counters, device, egress, env, health, keys, metrics as scrape, pages, secrets, snapshots,
     users, vms,
@@ -74,6 +74,7 @@ fn routes(state: AppState) -> Router<AppState> {
         .route("/v1/agents/{agent_id}/log", get(agents::log))
         .fallback(unknown_route)
         .method_not_allowed_fallback(wrong_method)
+        .layer(from_fn(whole::layer))
         .layer(from_fn_with_state(state, idempotency::layer))
 }
 

@@ -2,7 +2,7 @@
 
 use crate::error::{Conflict, Kind, Result, StoreError};
 use crate::page::{Listing, Order, Page, PageRequest};
-use crate::seal::SealKey;
+use crate::seal::{OVERHEAD, SealKey};
 use crate::store::{Store, quota};
 use crate::time::now_us;
 use crate::users::id;
@@ -129,8 +129,9 @@ impl Store {
                 let old = find(tx, &user, &key)?;
                 expected.check(&old.as_ref().map_or(String::new(), |(old, _)| old.version()))?;
                 // What gets shorter is no more than there was.
-                if value.len() >= old.as_ref().map_or(0, |(_, blob)| blob.len()) {
-                    room(tx, &user, &key, value.len())?;
+                let sealed = value.len() + OVERHEAD as usize;
+                if sealed > old.as_ref().map_or(0, |(_, blob)| blob.len()) {
+                    room(tx, &user, &key, sealed)?;
                 }
                 match old {
                     Some((old, _)) => {
@@ -199,7 +200,9 @@ mod tests {
             Ok(tx.execute(sql, params![of.as_str(), blob])?)
         };
         store.db.write(old).await.unwrap();
-        assert!(store.env_set(&user, "A", &"x".repeat(100_200), 10, Expected::any()).await.is_err());
+        assert!(store.env_set(&user, "A", &"x".repeat(100_001), 10, Expected::any()).await.is_err());
+        store.env_set(&user, "A", &"y".repeat(100_000), 10, Expected::any()).await.unwrap();
+        store.env_set(&user, "A", &"x".repeat(99_999), 10, Expected::any()).await.unwrap();
         store.env_set(&user, "A", "short", 10, Expected::any()).await.unwrap();
         assert!(store.env_set(&user, "C", "new", 10, Expected::any()).await.is_err());
     }
