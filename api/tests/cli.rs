@@ -9,6 +9,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::process::{Command, Output, Stdio};
 use tapgate_model::StatusDetail as S;
 use tapgate_model::{AuditEvent, AuditSink as _, Mode, Protocol, Reason, Verdict, VmId, VmPolicy};
+use tapgate_store::SnapshotStatus;
 
 struct World {
     app: TestApp,
@@ -143,6 +144,18 @@ async fn the_life_of_a_vm() {
 }
 
 #[tokio::test]
+async fn a_snapshot_that_failed_says_why() {
+    let world = World::signed_up().await;
+    let vm = world.json(&["vm", "create", "dev"]).await["id"].as_str().unwrap().to_owned();
+    world.app.make_ready(&vm).await;
+    assert!(world.ok(&["snapshot", "create", "dev"]).await.contains("disk"), "its kind");
+    let id = world.json(&["snapshot", "list"]).await[0]["id"].as_str().unwrap().to_owned();
+    let why = Some("no room".to_owned());
+    world.app.store.snapshot_advance(&id.parse().unwrap(), SnapshotStatus::Failed, why).await.unwrap();
+    assert!(world.ok(&["snapshot", "show", &id]).await.contains("no room"));
+}
+
+#[tokio::test]
 async fn ssh_is_the_hosts_own_with_our_options() {
     let world = World::signed_up().await;
     let id = world.json(&["vm", "create", "dev"]).await["id"].as_str().unwrap().to_owned();
@@ -177,6 +190,14 @@ async fn egress_secrets_and_env() {
     assert_eq!(world.json(&["egress", "rules", "list"]).await.as_array().unwrap().len(), 2);
     assert_eq!(world.json(&["egress", "rule", "list", "--vm", "dev"]).await.as_array().unwrap().len(), 1);
     world.exits(&["egress", "rule", "add", "https://x"], 6, "`host`").await;
+    world
+        .exits(&["egress", "rule", "add", "api.github.com:443"], 6, "leave scheme, port and path away")
+        .await;
+    world.exits(&["egress", "rule", "add", "10.0.0.0/33"], 6, "`cidr`").await;
+    // What is of one VM is not passed over in silence for the account.
+    world.exits(&["egress", "policy", "set", "warn", "--no-inherit-rules"], 2, "--vm").await;
+    world.exits(&["egress", "policy", "reset"], 2, "--vm").await;
+    world.exits(&["egress", "policy", "set"], 2, "enforce").await;
     world.ok(&["egress", "rule", "delete", "gh"]).await;
     world.exits(&["egress", "rule", "delete", "gh"], 4, "gh").await;
 

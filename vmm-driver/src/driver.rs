@@ -56,7 +56,7 @@ pub trait Running: Send + Sync {
 
     /// Copies the disk, as it is now, to a new file, while the guest runs on. See [`crate::VmSpec::snapshot`].
     fn snapshot<'a>(&'a self, _to: &'a Path) -> BoxFuture<'a, Result<SnapshotInfo, VmmError>> {
-        Box::pin(async { Err(VmmError::Unsupported { driver: "this", what: "take snapshots" }) })
+        Box::pin(async { Err(VmmError::Unsupported { what: "take snapshots" }) })
     }
 
     /// The same, and its memory of the same moment to another new file.
@@ -65,12 +65,12 @@ pub trait Running: Send + Sync {
         _disk: &'a Path,
         _memory: &'a Path,
     ) -> BoxFuture<'a, Result<MemorySnapshot, VmmError>> {
-        Box::pin(async { Err(VmmError::Unsupported { driver: "this", what: "keep a guest's memory" }) })
+        Box::pin(async { Err(VmmError::Unsupported { what: "keep a guest's memory" }) })
     }
 
     /// Writes its memory into its folder and ends it: the next boot goes on from there, once. An error leaves it running.
     fn suspend(&self) -> BoxFuture<'_, Result<Suspended, VmmError>> {
-        Box::pin(async { Err(VmmError::Unsupported { driver: "this", what: "suspend VMs" }) })
+        Box::pin(async { Err(VmmError::Unsupported { what: "suspend VMs" }) })
     }
 
     /// Whether the VMM still does its work: an error is that it does not. The caller sets the limit.

@@ -126,10 +126,8 @@ pub enum VmmError {
     #[error(transparent)]
     Seed(#[from] crate::seed::SeedError),
     /// This driver cannot do that.
-    #[error("the {driver} driver cannot {what}")]
+    #[error("this driver cannot {what}")]
     Unsupported {
-        /// The driver.
-        driver: &'static str,
         /// What it was asked.
         what: &'static str,
     },

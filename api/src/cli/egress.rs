@@ -109,6 +109,16 @@ fn policy(api: &Api, base: &str, of_vm: bool, command: Policy) -> Done {
     let path = format!("{base}/policy");
     let answer = match command {
         Policy::Show => api.get(&path, &[])?,
+        // Without a word it would look as if it had been done.
+        Policy::Set { no_inherit_rules: true, .. } if !of_vm => {
+            return Err(Failure::usage("--no-inherit-rules is of one VM: add --vm NAME"));
+        }
+        Policy::Reset if !of_vm => {
+            return Err(Failure::usage("the account's policy has none to go back to; name a VM: --vm NAME"));
+        }
+        Policy::Set { mode: None, .. } if !of_vm => {
+            return Err(Failure::usage("say which: tapgate egress policy set enforce, or warn"));
+        }
         Policy::Set { mode, no_inherit_rules } => {
             let mut body = value!({});
             if let Some(mode) = mode {
@@ -155,7 +165,9 @@ fn rule(api: &Api, base: &str, command: Rule) -> Done {
     match command {
         Rule::List => rows(api.json, RULES, api.list(&path, &[], 200, usize::MAX)?),
         Rule::Add { target, name, comment } => {
-            let field = if target.parse::<tapgate_model::Cidr>().is_ok() { "cidr" } else { "host" };
+            // What begins with an address was meant as a range, also where it is none.
+            let begins = target.split_once('/').map_or(target.as_str(), |(address, _)| address);
+            let field = if begins.parse::<std::net::IpAddr>().is_ok() { "cidr" } else { "host" };
             let body = value!({ field: target, "name": name, "comment": comment });
             one(api.json, RULES, &api.send("POST", &path, Some(body))?)
         }

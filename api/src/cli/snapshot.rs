@@ -68,7 +68,7 @@ impl Args {
                     &path,
                     Some(value!({ "label": label, "kind": if memory { "memory" } else { "disk" } })),
                 )?;
-                one(api.json, COLUMNS, &made["data"])
+                show(&api, made)
             }
             Command::List { vm } => {
                 let path = match vm {
@@ -76,18 +76,31 @@ impl Args {
                     None => "/v1/snapshots".to_owned(),
                 };
                 let mut found = api.list(&path, &[], 200, usize::MAX)?;
-                for snapshot in found.iter_mut().filter(|snapshot| snapshot["kind"].is_null()) {
-                    snapshot["kind"] = "disk".into();
-                }
+                found.iter_mut().for_each(name_kind);
                 rows(api.json, COLUMNS, found)
             }
-            Command::Show { snapshot } => {
-                one(api.json, COLUMNS, &api.get(&format!("/v1/snapshots/{snapshot}"), &[])?["data"])
-            }
+            Command::Show { snapshot } => show(&api, api.get(&format!("/v1/snapshots/{snapshot}"), &[])?),
             Command::Delete { snapshot } => {
                 api.send("DELETE", &format!("/v1/snapshots/{snapshot}"), None)?;
                 if api.json { json(&Value::Null) } else { line(&format!("{snapshot} is deleted")) }
             }
         }
     }
+}
+
+/// The contract has no kind: where none is said it is the disk.
+fn name_kind(snapshot: &mut Value) {
+    if snapshot["kind"].is_null() {
+        snapshot["kind"] = "disk".into();
+    }
+}
+
+fn show(api: &Api, mut answer: Value) -> Done {
+    let mut snapshot = answer["data"].take();
+    name_kind(&mut snapshot);
+    let mut columns = COLUMNS.to_vec();
+    if !snapshot["failure_reason"].is_null() {
+        columns.push(("REASON", "failure_reason"));
+    }
+    one(api.json, &columns, &snapshot)
 }

@@ -165,7 +165,7 @@ fn new_rule(fields: &mut Fields) -> Result<NewRule, ApiError> {
 }
 
 fn wrong(error: tapgate_model::host::HostError) -> String {
-    format!("not a host that can be matched: {error}")
+    format!("not a host that can be matched ({error})")
 }
 
 fn filter(params: &mut Params) -> Result<(RuleFilter, RuleSort), ApiError> {

@@ -23,6 +23,9 @@ pub enum HostError {
         "not a valid host name: letters, digits, hyphens and dots, labels of at most 63 characters, 253 in all"
     )]
     Invalid,
+    /// A name with something around it, as in a URL.
+    #[error("a host is a name alone: leave scheme, port and path away, as in api.example.com")]
+    NotAlone,
     /// A wildcard that is neither `*` nor a whole first label.
     #[error("a wildcard is `*` (every name) or the whole first label, as in `*.example.com`")]
     Wildcard,
@@ -120,6 +123,13 @@ impl FromStr for HostPattern {
     fn from_str(text: &str) -> Result<Self, HostError> {
         if text == "*" {
             return Ok(Self::Any);
+        }
+        let (_, bare) = text.split_once("://").unwrap_or(("", text));
+        let (bare, path) = bare.split_once('/').map_or((bare, false), |(bare, _)| (bare, true));
+        let port =
+            bare.rsplit_once(':').filter(|(name, port)| !name.contains(':') && port.parse::<u16>().is_ok());
+        if path || bare.len() < text.len() || port.is_some() {
+            return Err(HostError::NotAlone);
         }
         let (wild, rest) = match text.strip_prefix("*.") {
             Some(rest) => (true, rest),
@@ -277,5 +287,11 @@ mod tests {
         for text in ["**", "*a.com", "a.*.com", "*.*.com", "*.", "", "*.1.2.3.4"] {
             assert!(text.parse::<HostPattern>().is_err(), "{text:?}");
         }
+        for text in
+            ["https://a.example", "a.example/", "a.example:443", "*.a.example:80", "https://a.example:1/b"]
+        {
+            assert_eq!(text.parse::<HostPattern>(), Err(HostError::NotAlone), "{text}");
+        }
+        assert_eq!("2001:db8::1".parse::<HostPattern>(), Err(HostError::AddressLiteral));
     }
 }
