@@ -23,7 +23,7 @@ async fn obey(
         let vm = match command {
             Command::Vm(vm) => vm,
             Command::Policy(_) => {
-                notifier.policy_in_force();
+                notifier.policies_in_force(1);
                 continue;
             }
             Command::Env(_) | Command::Snapshots => continue,

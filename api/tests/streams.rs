@@ -104,3 +104,33 @@ async fn an_export_holds_every_event_that_matches() {
     let part = app.get(&alice, "/v1/audit/egress/export?protocol=tls").await.is(200);
     assert_eq!(part.as_str().unwrap().lines().count(), 600);
 }
+
+#[tokio::test]
+async fn an_export_breaks_off_when_its_key_is_revoked_and_ends_at_what_there_was() {
+    let app = TestApp::new();
+    let alice = app.user("alice@example.com").await;
+    let hers = policy(&app, &alice, "vm").await;
+    let now = tapgate_store::now_us();
+    for n in 0..1200 {
+        let verdict = Verdict::Deny { reason: Reason::NoRule };
+        // The last ones come while it is read.
+        let at = if n < 1100 { n } else { now + 60_000_000 };
+        app.store.audit().record(AuditEvent::new(&hers, Protocol::Tcp, verdict, at));
+        if n % 300 == 299 {
+            // More at once than an account's share of the queue would be put together.
+            app.store.audit().flush().await;
+        }
+    }
+    let whole = app.get(&alice, "/v1/audit/egress/export").await.is(200);
+    assert_eq!(whole.as_str().unwrap().lines().count(), 1100);
+    let made = app.post(&alice, "/v1/keys", serde_json::json!({ "name": "second" })).await.is(201);
+    let (id, second) = (made["id"].as_str().unwrap(), made["token"].as_str().unwrap());
+    let mut stream = open(&app, second, "/v1/audit/egress/export", None).await;
+    stream.next().await.unwrap().unwrap();
+    app.call(&alice, "DELETE", &format!("/v1/keys/{id}"), None).await;
+    let mut rest = Vec::new();
+    while let Some(part) = stream.next().await {
+        rest.push(part);
+    }
+    assert!(rest.last().is_some_and(Result::is_err), "{} more parts", rest.len());
+}

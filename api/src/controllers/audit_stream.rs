@@ -11,7 +11,7 @@ use axum::response::{IntoResponse as _, Response};
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 use std::convert::Infallible;
 use std::time::Duration;
-use tapgate_store::{AuditFilter, AuditRecord, Order, StoreError};
+use tapgate_store::{AuditFilter, AuditRecord, Order, StoreError, now_us};
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 
@@ -111,12 +111,18 @@ fn messages(events: Vec<AuditRecord>, place: i64) -> Vec<Event> {
     events.into_iter().enumerate().map(message).collect()
 }
 
-/// Everything that matches, one object a line.
+/// Everything that matches by now, one object a line.
 pub(super) fn export(state: AppState, account: Account, mut filter: AuditFilter) -> Response {
     filter.page.limit = PAGE;
     filter.page.order = Order::Asc;
+    // It holds what there is now, so that it ends however fast more is written.
+    filter.until_us = Some(filter.until_us.map_or(now_us(), |until| until.min(now_us())));
     let pages = stream::try_unfold(Some((state, account, filter)), |next| async move {
         let Some((state, account, mut filter)) = next else { return Ok::<_, StoreError>(None) };
+        // Broken off, so that a part is not taken for the whole.
+        if filter.page.cursor.is_some() && !state.store().key_lives(&account.key).await? {
+            return Err(StoreError::Unavailable("its key was revoked".into()));
+        }
         let page = state.store().audit().list(&account.user, filter.clone()).await?;
         let mut lines = Vec::new();
         for event in page.items {

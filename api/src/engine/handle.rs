@@ -12,7 +12,7 @@ use tokio::sync::{broadcast, mpsc, watch};
 use tokio::time::{Instant, timeout_at};
 
 /// Whose policy changed.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Scope {
     /// All of an account's VMs'.
     User(UserId),
@@ -73,9 +73,9 @@ impl Notifier {
         let _ = self.changes.send(vm);
     }
 
-    /// One more of the changes of policy, in the order in which they were asked for, is in force.
-    pub fn policy_in_force(&self) {
-        self.policies.in_force.send_modify(|count| *count += 1);
+    /// So many more of the changes of policy, in the order in which they were asked for, are in force.
+    pub fn policies_in_force(&self, more: u64) {
+        self.policies.in_force.send_modify(|count| *count += more);
     }
 }
 

@@ -14,6 +14,7 @@ mod host;
 mod life;
 mod meters;
 mod policy;
+mod round;
 mod snapshots;
 mod ssh;
 mod suspend;
@@ -25,6 +26,7 @@ pub use meters::VmCounters;
 
 use crate::{config::Config, storage::Storage};
 use gates::Gates;
+use round::Round;
 use std::{
     collections::{HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -179,22 +181,28 @@ impl Engine {
         }
         drop(looking);
         let stop = self.shared.stop.clone();
+        let mut told_of = Vec::new();
         loop {
-            let command = tokio::select! {
+            let told = tokio::select! {
                 () = stop.cancelled() => break,
-                command = commands.recv() => match command { Some(command) => command, None => break },
+                told = commands.recv_many(&mut told_of, round::MOST) => told,
             };
-            match command {
-                Command::Vm(vm) => self.wake(vm, None),
-                Command::Policy(scope) => {
-                    policy::refresh(&self.shared, &scope).await;
-                    self.shared.notifier.policy_in_force();
-                    // Secrets bring placeholders with them.
-                    self.shared.news.send_modify(|news| *news = news.wrapping_add(1));
-                }
-                Command::Snapshots => self.shared.uploads.notify_one(),
-                // Guests that wait for it ask again, each for its own.
-                Command::Env(_) => self.shared.news.send_modify(|news| *news = news.wrapping_add(1)),
+            if told == 0 {
+                break;
+            }
+            let round = Round::of(told_of.drain(..));
+            for vm in round.vms {
+                self.wake(vm, None);
+            }
+            if round.snapshots {
+                self.shared.uploads.notify_one();
+            }
+            for scope in &round.scopes {
+                policy::refresh(&self.shared, scope).await;
+            }
+            self.shared.notifier.policies_in_force(round.policies);
+            if round.news {
+                self.shared.news.send_modify(|news| *news = news.wrapping_add(1));
             }
         }
         self.tasks.close();
