@@ -444,7 +444,18 @@ async fn a_database_that_cannot_be_written_is_said_and_nothing_is_lost() {
     app.call(&key, "PUT", "/v1/env/K", Some(json!({ "value": "after" }))).await.is(200);
 }
 
-/// A client hangs up while its change is being written: the change is recorded, so the engine must hear of it.
+/// Sends a request whose client hangs up while the records are written.
+async fn hung_up(app: &TestApp, request: Request<Body>) {
+    let lock = rusqlite::Connection::open(app.folder.path().join("db/tapgate.db")).unwrap();
+    lock.execute_batch("BEGIN IMMEDIATE").unwrap();
+    let request = tokio::spawn(app.router.clone().oneshot(request));
+    tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+    request.abort();
+    assert!(request.await.unwrap_err().is_cancelled());
+    lock.execute_batch("ROLLBACK").unwrap();
+}
+
+/// The change is recorded, so the engine must hear of it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_change_is_carried_out_whoever_waits_for_the_answer() {
     let mut app = TestApp::new();
@@ -452,15 +463,37 @@ async fn a_change_is_carried_out_whoever_waits_for_the_answer() {
     let rule = app.post(&token, "/v1/egress/rules", json!({ "host": "a.example" })).await;
     let path = format!("/v1/egress/rules/{}", rule.body["id"].as_str().unwrap());
     while app.commands.try_recv().is_ok() {}
-    let lock = rusqlite::Connection::open(app.folder.path().join("db/tapgate.db")).unwrap();
-    lock.execute_batch("BEGIN IMMEDIATE").unwrap();
     let request = Request::delete(&path).header(header::AUTHORIZATION, format!("Bearer {token}"));
-    let request = tokio::spawn(app.router.clone().oneshot(request.body(Body::empty()).unwrap()));
-    tokio::time::sleep(std::time::Duration::from_millis(500)).await;
-    request.abort();
-    assert!(request.await.unwrap_err().is_cancelled());
-    lock.execute_batch("ROLLBACK").unwrap();
+    hung_up(&app, request.body(Body::empty()).unwrap()).await;
     let heard = tokio::time::timeout(std::time::Duration::from_secs(10), app.commands.recv()).await;
     assert!(heard.is_ok(), "the engine never heard of the rule that was removed");
     assert_eq!(app.get(&token, "/v1/egress/rules").await.body["data"], json!([]));
+}
+
+/// Also while its key is being written down: the retry finds the answer, not a request that never ran.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_retry_after_hanging_up_is_answered() {
+    let app = TestApp::new();
+    let token = app.user("ada@example.com").await;
+    let request = || {
+        Request::post("/v1/egress/rules")
+            .header(header::AUTHORIZATION, format!("Bearer {token}"))
+            .header(header::CONTENT_TYPE, "application/json")
+            .header("idempotency-key", "one")
+            .body(Body::from(json!({ "host": "a.example" }).to_string()))
+            .unwrap()
+    };
+    // The key's first use is noted by then: nothing else waits for the file.
+    app.call(&token, "PUT", "/v1/env/K", Some(json!({ "value": "v" }))).await.is(200);
+    hung_up(&app, request()).await;
+    let mut again = app.send(request()).await;
+    for _ in 0..100 {
+        if again.status != 409 {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        again = app.send(request()).await;
+    }
+    again.is(201);
+    assert_eq!(app.get(&token, "/v1/egress/rules").await.body["data"].as_array().unwrap().len(), 1);
 }

@@ -1,6 +1,6 @@
 //! `Idempotency-Key`: a POST that is sent again is answered as the first was, and does nothing.
 //!
-//! The first runs to its end even if its client goes away, so that the retry finds an answer. What failed on our side
+//! The first runs to its end even if its client goes away (`whole`), so that the retry finds an answer. What failed on our side
 //! is not kept: it may well work next time.
 
 use super::{Account, ApiError, AppState, Code};
@@ -52,7 +52,7 @@ async fn run(state: AppState, request: Request, next: Next) -> Result<Response, 
         Known::Ended { status, body } => Ok(replay(status, body)),
         Known::New => {
             let request = Request::from_parts(parts, Body::from(body));
-            tokio::spawn(first(state, user, key, request, next)).await.map_err(|_| ApiError::internal())
+            Ok(first(state, user, key, request, next).await)
         }
     }
 }

@@ -74,8 +74,8 @@ fn routes(state: AppState) -> Router<AppState> {
         .route("/v1/agents/{agent_id}/log", get(agents::log))
         .fallback(unknown_route)
         .method_not_allowed_fallback(wrong_method)
-        .layer(from_fn(whole::layer))
         .layer(from_fn_with_state(state, idempotency::layer))
+        .layer(from_fn(whole::layer))
 }
 
 fn shown(uri: &Uri) -> String {

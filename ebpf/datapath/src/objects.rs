@@ -72,7 +72,7 @@ pub(crate) fn load(pins: &Path) -> Result<(Ebpf, Tables), DatapathError> {
     let layout = layout::skb()?;
     let loaded = match load_all(pins, layout) {
         // A kernel that has the function may still refuse it; without, each look costs more.
-        Err(error) if layout.cast != 0 => {
+        Err(error @ DatapathError::Program { .. }) if layout.cast != 0 => {
             tracing::warn!(%error, "the kernel does not let fields of its buffers be read; loading without");
             load_all(pins, SkbLayout { cast: 0, ..layout })
         }
