@@ -14,7 +14,7 @@ use crate::{
     storage::Storage,
 };
 use anyhow::{Context as _, bail};
-use std::{path::PathBuf, sync::Arc};
+use std::{num::NonZeroU32, path::PathBuf, sync::Arc};
 use tapgate_datapath::{Datapath, DatapathConfig};
 use tapgate_model::VmId;
 use tapgate_proxy::{Listeners, PolicyTable, Proxy, ProxyConfig, VmCa};
@@ -112,6 +112,8 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         guest_v6: config.guest_v6,
         guest_v6_routed: config.guest_v6_routed,
         uplink: config.uplink.clone(),
+        flows_per_second: NonZeroU32::new(config.vm_limits.new_per_second)
+            .context("vm_new_connections must be at least 1")?,
     })
     .await
     .context("cannot open the datapath")?;

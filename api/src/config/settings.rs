@@ -118,7 +118,7 @@ pub struct Settings {
     /// Connections that one VM may have open through the proxy at one time [default: 2048]
     #[arg(long, env = "TAPGATE_VM_CONNECTIONS")]
     pub vm_connections: Option<u32>,
-    /// New connections of one VM a second, sustained [default: 1000]
+    /// New connections of one VM a second, sustained: through the proxy, and as many flows in the kernel [default: 1000]
     #[arg(long, env = "TAPGATE_VM_NEW_CONNECTIONS")]
     pub vm_new_connections: Option<u32>,
     /// Bytes that one VM may move through the proxy a second, both ways together; no bound if not set

@@ -4,7 +4,7 @@
 //! IPv6 (the ranges deny it), so the two families never meet.
 
 /// Rises with every change of this file or of what the programs expect of the maps: names the pin directory.
-pub const VERSION: u32 = 5;
+pub const VERSION: u32 = 6;
 /// Most VMs that the maps hold; slots are below it.
 pub const MAX_VMS: u32 = 8192;
 const _: () = assert!(MAX_VMS <= u16::MAX as u32);
@@ -176,8 +176,8 @@ impl Tap {
 pub struct Config {
     /// Index of the uplink in the egress namespace.
     pub uplink: u32,
-    /// Zero.
-    pub pad: u32,
+    /// Flows a second that one VM may open in the long run; [`MAX_FLOWS_PER_VM`] in one go.
+    pub flow_rate: u32,
     /// The range that guests' IPv4 addresses come from.
     pub guests_v4: [u8; 4],
     /// Its mask.
@@ -290,6 +290,39 @@ pub struct FlowCount {
     pub opened: u64,
     /// Removed.
     pub closed: u64,
+    /// When `tokens` was last filled up: nanoseconds of the monotonic clock.
+    pub filled: u64,
+    /// Flows that may be opened before more time goes by. The host remembers each for longer than it lasts here, and looking
+    /// through what it remembers is what a new one costs.
+    pub tokens: u32,
+    /// Zero.
+    pub pad: u32,
+}
+
+impl FlowCount {
+    /// Takes a flow's token, at this time and rate. The first time finds a full bucket, for `filled` is zero.
+    #[inline(always)]
+    pub fn take_token(&mut self, time: u64, rate: u32) -> bool {
+        const SECOND: u64 = 1_000_000_000;
+        const HOUR: u64 = 3600 * SECOND;
+        let rate = if rate == 0 { 1 } else { rate as u64 };
+        let elapsed = time.saturating_sub(self.filled);
+        // Below 2^62 for an hour of a million a second.
+        let gained = if elapsed > HOUR { MAX_FLOWS_PER_VM as u64 } else { elapsed * rate / SECOND };
+        if self.filled == 0 || self.tokens as u64 + gained >= MAX_FLOWS_PER_VM as u64 {
+            self.tokens = MAX_FLOWS_PER_VM;
+            self.filled = time;
+        } else {
+            self.tokens += gained as u32;
+            // What is left of a token's time counts for the next.
+            self.filled += gained * SECOND / rate;
+        }
+        if self.tokens == 0 {
+            return false;
+        }
+        self.tokens -= 1;
+        true
+    }
 }
 
 /// Datagrams to guests whose first fragment has come and whose others are still to come.
@@ -505,7 +538,7 @@ mod pod {
     }
 
     plain! {
-        Vm = 48, Tap = 48, Config = 48, RuleKey = 20, FlowKey = 24, Flow = 64, FlowCount = 16, Bucket = 16,
+        Vm = 48, Tap = 48, Config = 48, RuleKey = 20, FlowKey = 24, Flow = 64, FlowCount = 32, Bucket = 16,
         Traffic = 96, Drops = 520, Event = 56, FragmentKey = 28, Fragment = 16, AttemptKey = 28, Attempts = 16, SkbLayout = 20,
     }
 }

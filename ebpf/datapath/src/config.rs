@@ -1,10 +1,13 @@
 //! What one instance of the datapath is told, and the names that follow from it.
 
 use crate::DatapathError;
-use std::{net::IpAddr, path::PathBuf};
+use std::{net::IpAddr, num::NonZeroU32, path::PathBuf};
 use tapgate_model::Cidr;
 
 const MAX_INSTANCE: usize = 11;
+
+/// Most of [`DatapathConfig::flows_per_second`].
+pub const MAX_FLOW_RATE: u32 = 1_000_000;
 
 /// A range that guests' addresses come from.
 pub type Range = Cidr;
@@ -24,6 +27,8 @@ pub struct DatapathConfig {
     pub guest_v6_routed: bool,
     /// The host's interface that forwarded traffic may leave by; `None` leaves it to the host's routes.
     pub uplink: Option<String>,
+    /// Flows a second that one VM may open in the long run (8,192 in one go); at most [`MAX_FLOW_RATE`].
+    pub flows_per_second: NonZeroU32,
 }
 
 impl DatapathConfig {
@@ -33,6 +38,12 @@ impl DatapathConfig {
         if !(1..=MAX_INSTANCE).contains(&name.len()) || !name.bytes().all(plain) {
             return Err(DatapathError::Config(format!(
                 "`{name}` cannot be the name of an instance; use 1 to {MAX_INSTANCE} lower-case letters, digits and `-`"
+            )));
+        }
+        if self.flows_per_second.get() > MAX_FLOW_RATE {
+            return Err(DatapathError::Config(format!(
+                "{} new flows a second are too many; use at most {MAX_FLOW_RATE}",
+                self.flows_per_second
             )));
         }
         // It becomes part of a table's text.
@@ -97,11 +108,15 @@ mod tests {
             guest_v6: v6.map(|text| text.parse().unwrap()),
             guest_v6_routed: false,
             uplink: None,
+            flows_per_second: NonZeroU32::MIN,
         };
         let named = |uplink: &str| DatapathConfig {
             uplink: Some(uplink.into()),
             ..config("main", "10.214.0.0/16", None)
         };
+        let rate = NonZeroU32::new(MAX_FLOW_RATE + 1).unwrap();
+        let hasty = DatapathConfig { flows_per_second: rate, ..named("eth0") };
+        assert!(hasty.check().unwrap_err().to_string().contains("1000000"));
         assert!(named("eth0.7").check().is_ok());
         assert!(named("eth0\" accept").check().is_err());
         assert!(config("main", "10.214.0.0/16", None).check().is_ok());

@@ -26,7 +26,7 @@ mod sweep;
 mod taps;
 mod world;
 
-pub use config::{DatapathConfig, Range};
+pub use config::{DatapathConfig, MAX_FLOW_RATE, Range};
 pub use counters::Counters;
 pub use error::DatapathError;
 pub use events::{Event, Events, monotonic};

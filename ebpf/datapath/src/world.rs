@@ -278,7 +278,8 @@ pub(crate) async fn describe(
         }
         _ => ([0; 16], [0; 16]),
     };
-    let value = Config { uplink, pad: 0, guests_v4, mask_v4, guests_v6, mask_v6 };
+    let value =
+        Config { uplink, flow_rate: config.flows_per_second.get(), guests_v4, mask_v4, guests_v6, mask_v6 };
     tables.config.set(0, value, 0).map_err(map_error("put the configuration", "CONFIG"))
 }
 
@@ -436,6 +437,7 @@ mod tests {
             guest_v6: None,
             guest_v6_routed: false,
             uplink: uplink.map(str::to_owned),
+            flows_per_second: std::num::NonZeroU32::MIN,
         };
         let rule = "oifname != \"eth0\" drop";
         assert!(host_table(&config(Some("eth0"))).contains(rule));

@@ -38,6 +38,7 @@ fn config(instance: &str) -> DatapathConfig {
         guest_v6: None,
         guest_v6_routed: false,
         uplink: None,
+        flows_per_second: 1000.try_into().unwrap(),
     }
 }
 

@@ -6,7 +6,17 @@ mod common;
 mod frames;
 
 use common::*;
-use tapgate_ebpf_common::{maps::MAX_FLOWS_PER_VM, net::GATEWAY_MAC};
+use std::{
+    num::NonZeroU32,
+    time::{Duration, Instant},
+};
+use tapgate_datapath::{Datapath, DatapathConfig};
+use tapgate_ebpf_common::{
+    Reason,
+    maps::MAX_FLOWS_PER_VM,
+    net::GATEWAY_MAC,
+    packet::{RST, SYN},
+};
 use tapgate_model::{Mode, VmId};
 
 async fn wire(datapath: &tapgate_datapath::Datapath, slot: u32) -> (tapgate_datapath::Gate, Wire) {
@@ -40,6 +50,40 @@ fn the_hosts_table_of_connections_has_room_for_others() {
             count > MAX_FLOWS_PER_VM && count <= most + 100,
             "{count} connections are tracked for one guest"
         );
+        datapath.teardown().await.unwrap();
+    });
+}
+
+/// What is new costs the host a search through what the guest had before.
+#[test]
+fn a_guest_that_opens_flows_faster_than_it_may_is_refused() {
+    in_world(|world| async move {
+        let config = DatapathConfig { flows_per_second: NonZeroU32::MIN, ..world.config.clone() };
+        let datapath = Datapath::open(config).await.unwrap();
+        let (_hasty, mut hasty) = wire(&datapath, 0).await;
+        let (_other, mut other) = wire(&datapath, 1).await;
+        let refused = |slot| datapath.counters(slot).unwrap().dropped(Reason::Limit);
+        // A reset ends each: their number is no reason.
+        let open = |n: u32| {
+            [SYN, RST].map(|flags| frames::ip("198.51.100.2", 6, &frames::tcp((1024 + n) as u16, flags)))
+        };
+        let began = Instant::now();
+        for frame in (0..2 * MAX_FLOWS_PER_VM).flat_map(open) {
+            hasty.send(&frame);
+        }
+        // A reset of what was refused is as new.
+        let (most, earned) = (2 * u64::from(MAX_FLOWS_PER_VM), 2 * (began.elapsed().as_secs() + 1));
+        assert!((most - earned..=most).contains(&refused(0)), "{} of {most} were refused", refused(0));
+        let packet = frames::ip_from(&net(1).v4.to_string(), "198.51.100.2", 17, &frames::udp(9, b"x"));
+        other.send(&frames::ethernet(GATEWAY_MAC, net(1).mac, 0x0800, &packet));
+        eventually("the other guest's flow is there", || datapath.flows(1).unwrap() == 1);
+        assert_eq!(refused(1), 0);
+        let until = Instant::now() + PATIENCE;
+        while datapath.flows(0).unwrap() == 0 {
+            assert!(Instant::now() < until, "time does not earn another");
+            hasty.send(&open(0)[0]);
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
         datapath.teardown().await.unwrap();
     });
 }

@@ -1,7 +1,7 @@
 //! The table of forwarded flows. A VM has its share of it; a full share refuses the VM's new flows and no other's.
 
 use crate::{
-    maps::{FLOW_COUNTS, FLOWS, FLOWS_EXPIRED, Scratch},
+    maps::{CONFIG, FLOW_COUNTS, FLOWS, FLOWS_EXPIRED, Scratch},
     report::{now, tick},
     skb::Skb,
 };
@@ -50,6 +50,11 @@ pub fn open(vm: &Vm, scratch: &mut Scratch, tolerated: bool, length: u32) -> Res
         return Err(Reason::Limit);
     }
     let time = now();
+    let rate = CONFIG.get(0).ok_or(Reason::Fault)?.flow_rate;
+    // SAFETY: plain integers; two processors may both take the last token, a flow more does no harm.
+    if !unsafe { (*counts).take_token(time, rate) } {
+        return Err(Reason::Limit);
+    }
     *flow = Flow {
         policy: vm.policy,
         state: if tolerated { FLOW_TOLERATED } else { 0 },

@@ -121,6 +121,7 @@ impl World {
             guest_v6: Some("fd74:6761:7465::/64".parse().unwrap()),
             guest_v6_routed: false,
             uplink: None,
+            flows_per_second: 1000.try_into().unwrap(),
         }
     }
 

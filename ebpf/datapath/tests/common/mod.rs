@@ -112,6 +112,7 @@ fn in_world_of<F: Future<Output = ()>>(v6: Option<&str>, test: impl FnOnce(Arc<W
             guest_v6: v6.map(|range| range.parse().unwrap()),
             guest_v6_routed: false,
             uplink: None,
+            flows_per_second: 1000.try_into().unwrap(),
         },
     };
     let world = Arc::new(world);
