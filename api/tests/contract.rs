@@ -579,7 +579,7 @@ async fn device_login() {
     let poll = async || app.get("", &format!("/v1/auth/device/poll?code={code}")).await.is(200);
     assert_eq!(poll().await, json!({ "data": { "status": "pending" } }));
     let user = app.store.authenticate(&key).await.unwrap().unwrap().user;
-    app.store.device_confirm(code, &user).await.unwrap();
+    app.store.device_confirm(code, &user, 10).await.unwrap();
     let done = poll().await;
     assert_eq!(keys(&done["data"]), ["status", "token"]);
     assert_eq!(done["data"]["status"], "authorized");

@@ -310,6 +310,22 @@ async fn health_needs_no_key() {
     assert_eq!(TestApp::new().get("", "/healthz").await.is(200), json!({ "status": "ok" }));
 }
 
+/// Anybody may ask, and the writer has more to do.
+#[tokio::test]
+async fn asking_for_health_does_not_ask_the_writer_each_time() {
+    let app = TestApp::new();
+    app.get("", "/healthz").await.is(200);
+    let other = rusqlite::Connection::open(app.folder.path().join("db/tapgate.db")).unwrap();
+    other.execute_batch("BEGIN IMMEDIATE").unwrap();
+    for _ in 0..50 {
+        app.get("", "/healthz").await.is(200);
+    }
+    // It is no answer for long.
+    tokio::time::sleep(std::time::Duration::from_millis(1100)).await;
+    assert_eq!(app.get("", "/healthz").await.error(503), "unavailable");
+    assert_eq!(app.get("", "/healthz").await.error(503), "unavailable");
+}
+
 fn strict(change: impl FnOnce(&mut Rates)) -> TestApp {
     let mut rates = common::no_limits();
     change(&mut rates);
@@ -334,12 +350,29 @@ async fn who_asks_too_often_is_told_when_to_come_back() {
     is_limited(app.get(&alice, "/v1/vms").await);
     app.get(&bob, "/v1/vms").await.is(200);
 
-    let app = strict(|rates| rates.refused = one);
+    let app = strict(|rates| rates.account = one);
     let alice = app.user("alice@example.com").await;
+    let other = app.post(&alice, "/v1/keys", json!({ "name": "other" })).await.is(201);
+    let other = other["token"].as_str().unwrap();
+    for key in [&alice, other] {
+        app.get(key, "/v1/vms").await.is(200);
+    }
+    is_limited(app.get(other, "/v1/vms").await);
+    is_limited(app.get(&alice, "/v1/vms").await);
+
+    let app = strict(|rates| rates.refused = one);
+    let (alice, bob) = (app.user("alice@example.com").await, app.user("bob@example.com").await);
+    app.get(&alice, "/v1/vms").await.is(200);
     for _ in 0..3 {
         app.get("iron_live_guess", "/v1/vms").await.is(401);
     }
     is_limited(app.get("iron_live_guess", "/v1/vms").await);
+    is_limited(app.get(&bob, "/v1/vms").await);
+    // Whose key was good before is not shut out by others behind the same address, until it is revoked.
+    app.get(&alice, "/v1/vms").await.is(200);
+    let key = app.get(&alice, "/v1/keys").await.is(200)["data"][0]["id"].as_str().unwrap().to_owned();
+    app.call(&alice, "DELETE", &format!("/v1/keys/{key}"), None).await.is(204);
+    is_limited(app.get(&alice, "/v1/vms").await);
     is_limited(app.get(&alice, "/v1/vms").await);
 
     let app = strict(|rates| rates.password = one);

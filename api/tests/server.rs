@@ -6,7 +6,7 @@ mod common;
 use common::TestApp;
 use std::path::Path;
 use std::sync::Arc;
-use tapgate::http::server::{Tls, serve};
+use tapgate::http::server::{Tls, serve, serve_idling};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName};
@@ -132,6 +132,34 @@ async fn who_is_slow_is_cut_off() {
     for body in [body, keyed] {
         assert!(body.starts_with("HTTP/1.1 408") && body.contains("request_timeout"), "{body}");
     }
+    stop.cancel();
+    server.await.unwrap();
+}
+
+/// Over HTTP/2 no head is waited for, so nothing else would end it.
+#[tokio::test]
+async fn a_connection_without_a_request_is_ended() {
+    let app = TestApp::new();
+    let key = app.user("alice@example.com").await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let stop = CancellationToken::new();
+    let idle = std::time::Duration::from_millis(500);
+    let server = tokio::spawn(serve_idling(listener, app.router.clone(), None, stop.clone(), idle));
+    let stream = TcpStream::connect(address).await.unwrap();
+    let executor = hyper_util::rt::TokioExecutor::new();
+    let io = hyper_util::rt::TokioIo::new(stream);
+    let (mut send, connection) = hyper::client::conn::http2::handshake(executor, io).await.unwrap();
+    let mut connection = tokio::spawn(connection);
+    let request = hyper::Request::get("http://a/v1/audit/egress?follow")
+        .header("authorization", format!("Bearer {key}"))
+        .body(axum::body::Body::empty());
+    let answer = send.send_request(request.unwrap()).await.unwrap();
+    assert_eq!(answer.status(), 200);
+    // An answer that lasts is something that goes on.
+    tokio::time::timeout(4 * idle, &mut connection).await.unwrap_err();
+    drop(answer);
+    tokio::time::timeout(40 * idle, connection).await.expect("the connection is left open").unwrap().unwrap();
     stop.cancel();
     server.await.unwrap();
 }

@@ -134,3 +134,24 @@ async fn an_export_breaks_off_when_its_key_is_revoked_and_ends_at_what_there_was
     }
     assert!(rest.last().is_some_and(Result::is_err), "{} more parts", rest.len());
 }
+
+#[tokio::test]
+async fn an_account_has_so_many_streams_at_a_time() {
+    let app = TestApp::new();
+    let (alice, bob) = (app.user("alice@example.com").await, app.user("bob@example.com").await);
+    let path = "/v1/audit/egress?follow";
+    let mut all = Vec::new();
+    for _ in 0..tapgate::http::STREAMS {
+        all.push(open(&app, &alice, path, None).await);
+    }
+    for path in [path, "/v1/audit/egress/export"] {
+        let refused = app.get(&alice, path).await;
+        assert!(refused.headers.contains_key(header::RETRY_AFTER));
+        assert_eq!(refused.error(429), "rate_limited");
+    }
+    drop(open(&app, &bob, path, None).await);
+    all.pop();
+    drop(open(&app, &alice, path, None).await);
+    drop(open(&app, &alice, "/v1/audit/egress/export", None).await);
+    drop(open(&app, &alice, "/v1/audit/egress/export", None).await);
+}

@@ -125,5 +125,5 @@ pub(crate) async fn export(
     account: Account,
     params: Params,
 ) -> Result<Response, ApiError> {
-    Ok(audit_stream::export(state, account, filter(params)?))
+    audit_stream::export(state, account, filter(params)?)
 }

@@ -3,7 +3,7 @@
 //! A stream reads a step at a time, when the client has taken the step before: it never holds more than one.
 
 use super::audit::EventView;
-use crate::http::{Account, ApiError, AppState, Code, params_invalid as invalid};
+use crate::http::{Account, ApiError, AppState, Code, OpenStream, params_invalid as invalid};
 use axum::body::Body;
 use axum::http::{HeaderMap, HeaderValue, header};
 use axum::response::sse::{Event, KeepAlive, Sse};
@@ -28,6 +28,7 @@ struct Follower {
     written: watch::Receiver<u64>,
     checked: Instant,
     until: Instant,
+    _open: OpenStream,
 }
 
 impl Follower {
@@ -70,6 +71,7 @@ pub(super) async fn follow(
     if filter.page.cursor.is_some() {
         return Err(invalid("cursor", "cannot be given together with `follow`; give `since`"));
     }
+    let open = state.limits().streams.open(&account.user)?;
     let audit = state.store().audit();
     let place = match headers.get("last-event-id") {
         // A place says nothing of another account's events: it is a number, and every step looks at the owner.
@@ -82,7 +84,7 @@ pub(super) async fn follow(
     let written = audit.watch();
     let now = Instant::now();
     let until = now + state.settings().follow_for;
-    let follower = Follower { state, account, filter, place, written, checked: now, until };
+    let follower = Follower { state, account, filter, place, written, checked: now, until, _open: open };
     let steps = stream::unfold(follower, |mut follower| async move {
         match follower.next().await {
             Ok(Some(events)) => {
@@ -112,13 +114,18 @@ fn messages(events: Vec<AuditRecord>, place: i64) -> Vec<Event> {
 }
 
 /// Everything that matches by now, one object a line.
-pub(super) fn export(state: AppState, account: Account, mut filter: AuditFilter) -> Response {
+pub(super) fn export(
+    state: AppState,
+    account: Account,
+    mut filter: AuditFilter,
+) -> Result<Response, ApiError> {
+    let open = state.limits().streams.open(&account.user)?;
     filter.page.limit = PAGE;
     filter.page.order = Order::Asc;
     // It holds what there is now, so that it ends however fast more is written.
     filter.until_us = Some(filter.until_us.map_or(now_us(), |until| until.min(now_us())));
-    let pages = stream::try_unfold(Some((state, account, filter)), |next| async move {
-        let Some((state, account, mut filter)) = next else { return Ok::<_, StoreError>(None) };
+    let pages = stream::try_unfold(Some((state, account, filter, open)), |next| async move {
+        let Some((state, account, mut filter, open)) = next else { return Ok::<_, StoreError>(None) };
         // Broken off, so that a part is not taken for the whole.
         if filter.page.cursor.is_some() && !state.store().key_lives(&account.key).await? {
             return Err(StoreError::Unavailable("its key was revoked".into()));
@@ -132,11 +139,11 @@ pub(super) fn export(state: AppState, account: Account, mut filter: AuditFilter)
         }
         let next = page.cursor.map(|cursor| {
             filter.page.cursor = Some(cursor);
-            (state, account, filter)
+            (state, account, filter, open)
         });
         Ok(Some((lines, next)))
     });
     let pages = pages.inspect_err(|error| tracing::error!(%error, "an export of the audit log broke off"));
     let kind = HeaderValue::from_static("application/x-ndjson");
-    ([(header::CONTENT_TYPE, kind)], Body::from_stream(pages)).into_response()
+    Ok(([(header::CONTENT_TYPE, kind)], Body::from_stream(pages)).into_response())
 }

@@ -47,7 +47,8 @@ pub(crate) async fn poll(
     params.finish()?;
     state.limits().device.take(&peer)?;
     let missing = || ApiError::new(Code::InvalidParameter, "The query parameter `code` is required");
-    let data = match state.store().device_poll(&code.ok_or_else(missing)?, &peer.to_string()).await? {
+    let (code, limit) = (code.ok_or_else(missing)?, state.settings().quotas.keys);
+    let data = match state.store().device_poll(&code, &peer.to_string(), limit).await? {
         DeviceState::Authorized(token) => PollView { status: "authorized", token: Some(token) },
         DeviceState::Expired => PollView { status: "expired", token: None },
         DeviceState::Pending => PollView { status: "pending", token: None },

@@ -1,4 +1,4 @@
-//! `/healthz`: whether the daemon can do its work.
+//! `/healthz`: whether the daemon can do its work. Anybody may ask, so the store's writer is asked once a second at most.
 
 use crate::http::{ApiError, AppState};
 use axum::Json;
@@ -6,6 +6,6 @@ use axum::extract::State;
 use serde_json::{Value, json};
 
 pub(crate) async fn get(State(state): State<AppState>) -> Result<Json<Value>, ApiError> {
-    state.store().healthy().await?;
+    state.health().ask(state.store()).await?;
     Ok(Json(json!({ "status": "ok" })))
 }

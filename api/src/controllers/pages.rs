@@ -8,7 +8,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
 use tapgate_model::UserId;
-use tapgate_store::now_us;
+use tapgate_store::{StoreError, now_us};
 use zeroize::Zeroizing;
 
 /// Between the two steps of confirming a code (microseconds).
@@ -82,12 +82,15 @@ pub(crate) async fn activate_confirm(
     let content = state.store().redeem("activate", form.field("ticket"));
     let parts = content.as_deref().and_then(|content| content.split_once(' '));
     let confirmed = match parts.and_then(|(user, code)| Some((user.parse().ok()?, code))) {
-        Some((user, code)) => state.store().device_confirm(code, &user).await.is_ok(),
-        None => false,
+        Some((user, code)) => {
+            state.store().device_confirm(code, &user, state.settings().quotas.keys).await.map(|_| true)
+        }
+        None => Ok(false),
     };
     match confirmed {
-        true => message(StatusCode::OK, "Done", "The program is logged in. You can close this page."),
-        false => {
+        Ok(true) => message(StatusCode::OK, "Done", "The program is logged in. You can close this page."),
+        Err(error) if !matches!(error, StoreError::NotFound(_)) => failed(&error.into(), "/activate"),
+        _ => {
             let what = "The code has expired or was used. Ask the program for a new one.";
             message(StatusCode::NOT_FOUND, "That did not work", what)
         }

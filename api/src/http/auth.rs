@@ -41,17 +41,25 @@ impl FromRequestParts<AppState> for Account {
         }
         let Ok(peer) = Peer::from_request_parts(parts, state).await;
         let limits = state.limits();
-        // Who guesses keys is stopped before the database is asked.
-        limits.refused.peek(&peer)?;
-        let token = bearer(&parts.headers).inspect_err(|_| drop(limits.refused.take(&peer)))?;
+        // Who guesses keys is stopped before the database is asked, but not who had a good one all along.
+        let token = match bearer(&parts.headers) {
+            Ok(token) if limits.trusted.knows(token) => token,
+            other => {
+                limits.refused.peek(&peer)?;
+                other.inspect_err(|_| drop(limits.refused.take(&peer)))?
+            }
+        };
         match state.store().authenticate(token).await? {
             Some(Caller { user, key }) => {
+                limits.trusted.add(token);
                 limits.key.take(&key)?;
+                limits.account.take(&user)?;
                 let account = Self { user, key };
                 parts.extensions.insert(account.clone());
                 Ok(account)
             }
             None => {
+                limits.trusted.remove(token);
                 limits.refused.take(&peer)?;
                 Err(ApiError::unauthorized("The API key is not valid or was revoked"))
             }

@@ -65,7 +65,7 @@ codes! {
     PayloadTooLarge = PAYLOAD_TOO_LARGE "payload_too_large", "The body is larger than 256 KiB", "send less";
     PreconditionFailed = PRECONDITION_FAILED "precondition_failed", "It was changed since the version that If-Match names", "read it again, then decide again";
     QuotaExceeded = CONFLICT "quota_exceeded", "The account has as many of these as it may", "delete some, or ask the operator";
-    RateLimited = TOO_MANY_REQUESTS "rate_limited", "Too many requests from this key or address", "wait as many seconds as `Retry-After` says";
+    RateLimited = TOO_MANY_REQUESTS "rate_limited", "Too many requests from this key, account or address", "wait as many seconds as `Retry-After` says";
     RequestInProgress = CONFLICT "request_in_progress", "The first request with this Idempotency-Key still runs", "try again after `Retry-After`";
     RequestTimeout = REQUEST_TIMEOUT "request_timeout", "The body did not arrive within 15 s", "send it again";
     RuleNameTaken = CONFLICT "rule_name_taken", "Another rule of the account, or of one of its VMs, has this name", "choose another name, or delete that rule";

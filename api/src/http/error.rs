@@ -46,6 +46,14 @@ impl ApiError {
         Self { retry_after: Some(seconds), ..Self::new(Code::RateLimited, message) }
     }
 
+    /// Too many long answers at a time.
+    pub fn too_many_streams(most: usize) -> Self {
+        let message = format!(
+            "The account follows or exports the audit log {most} times already; let one of them end first"
+        );
+        Self { retry_after: Some(5), ..Self::new(Code::RateLimited, message) }
+    }
+
     /// The HTTP status.
     pub const fn status(&self) -> StatusCode {
         self.code.status()

@@ -1,17 +1,20 @@
 //! How often: per key, and per address for those who have none. Bounded memory, whatever comes.
 
 use super::ApiError;
+use super::streams::Streams;
 use axum::extract::{ConnectInfo, FromRequestParts};
 use axum::http::request::Parts;
 use std::collections::HashMap;
 use std::convert::Infallible;
-use std::hash::Hash;
+use std::hash::{BuildHasher as _, Hash, RandomState};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Callers remembered for one limit. Beyond it, strangers share one allowance.
 const CALLERS: usize = 50_000;
+/// How long after its last use a token is known to have been good.
+const TRUSTED_FOR: Duration = Duration::from_secs(3600);
 
 /// An allowance: so many at once, so many a minute in the long run.
 #[derive(Clone, Copy, Debug)]
@@ -27,6 +30,8 @@ pub struct Rate {
 pub struct Rates {
     /// Requests with one key.
     pub key: Rate,
+    /// Requests of one account, with all of its keys.
+    pub account: Rate,
     /// Requests without a valid key from one address.
     pub refused: Rate,
     /// Sign-ups, logins and other uses of a password from one address.
@@ -39,6 +44,7 @@ impl Default for Rates {
     fn default() -> Self {
         Self {
             key: Rate { burst: 1000, per_minute: 30_000 },
+            account: Rate { burst: 4000, per_minute: 120_000 },
             refused: Rate { burst: 30, per_minute: 60 },
             password: Rate { burst: 10, per_minute: 20 },
             device: Rate { burst: 30, per_minute: 120 },
@@ -131,23 +137,59 @@ fn too_many(wait: Duration) -> ApiError {
     ApiError::rate_limited(wait.as_secs() + 1)
 }
 
+/// Tokens that were good lately: who has one is not shut out by others behind the same address. It only says that the database may
+/// be asked, so what is kept need not be the token.
+#[derive(Debug, Default)]
+pub(crate) struct Trusted {
+    hasher: RandomState,
+    until: Mutex<HashMap<u64, Instant>>,
+}
+
+impl Trusted {
+    pub(crate) fn knows(&self, token: &str) -> bool {
+        let until = self.until.lock().unwrap_or_else(PoisonError::into_inner);
+        until.get(&self.hasher.hash_one(token)).is_some_and(|until| *until > Instant::now())
+    }
+
+    pub(crate) fn add(&self, token: &str) {
+        let (key, now) = (self.hasher.hash_one(token), Instant::now());
+        let mut all = self.until.lock().unwrap_or_else(PoisonError::into_inner);
+        if all.len() >= CALLERS {
+            all.retain(|_, until| *until > now);
+        }
+        if all.len() < CALLERS || all.contains_key(&key) {
+            all.insert(key, now + TRUSTED_FOR);
+        }
+    }
+
+    pub(crate) fn remove(&self, token: &str) {
+        self.until.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.hasher.hash_one(token));
+    }
+}
+
 /// All limits, with their memories.
 #[derive(Debug)]
 pub(crate) struct Limits {
     pub(crate) key: Limiter<tapgate_model::ApiKeyId>,
+    pub(crate) account: Limiter<tapgate_model::UserId>,
     pub(crate) refused: Limiter<Peer>,
     pub(crate) password: Limiter<Peer>,
     pub(crate) device: Limiter<Peer>,
+    pub(crate) trusted: Trusted,
+    pub(crate) streams: Streams,
 }
 
 impl Limits {
     pub(crate) fn new(rates: Rates) -> Self {
-        let Rates { key, refused, password, device } = rates;
+        let Rates { key, account, refused, password, device } = rates;
         Self {
             key: Limiter::new(key),
+            account: Limiter::new(account),
             refused: Limiter::new(refused),
             password: Limiter::new(password),
             device: Limiter::new(device),
+            trusted: Trusted::default(),
+            streams: Streams::default(),
         }
     }
 }

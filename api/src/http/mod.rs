@@ -1,10 +1,12 @@
 //! The HTTP side: state, routes, the error envelope, and what requests are taken apart with.
 
 mod auth;
+mod busy;
 mod codes;
 mod error;
 mod fields;
 pub(crate) mod form;
+mod health;
 mod idempotency;
 mod ids;
 mod limits;
@@ -17,6 +19,7 @@ mod prompt;
 mod router;
 pub mod server;
 mod state;
+mod streams;
 mod version;
 mod view;
 mod whole;
@@ -39,5 +42,7 @@ pub(crate) use password::{hash_password, verify_password};
 pub(crate) use prompt::Prompt;
 pub use router::router;
 pub use state::{AppState, CaMaker, MAX_RESOURCES, Quotas, Settings, SignUp};
+pub(crate) use streams::OpenStream;
+pub use streams::STREAMS;
 pub use version::{IfMatch, Versioned};
 pub use view::{List, exact_time, time};

@@ -2,13 +2,13 @@
 //!
 //! Must never let a slow or endless client hold more than its one connection.
 
+use super::busy::Requests;
 use super::{Lingering, Peer, Prompt};
 use axum::Router;
 use axum::extract::ConnectInfo;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
-use hyper_util::server::graceful::GracefulShutdown;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -19,6 +19,7 @@ use tokio::sync::Semaphore;
 use tokio_rustls::rustls::{self, ServerConfig};
 use tokio_rustls::{LazyConfigAcceptor, rustls::server::Acceptor};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use tower::ServiceExt as _;
 
 /// Connections at a time.
@@ -29,6 +30,8 @@ const OF_ONE: usize = CONNECTIONS / 4;
 const PATIENCE: Duration = Duration::from_secs(10);
 /// For running requests when the daemon ends.
 const GRACE: Duration = Duration::from_secs(5);
+/// A connection on which nothing was asked for so long is ended, as kindly as its protocol can.
+const IDLE: Duration = Duration::from_secs(120);
 const MAX_HEADERS: usize = 64;
 /// Of all headers together.
 const MAX_HEAD: usize = 16 * 1024;
@@ -112,9 +115,20 @@ fn read(cert: &PathBuf, key: &PathBuf) -> Result<Loaded, TlsError> {
 
 /// Serves until it is told to stop, then lets running requests end.
 pub async fn serve(listener: TcpListener, router: Router, tls: Option<Arc<Tls>>, stop: CancellationToken) {
+    serve_idling(listener, router, tls, stop, IDLE).await;
+}
+
+/// The same, with another time after which a connection without a request is ended.
+pub async fn serve_idling(
+    listener: TcpListener,
+    router: Router,
+    tls: Option<Arc<Tls>>,
+    stop: CancellationToken,
+    idle: Duration,
+) {
     let turns = Arc::new(Semaphore::new(CONNECTIONS));
     let guests = Guests::default();
-    let graceful = GracefulShutdown::new();
+    let connections = TaskTracker::new();
     let mut http = Builder::new(TokioExecutor::new());
     http.http1()
         .timer(TokioTimer::new())
@@ -152,23 +166,31 @@ pub async fn serve(listener: TcpListener, router: Router, tls: Option<Arc<Tls>>,
         let _ = stream.set_nodelay(true);
         let stream = Lingering::new(stream);
         let (http, router, tls) = (http.clone(), router.clone(), tls.clone());
-        let watcher = graceful.watcher();
-        tokio::spawn(async move {
+        let stop = stop.clone();
+        connections.spawn(async move {
             let (_turn, _guest) = (turn, guest);
+            let requests = Requests::new();
+            let end = async {
+                tokio::select! {
+                    () = stop.cancelled() => {}
+                    () = requests.idle(idle) => {}
+                }
+            };
             match tls {
-                None => connection(&http, stream, peer, router, watcher).await,
+                None => connection(&http, stream, peer, router, &requests, end).await,
                 Some(tls) => {
                     tls.refresh();
                     let config = tls.current.load().config.clone();
                     if let Ok(Ok(stream)) = tokio::time::timeout(PATIENCE, handshake(stream, config)).await {
-                        connection(&http, stream, peer, router, watcher).await;
+                        connection(&http, stream, peer, router, &requests, end).await;
                     }
                 }
             }
         });
     }
     drop(listener);
-    let _ = tokio::time::timeout(GRACE, graceful.shutdown()).await;
+    connections.close();
+    let _ = tokio::time::timeout(GRACE, connections.wait()).await;
 }
 
 /// How many connections each address has.
@@ -209,22 +231,35 @@ async fn handshake(
     LazyConfigAcceptor::new(Acceptor::default(), stream).await?.into_stream(config).await
 }
 
+/// Serves one connection until it ends by itself, or its running requests have after `end`.
 async fn connection<I>(
     http: &Builder<TokioExecutor>,
     stream: I,
     peer: SocketAddr,
     router: Router,
-    watcher: hyper_util::server::graceful::Watcher,
+    requests: &Requests,
+    end: impl Future<Output = ()>,
 ) where
     I: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
 {
+    let counted = requests.clone();
     let service = service_fn(move |mut request: hyper::Request<hyper::body::Incoming>| {
+        let one = counted.begin();
         request.extensions_mut().insert(ConnectInfo(peer));
-        router.clone().oneshot(request.map(axum::body::Body::new))
+        let answer = router.clone().oneshot(request.map(axum::body::Body::new));
+        async move { answer.await.map(|response| one.answered(response)) }
     });
     let connection =
         http.serve_connection_with_upgrades(TokioIo::new(Prompt::new(stream, PATIENCE)), service);
-    if let Err(error) = watcher.watch(connection.into_owned()).await {
+    let mut connection = std::pin::pin!(connection);
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = end => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
         tracing::debug!(%error, "api.connection_ended");
     }
 }

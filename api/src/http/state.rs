@@ -1,5 +1,6 @@
 //! What every request needs: the store, the engine, and the settings.
 
+use super::health::Health;
 use super::limits::{Limits, Rates};
 use super::metrics::{Metrics, Token};
 use crate::agent::Harnesses;
@@ -157,6 +158,7 @@ struct Inner {
     limits: Limits,
     mailer: Mailer,
     metrics: Metrics,
+    health: Health,
 }
 
 /// Shared by every request.
@@ -176,13 +178,18 @@ impl AppState {
     ) -> Result<Self, crate::mail::MailError> {
         let limits = Limits::new(settings.rates);
         let mailer = Mailer::new(&settings.mail_from, settings.mail.clone())?;
-        let metrics = Metrics::new();
-        Ok(Self(Arc::new(Inner { store, engine, ca, settings, limits, mailer, metrics })))
+        let (metrics, health) = (Metrics::new(), Health::default());
+        Ok(Self(Arc::new(Inner { store, engine, ca, settings, limits, mailer, metrics, health })))
     }
 
     /// What was counted while requests were served.
     pub(crate) fn metrics(&self) -> &Metrics {
         &self.0.metrics
+    }
+
+    /// What is known of the store's health.
+    pub(crate) fn health(&self) -> &Health {
+        &self.0.health
     }
 
     /// The way for mails.

@@ -23,7 +23,7 @@ pub const PUBLIC_KEY: &str =
 /// Tests ask faster than people.
 pub fn no_limits() -> Rates {
     let rate = Rate { burst: 1_000_000, per_minute: 1_000_000 };
-    Rates { key: rate, refused: rate, password: rate, device: rate }
+    Rates { key: rate, account: rate, refused: rate, password: rate, device: rate }
 }
 
 /// A program that `cargo xtask setup` installs; the variable names another one.

@@ -88,11 +88,12 @@ impl Store {
             .await
     }
 
-    /// Confirms a code for a user. The requester's address is answered, for the person to recognise.
-    pub async fn device_confirm(&self, code: &str, user: &UserId) -> Result<String> {
+    /// Confirms a code for a user who has room for one more key. The requester's address is answered, for the person to recognise.
+    pub async fn device_confirm(&self, code: &str, user: &UserId, limit: u32) -> Result<String> {
         let (code, user) = (hash(&normal(code)), user.clone());
         self.db
             .write(move |tx| {
+                keys::room(tx, &user, limit)?;
                 tx.query_row(
                     "UPDATE device_codes SET user = ?2 WHERE hash = ?1 AND user IS NULL AND expires_at > ?3
                      RETURNING requester",
@@ -106,7 +107,10 @@ impl Store {
     }
 
     /// Polls a code. Only the requester that asked for it is answered; a confirmed one makes its key now.
-    pub async fn device_poll(&self, code: &str, requester: &str) -> Result<DeviceState> {
+    ///
+    /// # Errors
+    /// The account has got as many keys as it may since the person confirmed; the code can be polled again.
+    pub async fn device_poll(&self, code: &str, requester: &str, limit: u32) -> Result<DeviceState> {
         let (code, requester) = (hash(&normal(code)), requester.to_owned());
         self.db
             .write(move |tx| {
@@ -124,6 +128,7 @@ impl Store {
                     None => Ok(DeviceState::Expired),
                     Some(None) => Ok(DeviceState::Pending),
                     Some(Some(user)) => {
+                        keys::room(tx, &user, limit)?;
                         tx.execute("DELETE FROM device_codes WHERE hash = ?1", params![code])?;
                         Ok(DeviceState::Authorized(keys::issue(tx, &user, "Device login")?.token))
                     }

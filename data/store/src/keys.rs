@@ -61,6 +61,12 @@ pub(crate) fn hash(token: &str) -> Vec<u8> {
     Sha256::digest(token.as_bytes()).to_vec()
 }
 
+/// Whether the account may have another key.
+pub(crate) fn room(tx: &Transaction<'_>, user: &UserId, limit: u32) -> Result<()> {
+    let count = "SELECT count(*) FROM api_keys WHERE user = ?1 AND revoked_at IS NULL";
+    quota(tx, "API keys", count, user.as_str(), limit)
+}
+
 pub(crate) fn issue(tx: &Transaction<'_>, user: &UserId, name: &str) -> Result<IssuedKey> {
     let mut bytes = zeroize::Zeroizing::new([0u8; 32]);
     random(&mut bytes[..])?;
@@ -127,8 +133,7 @@ impl Store {
         let (user, name) = (user.clone(), name.to_owned());
         self.db
             .write(move |tx| {
-                let count = "SELECT count(*) FROM api_keys WHERE user = ?1 AND revoked_at IS NULL";
-                quota(tx, "API keys", count, user.as_str(), limit)?;
+                room(tx, &user, limit)?;
                 issue(tx, &user, &name)
             })
             .await

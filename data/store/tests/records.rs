@@ -369,14 +369,23 @@ async fn a_device_code_is_for_its_requester_and_once() {
     let (_folder, store) = fresh();
     let user = user(&store, "a@example.com").await;
     let code = store.device_code("192.0.2.1").await.unwrap().unwrap().code;
-    let poll = async |from: &str| store.device_poll(&code, from).await.unwrap();
+    let poll = async |from: &str| store.device_poll(&code, from, 10).await.unwrap();
     assert!(matches!(poll("192.0.2.1").await, DeviceState::Pending));
-    store.device_confirm(&code.to_lowercase(), &user).await.unwrap();
-    assert!(store.device_confirm(&code, &user).await.is_err(), "only once");
+    store.device_confirm(&code.to_lowercase(), &user, 10).await.unwrap();
+    assert!(store.device_confirm(&code, &user, 10).await.is_err(), "only once");
     assert!(matches!(poll("192.0.2.2").await, DeviceState::Expired), "another requester");
     let DeviceState::Authorized(token) = poll("192.0.2.1").await else { panic!("not authorized") };
     assert_eq!(store.authenticate(&token).await.unwrap().unwrap().user, user);
     assert!(matches!(poll("192.0.2.1").await, DeviceState::Expired), "handed out once");
+    // Nor has a login room where the account has none.
+    let code = store.device_code("192.0.2.1").await.unwrap().unwrap().code;
+    let full = |error| matches!(error, StoreError::Conflict(Conflict::Quota { .. }));
+    assert!(full(store.device_confirm(&code, &user, 2).await.unwrap_err()));
+    store.device_confirm(&code, &user, 3).await.unwrap();
+    let Err(error) = store.device_poll(&code, "192.0.2.1", 2).await else { panic!("a key too many") };
+    assert!(full(error));
+    let done = store.device_poll(&code, "192.0.2.1", 3).await.unwrap();
+    assert!(matches!(done, DeviceState::Authorized(_)));
     for _ in 0..10 {
         store.device_code("192.0.2.9").await.unwrap().unwrap();
     }
