@@ -156,7 +156,7 @@ fn open(folder: &Path, key_file: &Path) -> anyhow::Result<Store> {
 }
 
 async fn verify_audit(store: &Store) -> anyhow::Result<()> {
-    match store.audit().verify().await? {
+    match store.verify_audit().await? {
         Ok(count) => say(&format!("the audit log is whole: {count} events")),
         Err(what) => bail!("the audit log was changed outside of tapgate: {what}"),
     }

@@ -2,10 +2,13 @@
 
 use std::time::Duration;
 use tapgate_store::{Keep, Store, now_us};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 /// Between two rounds: short, for a log can grow by tens of MiB a second.
 const ROUND: Duration = Duration::from_secs(5);
+/// Between two times that it is written down how far the log has come.
+const WITNESS: Duration = Duration::from_secs(60);
 const DAY_US: i64 = 86_400_000_000;
 
 /// How much of the audit log is kept.
@@ -27,7 +30,17 @@ impl Default for Retention {
 
 /// Trims the log now and then, until it is told to stop.
 pub async fn run(store: Store, keep: Retention, stop: CancellationToken) {
+    let mut witness = Instant::now();
     loop {
+        // Before anything is removed: what retention takes it must have taken from the log that was seen.
+        if witness <= Instant::now() {
+            witness = Instant::now() + WITNESS;
+            match store.witness_audit().await {
+                Ok(true) => {}
+                Ok(false) => tracing::error!("audit.gone_back: run `tapgate audit verify`"),
+                Err(error) => tracing::error!(%error, "audit.not_witnessed"),
+            }
+        }
         let bounds = Keep {
             since_us: now_us().saturating_sub(i64::from(keep.days).saturating_mul(DAY_US)),
             events: keep.events,

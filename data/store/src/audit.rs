@@ -14,6 +14,7 @@ mod record;
 mod retain;
 mod rows;
 mod shares;
+mod witness;
 mod writer;
 
 pub use query::AuditFilter;

@@ -104,6 +104,11 @@ impl Pool {
         Ok(Self { name, writer: line(writer), readers: line(readers), path: Arc::new(path.into()) })
     }
 
+    /// The file.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// How many jobs wait.
     pub(crate) fn load(&self) -> [QueueLoad; 2] {
         [("write", &self.writer), ("read", &self.readers)].map(|(kind, line)| QueueLoad {

@@ -18,7 +18,7 @@ pub struct Store {
     pub(crate) key: SealKey,
     pub(crate) cursors: Cursors,
     pub(crate) tickets: Tickets,
-    audit: AuditLog,
+    pub(crate) audit: AuditLog,
 }
 
 impl std::fmt::Debug for Store {

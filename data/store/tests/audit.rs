@@ -234,3 +234,79 @@ async fn the_log_goes_on_after_a_restart() {
     store.audit().flush().await;
     assert_eq!(store.audit().verify().await.unwrap(), Ok(2));
 }
+
+async fn record(store: &Store, user: &UserId, vm: &VmId, count: i64) {
+    for n in 0..count {
+        store.audit().record(event(user, vm, n));
+    }
+    store.audit().flush().await;
+}
+
+/// Each is whole by itself: what was there before is known from the other database alone.
+#[tokio::test]
+async fn a_log_that_was_emptied_or_put_back_is_found() {
+    for older in [false, true] {
+        let (folder, store) = fresh();
+        let (user, vm) = (UserId::generate(), VmId::generate());
+        record(&store, &user, &vm, 50).await;
+        let backup = folder.path().join("backup");
+        store.backup(&backup).await.unwrap();
+        record(&store, &user, &vm, 50).await;
+        assert!(store.witness_audit().await.unwrap());
+        assert_eq!(store.verify_audit().await.unwrap(), Ok(100));
+        drop(store);
+        for suffix in ["", "-wal", "-shm"] {
+            let _ = std::fs::remove_file(folder.path().join(format!("db/audit.db{suffix}")));
+        }
+        if older {
+            std::fs::copy(backup.join("audit.db"), folder.path().join("db/audit.db")).unwrap();
+        }
+        let store = open(folder.path());
+        assert_eq!(store.audit().verify().await.unwrap(), Ok(if older { 50 } else { 0 }));
+        let said = store.verify_audit().await.unwrap().unwrap_err();
+        assert!(said.contains("event number 100 was there"), "{said}");
+        // Neither new events nor retention make it good.
+        assert!(!store.witness_audit().await.unwrap());
+        record(&store, &user, &vm, 200).await;
+        assert!(!store.witness_audit().await.unwrap());
+        let keep = Keep { since_us: i64::MAX, events: u64::MAX, octets: u64::MAX };
+        store.audit().retain(keep).await.unwrap();
+        assert!(store.audit().verify().await.unwrap().is_ok());
+        let said = store.verify_audit().await.unwrap().unwrap_err();
+        assert!(said.contains("event number 100 was there"), "{said}");
+    }
+}
+
+#[tokio::test]
+async fn a_log_that_goes_on_is_whole_whatever_retention_took() {
+    let (folder, store) = fresh();
+    let (user, vm) = (UserId::generate(), VmId::generate());
+    assert!(store.witness_audit().await.unwrap(), "an empty one");
+    assert_eq!(store.verify_audit().await.unwrap(), Ok(0));
+    record(&store, &user, &vm, 100).await;
+    assert!(store.witness_audit().await.unwrap());
+    let keep = Keep { since_us: i64::MAX, events: u64::MAX, octets: u64::MAX };
+    store.audit().retain(keep).await.unwrap();
+    assert_eq!(store.verify_audit().await.unwrap(), Ok(0));
+    assert!(store.witness_audit().await.unwrap());
+    record(&store, &user, &vm, 10).await;
+    assert!(store.witness_audit().await.unwrap());
+    assert_eq!(store.verify_audit().await.unwrap(), Ok(10));
+    // A backup of both, put back, is what it was.
+    let backup = folder.path().join("backup");
+    store.backup(&backup).await.unwrap();
+    record(&store, &user, &vm, 10).await;
+    assert!(store.witness_audit().await.unwrap());
+    drop(store);
+    let key = || SealKey::load(&folder.path().join("seal.key")).unwrap();
+    Store::restore(&folder.path().join("db"), &backup, key()).unwrap();
+    let store = open(folder.path());
+    assert_eq!(store.verify_audit().await.unwrap(), Ok(10));
+    assert!(store.witness_audit().await.unwrap());
+    // What is written down is signed.
+    let db = rusqlite::Connection::open(folder.path().join("db/tapgate.db")).unwrap();
+    let changed = "UPDATE meta SET value = zeroblob(72) WHERE key = 'audit_seen'";
+    assert_eq!(db.execute(changed, []).unwrap(), 1);
+    assert!(store.verify_audit().await.unwrap().is_err());
+    assert!(!store.witness_audit().await.unwrap());
+}

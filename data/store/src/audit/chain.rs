@@ -147,7 +147,7 @@ impl Chain {
         hash_of(&hmac::sign(&self.0, body))
     }
 
-    fn mark(&self, name: &str, seq: i64, hash: &Hash) -> Vec<u8> {
+    pub(super) fn mark(&self, name: &str, seq: i64, hash: &Hash) -> Vec<u8> {
         let body = [&seq.to_be_bytes()[..], hash].concat();
         [&body[..], &self.sign(&[name.as_bytes(), &body].concat())].concat()
     }
@@ -169,11 +169,15 @@ impl Chain {
             let any: bool = db.query_row("SELECT EXISTS (SELECT 1 FROM events)", [], |row| row.get(0))?;
             return Ok((!any || name == "anchor").then_some((0, [0; 32])));
         };
-        let parts = found.split_first_chunk::<8>().and_then(|(seq, rest)| {
-            let (hash, _) = rest.split_first_chunk::<32>()?;
-            Some((i64::from_be_bytes(*seq), *hash))
-        });
-        Ok(parts.filter(|(seq, hash)| self.mark(name, *seq, hash) == found))
+        Ok(self.read_mark(name, &found))
+    }
+
+    /// What a mark says, if it is of this name and ours.
+    pub(super) fn read_mark(&self, name: &str, mark: &[u8]) -> Option<(i64, Hash)> {
+        let (seq, rest) = mark.split_first_chunk::<8>()?;
+        let (hash, _) = rest.split_first_chunk::<32>()?;
+        let seq = i64::from_be_bytes(*seq);
+        (self.mark(name, seq, hash) == mark).then_some((seq, *hash))
     }
 
     /// Walks the whole log.

@@ -42,6 +42,13 @@ impl Chain {
         Ok(statement.query_row([first], |row| self.read(row)).optional()?.flatten())
     }
 
+    /// Whether a cut covers a number.
+    pub(super) fn cut_over(&self, db: &Connection, seq: i64) -> Result<bool> {
+        let mut statement = db.prepare_cached(BEFORE)?;
+        let cut = statement.query_row([seq + 1], |row| self.read(row)).optional()?.flatten();
+        Ok(cut.is_some_and(|cut| cut.last >= seq))
+    }
+
     fn cut_before(&self, db: &Connection, first: i64) -> Result<Option<Cut>> {
         let mut statement = db.prepare_cached(BEFORE)?;
         let cut = statement.query_row([first], |row| self.read(row)).optional()?.flatten();
