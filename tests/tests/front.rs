@@ -176,7 +176,7 @@ fn the_audit_log_keeps_to_its_size_while_clients_read() {
     let filled = fs::metadata(&file).unwrap().len();
     assert!(filled > 16 << 20, "only {filled} octets");
 
-    let daemon = Daemon::start_with(&world, settings(), "audit_mib = 4", &[]).unwrap();
+    let mut daemon = Daemon::start_with(&world, settings(), "audit_mib = 4", &[]).unwrap();
     // Readers are answered all the while.
     let mut small = false;
     for _ in 0..TRIES {
@@ -194,7 +194,18 @@ fn the_audit_log_keeps_to_its_size_while_clients_read() {
     assert!(small, "the file has {} octets; {}", fs::metadata(&file).unwrap().len(), daemon.log());
     let oldest = client.get("/v1/audit/egress?limit=1&order=asc").unwrap().expect(200).unwrap();
     assert_ne!(oldest["data"][0]["path"], "/0", "the oldest are gone");
-    let mut verify = world.on_host(daemon::binary().unwrap());
-    let done = capture(verify.args(["audit", "verify"]).env("TAPGATE_DATA_DIR", &data), b"").unwrap();
+    let verify = || {
+        let mut verify = world.on_host(daemon::binary().unwrap());
+        capture(verify.args(["audit", "verify"]).env("TAPGATE_DATA_DIR", &data), b"").unwrap()
+    };
+    let done = verify();
     assert!(done.ok() && done.out.contains("whole"), "{done:?}");
+    // What the daemon has seen is not emptied unnoticed.
+    daemon.kill().unwrap();
+    for name in ["audit.db", "audit.db-wal", "audit.db-shm"] {
+        let _ = fs::remove_file(data.join(name));
+    }
+    daemon.start_again().unwrap();
+    let done = verify();
+    assert!(!done.ok() && done.err.contains("was there"), "{done:?}");
 }
