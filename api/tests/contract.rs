@@ -175,6 +175,8 @@ async fn egress() {
         json!({ "host": "192.0.2.1" }),
         json!({ "host": "a.*.example" }),
         json!({ "cidr": "10.0.0.0/33" }),
+        json!({ "cidr": "169.254.169.254" }),
+        json!({ "cidr": "fe80::/64" }),
         json!({ "host": "a.example", "name": "" }),
         json!({ "host": "a.example", "hosts": [] }),
     ] {

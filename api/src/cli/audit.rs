@@ -5,6 +5,7 @@ use super::output::{cell, line, rows};
 use super::{Api, Options};
 use serde_json::Value;
 use std::collections::HashMap;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -58,8 +59,8 @@ pub struct Args {
     #[arg(long)]
     until: Option<String>,
     /// Events at most
-    #[arg(long, default_value_t = 50)]
-    limit: usize,
+    #[arg(long, default_value = "50")]
+    limit: NonZeroUsize,
     /// Go on with new events as they come; with --json one a line
     #[arg(short, long, conflicts_with = "until")]
     follow: bool,
@@ -100,8 +101,8 @@ impl Args {
         ] {
             query.extend(given.map(|given| (name, given)));
         }
-        let page = u32::try_from(self.limit.clamp(1, 500)).unwrap_or(500);
-        let mut events = api.list("/v1/audit/egress", &query, page, self.limit)?;
+        let page = u32::try_from(self.limit.get().min(500)).unwrap_or(500);
+        let mut events = api.list("/v1/audit/egress", &query, page, self.limit.get())?;
         // The newest were asked for; people read downwards.
         events.reverse();
         if !self.follow {

@@ -8,6 +8,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use serde::Serialize;
+use tapgate_ebpf_common::range::denied_whole;
 use tapgate_model::{Cidr, HostPattern, Mode, RuleId, RuleTarget, Status, VmId};
 use tapgate_store::{NewRule, RuleFilter, RuleRecord, RuleSort, VmEgress};
 
@@ -156,7 +157,16 @@ fn new_rule(fields: &mut Fields) -> Result<NewRule, ApiError> {
                 .map_err(|error| ApiError::validation(format!("`host` is {error}", error = wrong(error))))?,
         ),
         (None, Some(cidr)) => {
-            RuleTarget::Cidr(cidr.parse().map_err(|error| ApiError::validation(format!("`cidr`: {error}")))?)
+            let cidr: Cidr =
+                cidr.parse().map_err(|error| ApiError::validation(format!("`cidr`: {error}")))?;
+            // A rule that could never have an effect is a mistake about what tapgate does.
+            if let Some(reason) = denied_whole(cidr.network(), cidr.last(), cidr.prefix_len()) {
+                return Err(ApiError::validation(format!(
+                    "`cidr`: no rule opens {cidr} for a VM; it is always denied ({})",
+                    reason.word()
+                )));
+            }
+            RuleTarget::Cidr(cidr)
         }
         (Some(_), Some(_)) => return Err(ApiError::validation("Provide `host` or `cidr`, not both")),
         (None, None) => return Err(ApiError::validation("Provide `host` or `cidr`")),

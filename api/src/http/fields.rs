@@ -4,7 +4,9 @@ use super::{ApiError, Code};
 use axum::body::{Body, Bytes, to_bytes};
 use axum::extract::{FromRequest, Request};
 use axum::http::header;
+use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 use serde_json::{Map, Value};
+use std::fmt;
 use std::time::Duration;
 
 /// Longest body. A secret's value is 16 KiB at most, a prompt 64 KiB.
@@ -33,12 +35,42 @@ impl<S: Send + Sync> FromRequest<S> for Fields {
             return Err(ApiError::new(Code::UnsupportedMediaType, message));
         }
         match serde_json::from_slice(&bytes) {
-            Ok(Value::Object(fields)) => Ok(Self(fields, true)),
-            Ok(_) => Err(ApiError::new(Code::InvalidJson, "The body must be a JSON object")),
+            Ok(Object(fields)) => Ok(Self(fields, true)),
+            Err(error) if error.is_data() => {
+                Err(ApiError::new(Code::InvalidJson, format!("The body must be a JSON object: {error}")))
+            }
             Err(error) => {
                 Err(ApiError::new(Code::InvalidJson, format!("The body is not valid JSON: {error}")))
             }
         }
+    }
+}
+
+/// An object without a name that comes twice: what looked at the request before may have taken the other (RFC 8259, section 4).
+struct Object(Map<String, Value>);
+
+impl<'de> Deserialize<'de> for Object {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Names;
+        impl<'de> Visitor<'de> for Names {
+            type Value = Object;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut all: A) -> Result<Object, A::Error> {
+                let mut fields = Map::new();
+                while let Some((name, value)) = all.next_entry::<String, Value>()? {
+                    if fields.contains_key(&name) {
+                        return Err(A::Error::custom(format_args!("{name:?} is given twice")));
+                    }
+                    fields.insert(name, value);
+                }
+                Ok(Object(fields))
+            }
+        }
+        deserializer.deserialize_map(Names)
     }
 }
 

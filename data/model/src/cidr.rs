@@ -25,6 +25,11 @@ impl Cidr {
         self.0.prefix_len()
     }
 
+    /// The range's last address.
+    pub fn last(&self) -> IpAddr {
+        self.0.broadcast()
+    }
+
     /// Whether the address lies in the range. Families never mix.
     pub fn contains(&self, address: IpAddr) -> bool {
         self.0.contains(&address)

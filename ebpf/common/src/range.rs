@@ -5,6 +5,7 @@
 //! IPv4 addresses embedded in IPv6. What belongs to a host or a VM at run time is not here.
 
 use crate::Reason;
+use core::net::IpAddr;
 
 /// How far an address is reachable for a guest, before any rule is looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,11 +69,45 @@ pub const fn classify_v6(a: [u8; 16]) -> Class {
     }
 }
 
+/// Why no address of a range can ever be reached, whatever rule there is; `None` where one may be. Ranges so wide that what lies
+/// between two denied ends may differ from both are never refused: all that are denied together are narrower.
+pub fn denied_whole(first: IpAddr, last: IpAddr, prefix: u8) -> Option<Reason> {
+    let widest = if first.is_ipv4() { 4 } else { 2 };
+    match (classify(first), classify(last)) {
+        (Class::Denied(reason), Class::Denied(other)) if reason == other && prefix >= widest => Some(reason),
+        _ => None,
+    }
+}
+
+fn classify(address: IpAddr) -> Class {
+    match address {
+        IpAddr::V4(v4) => classify_v4(v4.octets()),
+        IpAddr::V6(v6) => classify_v6(v6.octets()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     extern crate std;
     use super::*;
     use core::net::{Ipv4Addr, Ipv6Addr};
+
+    #[test]
+    fn a_range_is_refused_only_where_all_of_it_is() {
+        let whole = |first: &str, last: &str, prefix| {
+            denied_whole(first.parse().unwrap(), last.parse().unwrap(), prefix)
+        };
+        assert_eq!(whole("169.254.169.254", "169.254.169.254", 32), Some(Reason::LinkLocal));
+        assert_eq!(whole("127.0.0.0", "127.255.255.255", 8), Some(Reason::Loopback));
+        assert_eq!(whole("224.0.0.0", "239.255.255.255", 4), Some(Reason::Multicast));
+        assert_eq!(whole("fe80::", "febf:ffff:ffff:ffff:ffff:ffff:ffff:ffff", 10), Some(Reason::LinkLocal));
+        // Both ends are loopback, and all the rest of the lower half is not.
+        assert_eq!(whole("0.0.0.0", "127.255.255.255", 1), None);
+        assert_eq!(whole("0.0.0.0", "255.255.255.255", 0), None);
+        assert_eq!(whole("10.0.0.0", "10.255.255.255", 8), None);
+        assert_eq!(whole("2001:db8::", "2001:db8::ffff", 112), None);
+        assert_eq!(whole("::", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff", 0), None);
+    }
 
     fn v4(text: &str) -> Class {
         classify_v4(text.parse::<Ipv4Addr>().unwrap().octets())
