@@ -95,7 +95,7 @@ pub struct NewVm {
 /// What the host has for all of its VMs together; `u64::MAX` where nothing is limited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capacity {
-    /// Memory of VMs that run or are about to.
+    /// Memory of VMs that run, are about to, or have not ended yet.
     pub memory_mib: u64,
     /// What each of those takes beyond its own memory.
     pub overhead_mib: u64,
@@ -114,7 +114,8 @@ impl Capacity {
     fn check_memory(&self, tx: &Transaction<'_>, vm: Resources) -> Result<()> {
         let (count, sum): (i64, i64) = tx.query_row(
             "SELECT count(*), coalesce(sum(memory_mib), 0) FROM vms
-             WHERE detail IN ('queued', 'creating', 'starting', 'running', 'ready', 'stopping')",
+             WHERE detail IN ('queued', 'creating', 'starting', 'running', 'ready', 'stopping')
+                OR (detail = 'destroying' AND handle IS NOT NULL)",
             [],
             |row| Ok((row.get(0)?, row.get(1)?)),
         )?;
@@ -291,7 +292,9 @@ pub(crate) fn insert(store: &Store, tx: &Transaction<'_>, new: &NewVm) -> Result
     if taken {
         return Err(Conflict::VmName.into());
     }
-    let living = "SELECT count(*) FROM vms WHERE user = ?1 AND detail NOT IN ('destroying', 'destroyed')";
+    // One that is being destroyed counts as long as it may still run.
+    let living = "SELECT count(*) FROM vms WHERE user = ?1 AND detail <> 'destroyed'
+                  AND (detail <> 'destroying' OR handle IS NOT NULL)";
     quota(tx, "VMs", living, user, new.quota)?;
     let mut clone = false;
     if let Some(snapshot) = &new.snapshot {

@@ -73,6 +73,32 @@ async fn names_addresses_and_ports_are_unique_while_a_vm_lives() {
     assert!(matches!(store.vm_create(many).await, Err(StoreError::Conflict(Conflict::Quota { .. }))));
 }
 
+/// Its name is free at once, but not what its guest has until that has ended.
+#[tokio::test]
+async fn a_vm_that_is_destroyed_counts_until_its_vmm_is_gone() {
+    let (_folder, store) = fresh();
+    let user = user(&store, "a@example.com").await;
+    let old = store.vm_create(new_vm(&user, "vm")).await.unwrap();
+    store.vm_advance(&old.id, S::Starting, None).await.unwrap();
+    store.vm_set_handle(&old.id, Some("{}".into())).await.unwrap();
+    store.vm_call(&user, &old.id, Call::Stop).await.unwrap();
+    store.vm_call(&user, &old.id, Call::Destroy).await.unwrap();
+    let mut again = new_vm(&user, "vm");
+    again.quota = 1;
+    let mut narrow = new_vm(&user, "vm");
+    narrow.capacity.memory_mib = 600;
+    let over = store.vm_create(again.clone()).await;
+    assert!(matches!(over, Err(StoreError::Conflict(Conflict::Quota { .. }))), "{over:?}");
+    let over = store.vm_create(narrow.clone()).await;
+    assert!(matches!(over, Err(StoreError::Conflict(Conflict::HostMemory { .. }))), "{over:?}");
+    store.vm_set_handle(&old.id, None).await.unwrap();
+    let new = store.vm_create(again).await.unwrap();
+    store.vm_call(&user, &new.id, Call::Stop).await.unwrap();
+    store.vm_advance(&new.id, S::Stopped, None).await.unwrap();
+    narrow.name = "other".into();
+    store.vm_create(narrow).await.unwrap();
+}
+
 #[tokio::test]
 async fn calls_and_reports_follow_the_state_machine() {
     let (_folder, store) = fresh();
