@@ -1,6 +1,6 @@
 //! The trait that every driver fulfils. No way to boot or adopt a VM leads past a gate.
 
-use crate::spec::{Exit, Handle, MemorySnapshot, Observed, SnapshotInfo, Suspended, VmSpec, VmmError};
+use crate::spec::{Exit, Handle, MemorySnapshot, Observed, Place, SnapshotInfo, Suspended, VmSpec, VmmError};
 use std::future::Future;
 use std::path::Path;
 use std::pin::Pin;
@@ -34,10 +34,11 @@ pub trait Vmm: Send + Sync {
     ) -> BoxFuture<'a, Result<Box<dyn Running>, VmmError>>;
 
     /// Ends what the handle means, if it is still there, without taking it over: for VMs that cannot be adopted.
-    fn discard<'a>(&'a self, spec: &'a VmSpec, handle: &'a Handle) -> BoxFuture<'a, Result<(), VmmError>>;
+    fn discard<'a>(&'a self, place: &'a Place, handle: &'a Handle) -> BoxFuture<'a, Result<(), VmmError>>;
 
-    /// Ends what a boot that was cut off or given up left, noted or not, once its work has ended. Nothing there is no error.
-    fn sweep<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, ()>;
+    /// Ends what a boot that was cut off or given up left, noted or not, once its work has ended. Nothing there is no error; that
+    /// something may still run is one.
+    fn sweep<'a>(&'a self, place: &'a Place) -> BoxFuture<'a, Result<(), VmmError>>;
 }
 
 /// A VM that runs. Dropping it leaves the VM alone: it goes on without a daemon.

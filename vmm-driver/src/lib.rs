@@ -31,4 +31,6 @@ pub use netns_driver::{NetnsDriver, NetnsRunning, exec as netns_exec};
 pub use qemu::{MEMORY, QemuDriver, QemuRunning, default_program, keeps_memory, noted_handle, place_memory};
 pub use rest::{ApiDriver, ApiRunning, Kind as ApiKind};
 pub use seed::Seed;
-pub use spec::{Exit, Handle, MemorySnapshot, Observed, Resume, SnapshotInfo, Suspended, VmSpec, VmmError};
+pub use spec::{
+    Exit, Handle, MemorySnapshot, Observed, Place, Resume, SnapshotInfo, Suspended, VmSpec, VmmError,
+};

@@ -5,8 +5,8 @@
 
 use crate::driver::{BoxFuture, Running, Vmm};
 use crate::process::{Ended, Process, ProcessRef};
-use crate::qemu::{file, fits, remember};
-use crate::spec::{Exit, Handle, Observed, VmSpec, VmmError};
+use crate::qemu::{end, file, fits, remember};
+use crate::spec::{Exit, Handle, Observed, Place, VmSpec, VmmError};
 use nix::mount::{MsFlags, mount};
 use std::fmt::Write as _;
 use std::fs;
@@ -270,25 +270,22 @@ impl Vmm for NetnsDriver {
         Box::pin(async move { self.take_over(spec, handle, gate) })
     }
 
-    fn discard<'a>(&'a self, spec: &'a VmSpec, handle: &'a Handle) -> BoxFuture<'a, Result<(), VmmError>> {
+    fn discard<'a>(&'a self, place: &'a Place, handle: &'a Handle) -> BoxFuture<'a, Result<(), VmmError>> {
         Box::pin(async move {
-            if let Some(process) = Process::open(&handle.process).map_err(VmmError::io("pidfd"))? {
-                process.signal(libc::SIGKILL).map_err(VmmError::io("signal"))?;
-                let _ = timeout(END, process.wait()).await;
-            }
-            if let Some(guest) = &spec.guest_ns {
+            end(&handle.process).await?;
+            if let Some(guest) = &place.guest_ns {
                 end_all(guest, nix::unistd::Pid::from_raw(handle.process.pid));
             }
-            let _ = fs::remove_file(spec.dir.join(file::HANDLE));
+            let _ = fs::remove_file(place.dir.join(file::HANDLE));
             Ok(())
         })
     }
 
-    fn sweep<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, ()> {
-        if let Some(guest) = &spec.guest_ns {
+    fn sweep<'a>(&'a self, place: &'a Place) -> BoxFuture<'a, Result<(), VmmError>> {
+        if let Some(guest) = &place.guest_ns {
             end_all(guest, nix::unistd::Pid::from_raw(0));
         }
-        Box::pin(async {})
+        Box::pin(async { Ok(()) })
     }
 }
 

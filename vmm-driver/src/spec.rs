@@ -38,6 +38,27 @@ pub struct VmSpec {
     pub guest_ns: Option<Netns>,
 }
 
+impl VmSpec {
+    /// Where what is left of it is found.
+    pub fn place(&self) -> Place {
+        let Self { id, dir, net, guest_ns, .. } = self;
+        Place { id: id.clone(), dir: dir.clone(), slot: net.slot, guest_ns: guest_ns.clone() }
+    }
+}
+
+/// Where a VM's own things are: enough to end it by, whatever else of it can be read.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// The VM.
+    pub id: VmId,
+    /// Its own folder.
+    pub dir: PathBuf,
+    /// Its position in the guest ranges, which says its processes' user.
+    pub slot: u32,
+    /// For the namespace driver: where the guest's processes run, if it is there.
+    pub guest_ns: Option<Netns>,
+}
+
 /// What becomes of the memory in a VM's folder at its start; without one it boots.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Resume {

@@ -117,7 +117,7 @@ fn a_start_that_was_given_up_has_ended_before_the_next_begins() {
         // While its disk is made.
         let gate = common::gate(&datapath, &spec).await;
         given_up(subject.driver().boot(&spec, gate), slot).await;
-        subject.driver().sweep(&spec).await;
+        subject.driver().sweep(&spec.place()).await.unwrap();
         datapath.detach(spec.net).await.unwrap();
         assert_eq!(running(slot, None), Vec::<i32>::new(), "what a start began that was given up");
         assert!(!spec.dir.join("disk.raw").exists());
@@ -142,7 +142,7 @@ fn a_start_that_was_given_up_has_ended_before_the_next_begins() {
                 _ = subject.driver().boot(&spec, gate) => panic!("it was not given up"),
                 () = std::future::ready(()) => {}
             }
-            subject.driver().sweep(&spec).await;
+            subject.driver().sweep(&spec.place()).await.unwrap();
             datapath.detach(spec.net).await.unwrap();
             tokio::time::sleep(Duration::from_millis(200)).await;
             assert_eq!(running(slot, None), Vec::<i32>::new(), "a VMM that nobody holds");

@@ -327,7 +327,7 @@ fn real_vm_outlives_its_daemon_and_is_adopted() {
         for gone in [&handle, &stranger] {
             let gate = common::gate(&datapath, &spec).await;
             assert!(matches!(driver().adopt(&spec, gone, gate).await, Err(VmmError::Gone)), "{gone:?}");
-            driver().discard(&spec, gone).await.unwrap();
+            driver().discard(&spec.place(), gone).await.unwrap();
             datapath.detach(spec.net).await.unwrap();
         }
     });

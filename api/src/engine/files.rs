@@ -7,11 +7,21 @@ use tapgate_model::{UserId, VmId};
 use tapgate_netns::Netns;
 use tapgate_proxy::VmCa;
 use tapgate_store::{Suspension, VmRecord};
-use tapgate_vmm::{Resume, Seed, VmSpec};
+use tapgate_vmm::{Place, Resume, Seed, VmSpec};
 
 /// The VM's folder.
 pub(super) fn dir(shared: &Shared, vm: &VmId) -> PathBuf {
     shared.config.data_dir.join("vms").join(vm.as_str())
+}
+
+/// What is needed to end the VM: by the record alone, so that nothing that cannot be read keeps it alive.
+pub(super) fn place(shared: &Shared, record: &VmRecord) -> Result<Place, String> {
+    let name = namespace_name(shared, record);
+    let guest_ns = match shared.config.driver == DriverKind::Netns && Netns::exists(&name) {
+        true => Some(Netns::open(&name).map_err(|error| error.to_string())?),
+        false => None,
+    };
+    Ok(Place { id: record.id.clone(), dir: dir(shared, &record.id), slot: record.slot, guest_ns })
 }
 
 /// What the driver needs to know of the VM, environment and placeholders as of now.

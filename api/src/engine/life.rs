@@ -28,8 +28,10 @@ const ADOPT_CHECK: Duration = Duration::from_secs(15);
 const BOOTS: u32 = 2;
 /// For the guest to shut itself down when asked to.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(20);
-/// After the records could not be read or written.
+/// After the records could not be read or written, or a VM could not be ended.
 const RETRY: Duration = Duration::from_secs(1);
+/// Between two tries to end it at most: each pause is twice the one before.
+const RETRY_MOST: Duration = Duration::from_secs(30);
 
 /// A VM that runs: the machine, and the port that leads to it.
 pub(super) struct Live {
@@ -46,6 +48,9 @@ pub(super) async fn drive(
     mut looking: Option<super::Looking>,
 ) {
     let mut live: Option<Live> = None;
+    // Why it failed, until what is left of it has ended.
+    let mut failed: Option<String> = None;
+    let mut pause = RETRY;
     loop {
         let record = match shared.store.vm_any(&vm).await {
             Ok(record) => record,
@@ -56,7 +61,9 @@ pub(super) async fn drive(
                 continue;
             }
         };
-        let step = if suspend::wanted(&record) {
+        let step = if let Some(reason) = failed.take() {
+            Err(Halt::Failed(reason))
+        } else if suspend::wanted(&record) {
             // Cut off in the middle it would leave the guest held until there is a daemon again.
             step(&shared, &record, &mut live, &waker).await
         } else {
@@ -65,17 +72,61 @@ pub(super) async fn drive(
                 step = step(&shared, &record, &mut live, &waker) => step,
             }
         };
-        match step {
-            Ok(Next::Again) => {}
-            Ok(Next::Enter(state)) => advance(&shared, &vm, state, None).await,
-            Ok(Next::End) => return,
-            Err(reason) => {
-                tracing::error!(%vm, state = record.detail.word(), %reason, "vm.failed");
-                release(&shared, &record, live.take()).await;
-                advance(&shared, &vm, S::Failed, Some(reason)).await;
+        let left = match step {
+            Ok(Next::Again) => None,
+            Ok(Next::Enter(state)) => {
+                advance(&shared, &vm, state, None).await;
+                None
             }
-        }
+            Ok(Next::End) => return,
+            Err(Halt::Left(what)) => Some(what),
+            Err(Halt::Failed(reason)) => {
+                tracing::error!(%vm, state = record.detail.word(), %reason, "vm.failed");
+                match release(&shared, &record, live.take()).await {
+                    Ok(()) => {
+                        advance(&shared, &vm, S::Failed, Some(reason)).await;
+                        None
+                    }
+                    Err(Left(what)) => {
+                        failed = Some(reason);
+                        Some(what)
+                    }
+                }
+            }
+        };
         drop(looking.take());
+        let Some(reason) = left else {
+            pause = RETRY;
+            continue;
+        };
+        tracing::error!(%vm, state = record.detail.word(), %reason, again_in_s = pause.as_secs(), "vm.left");
+        tokio::select! {
+            () = shared.stop.cancelled() => return snapshots::let_go(&shared, &vm).await,
+            () = tokio::time::sleep(pause) => pause = (pause * 2).min(RETRY_MOST),
+        }
+    }
+}
+
+/// Why a step came to no end.
+pub(super) enum Halt {
+    /// The VM has failed.
+    Failed(String),
+    /// Something of it is still there: the state stays what it is until that is gone.
+    Left(String),
+}
+
+impl From<String> for Halt {
+    fn from(reason: String) -> Self {
+        Self::Failed(reason)
+    }
+}
+
+/// What may still run of a VM that was to be ended, or why that is not known.
+pub(super) struct Left(String);
+
+impl From<Left> for Halt {
+    fn from(Left(what): Left) -> Self {
+        Self::Left(what)
     }
 }
 
@@ -117,7 +168,7 @@ async fn step(
     record: &VmRecord,
     live: &mut Option<Live>,
     waker: &Notify,
-) -> Result<Next, String> {
+) -> Result<Next, Halt> {
     match record.detail {
         S::Queued => Ok(Next::Enter(S::Creating)),
         S::Creating => {
@@ -126,7 +177,7 @@ async fn step(
         }
         S::Starting => {
             // A start that a crash cut short may have left a VMM: it goes before its successor comes.
-            release(shared, record, live.take()).await;
+            release(shared, record, live.take()).await?;
             // One that failed before it had a disk has to get the one that it was to have, and no other.
             provide(shared, record).await?;
             *live = Some(start(shared, record).await?);
@@ -138,7 +189,7 @@ async fn step(
                 let next = watching::watch(shared, record, current.machine.as_ref(), waker).await?;
                 // Whoever reads that it is stopped finds nothing of it running.
                 if matches!(next, Next::Enter(S::Stopped)) {
-                    release(shared, record, live.take()).await;
+                    release(shared, record, live.take()).await?;
                 }
                 Ok(next)
             }
@@ -151,7 +202,7 @@ async fn step(
                 Err(reason) => {
                     // It died while nobody watched (or the host was rebooted): it is started again, behind a new gate.
                     tracing::warn!(vm = %record.id, %reason, "vm.not_adopted");
-                    release(shared, record, None).await;
+                    release(shared, record, None).await?;
                     Ok(Next::Enter(S::Starting))
                 }
             },
@@ -168,19 +219,19 @@ async fn step(
             {
                 tracing::warn!(vm = %record.id, %error, "vm.shutdown_failed");
             }
-            release(shared, record, live.take()).await;
+            release(shared, record, live.take()).await?;
             Ok(Next::Enter(S::Stopped))
         }
         S::Stopped | S::Failed => {
             if live.is_some() {
-                release(shared, record, live.take()).await;
+                release(shared, record, live.take()).await?;
             }
             waker.notified().await;
             Ok(Next::Again)
         }
         S::Destroying => {
-            release(shared, record, live.take()).await;
-            files::remove(shared, record).await?;
+            release(shared, record, live.take()).await?;
+            files::remove(shared, record).await.map_err(Halt::Left)?;
             point("remove.folder");
             Ok(Next::Enter(S::Destroyed))
         }
@@ -207,7 +258,7 @@ async fn provide(shared: &Shared, record: &VmRecord) -> Result<(), String> {
 }
 
 /// Boots, in bounded time and company; once more if that fails.
-async fn start(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> {
+async fn start(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, Halt> {
     // How long a start from a memory takes is the guest's choice, whose agent may be mute: it takes no turn from the others.
     // What there may be of these at a time is bounded by the host's memory and the account's VMs.
     let _turn = match suspend::keeps(shared, record) {
@@ -223,10 +274,10 @@ async fn start(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> 
             Err(_) => format!("it was not started within {} s", limit.as_secs()),
         };
         // What half was done goes before the next attempt.
-        release(shared, record, None).await;
+        release(shared, record, None).await?;
         // Whoever starts a suspended VM is not to find it booted without a word.
         if attempt == BOOTS || suspend::lost(shared, record).await {
-            return Err(reason);
+            return Err(Halt::Failed(reason));
         }
         tracing::warn!(vm = %record.id, %reason, "vm.start_tried_again");
         attempt += 1;
@@ -334,25 +385,21 @@ async fn forward(shared: &Shared, record: &VmRecord) -> Result<ssh::Forward, Str
         .map_err(|error| format!("cannot open the SSH port {listen}: {error}; free it or change ssh_ports"))
 }
 
-/// Ends a VMM that is known from the records or from the VM's folder, though nobody watches it.
-async fn discard(shared: &Shared, record: &VmRecord) {
+/// Ends a VMM that is known from the records or from the VM's folder, or not at all, though nobody watches it.
+async fn discard(shared: &Shared, record: &VmRecord) -> Result<(), String> {
     let noted = tapgate_vmm::noted_handle(&files::dir(shared, &record.id));
     let recorded = record.handle.as_deref().and_then(|handle| serde_json::from_str::<Handle>(handle).ok());
     let handles: Vec<Handle> = noted.into_iter().chain(recorded).collect();
-    let spec = match files::spec(shared, record).await {
-        Ok(spec) => spec,
-        Err(error) => return tracing::warn!(vm = %record.id, %error, "vm.discard_failed"),
-    };
+    let place = files::place(shared, record)?;
     for handle in &handles {
-        if let Err(error) = shared.driver.discard(&spec, handle).await {
-            tracing::warn!(vm = %record.id, %error, "vm.discard_failed");
-        }
+        shared.driver.discard(&place, handle).await.map_err(|error| error.to_string())?;
     }
-    shared.driver.sweep(&spec).await;
+    shared.driver.sweep(&place).await.map_err(|error| error.to_string())
 }
 
-/// Ends the machine, closes its port, takes its place in the proxy and its gate away. What is not there is no error.
-pub(super) async fn release(shared: &Shared, record: &VmRecord, live: Option<Live>) {
+/// Ends the machine, closes its port, takes its place in the proxy and its gate away. What is not there is no error. While the
+/// machine may still run it keeps its gate and its handle.
+pub(super) async fn release(shared: &Shared, record: &VmRecord, live: Option<Live>) -> Result<(), Left> {
     let vm = &record.id;
     if let Some(Live { machine, _forward }) = live
         && let Err(error) = machine.kill().await
@@ -360,7 +407,7 @@ pub(super) async fn release(shared: &Shared, record: &VmRecord, live: Option<Liv
         tracing::warn!(%vm, %error, "vm.kill_failed");
     }
     point("release.ended");
-    discard(shared, record).await;
+    discard(shared, record).await.map_err(Left)?;
     events::settle(shared).await;
     shared.table.remove(vm);
     shared.gates().remove(vm);
@@ -371,4 +418,5 @@ pub(super) async fn release(shared: &Shared, record: &VmRecord, live: Option<Liv
     if let Err(error) = shared.store.vm_set_handle(vm, None).await {
         tracing::warn!(%vm, %error, "vm.handle_not_cleared");
     }
+    Ok(())
 }

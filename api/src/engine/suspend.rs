@@ -9,7 +9,7 @@
 
 use super::{
     Shared, files,
-    life::{Live, Next, release},
+    life::{Halt, Live, Next, release},
 };
 use std::time::Duration;
 use tapgate_model::{StatusDetail as S, VmId};
@@ -29,7 +29,7 @@ pub(super) async fn suspend(
     shared: &Shared,
     record: &VmRecord,
     live: &mut Option<Live>,
-) -> Result<Next, String> {
+) -> Result<Next, Halt> {
     let vm = &record.id;
     let failed = match live {
         None => None,
@@ -49,9 +49,9 @@ pub(super) async fn suspend(
             shared.store.vm_not_suspended(vm, reason).await
         }
         None => {
-            release(shared, record, live.take()).await;
+            release(shared, record, live.take()).await?;
             if !tapgate_vmm::keeps_memory(&files::dir(shared, vm)) {
-                return ended(shared, vm).await;
+                return Ok(ended(shared, vm).await?);
             }
             shared.store.vm_suspended(vm).await
         }

@@ -22,7 +22,9 @@ use crate::driver::{BoxFuture, Running, Vmm};
 use crate::image::Image;
 use crate::process::{Process, ProcessRef};
 use crate::qmp::Qmp;
-use crate::spec::{Exit, Handle, MemorySnapshot, Observed, SnapshotInfo, Suspended, TapFd, VmSpec, VmmError};
+use crate::spec::{
+    Exit, Handle, MemorySnapshot, Observed, Place, SnapshotInfo, Suspended, TapFd, VmSpec, VmmError,
+};
 use crate::turn;
 use args::{Plan, fd};
 use serde_json::Value;
@@ -77,7 +79,7 @@ impl QemuDriver {
         })
         .await;
         let ((handle, process, scratch), memory) =
-            launched.inspect_err(|_| clean(self.cgroups.as_deref(), spec))?;
+            launched.inspect_err(|_| clean(self.cgroups.as_deref(), &spec.place()))?;
         match filled(spec, &process, memory).await {
             Ok(qmp) => {
                 let seen = Seen { process, scratch, qmp, shut_down: false };
@@ -86,7 +88,7 @@ impl QemuDriver {
             Err(error) => {
                 let _ = process.signal(libc::SIGKILL);
                 let _ = timeout(END, process.wait()).await;
-                clean(self.cgroups.as_deref(), spec);
+                clean(self.cgroups.as_deref(), &spec.place());
                 let words = supervise::words(&spec.dir, scratch.as_ref());
                 let last = words.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();
                 Err(VmmError::Start(format!("{error} {last}").trim().to_owned()))
@@ -214,49 +216,50 @@ impl QemuDriver {
 }
 
 /// Removes what a VMM leaves outside of its folder.
-pub(crate) fn clean(cgroups: Option<&Path>, spec: &VmSpec) {
-    if let Some(group) = cgroups.and_then(|root| Cgroup::open(root, spec.id.as_str())) {
+pub(crate) fn clean(cgroups: Option<&Path>, place: &Place) {
+    if let Some(group) = cgroups.and_then(|root| Cgroup::open(root, place.id.as_str())) {
         group.kill();
         let _ = group.remove();
     }
     for name in [file::HANDLE, file::CONTROL, file::AGENT] {
-        let _ = fs::remove_file(spec.dir.join(name));
+        let _ = fs::remove_file(place.dir.join(name));
     }
 }
 
 /// Ends the VMM of the handle if it is there, after a start that was given up.
-pub(crate) async fn discard(cgroups: Option<&Path>, spec: &VmSpec, handle: &Handle) -> Result<(), VmmError> {
-    turn::rest(&spec.dir).await;
-    if let Some(process) = Process::open(&handle.process).map_err(VmmError::io("pidfd"))? {
-        process.signal(libc::SIGKILL).map_err(VmmError::io("signal"))?;
-        timeout(END, process.wait())
-            .await
-            .map_err(|_| VmmError::Control("it does not end, although it was killed".into()))?
-            .map_err(VmmError::io("pidfd"))?;
-    }
-    clean(cgroups, spec);
+pub(crate) async fn discard(cgroups: Option<&Path>, place: &Place, handle: &Handle) -> Result<(), VmmError> {
+    turn::rest(&place.dir).await;
+    end(&handle.process).await?;
+    clean(cgroups, place);
+    Ok(())
+}
+
+/// Kills the process if it is there, and comes back when it has ended.
+pub(crate) async fn end(process: &ProcessRef) -> Result<(), VmmError> {
+    let Some(process) = Process::open(process).map_err(VmmError::io("pidfd"))? else { return Ok(()) };
+    process.signal(libc::SIGKILL).map_err(VmmError::io("signal"))?;
+    timeout(END, process.wait())
+        .await
+        .map_err(|_| VmmError::Control("it does not end, although it was killed".into()))?
+        .map_err(VmmError::io("pidfd"))?;
     Ok(())
 }
 
 /// Ends VMMs of this VM that nobody holds: the noted one, and those of its user with these words among their arguments.
-pub(crate) async fn sweep(cgroups: Option<&Path>, spec: &VmSpec, wanted: String) {
+pub(crate) async fn sweep(cgroups: Option<&Path>, place: &Place, wanted: String) -> Result<(), VmmError> {
     // A start that was given up may have been just about to make one, and has noted it since.
-    turn::rest(&spec.dir).await;
-    if let Some(noted) = noted_handle(&spec.dir)
-        && let Err(error) = discard(cgroups, spec, &noted).await
-    {
-        tracing::warn!(vm = %spec.id, %error, "a VMM of a start that was given up is not ended");
+    turn::rest(&place.dir).await;
+    if let Some(noted) = noted_handle(&place.dir) {
+        discard(cgroups, place, &noted).await?;
     }
-    let uid = uid_of(spec.net.slot);
+    let uid = uid_of(place.slot);
     let found = tokio::task::spawn_blocking(move || confine::orphans(&wanted, uid)).await;
-    for process in found.unwrap_or_default() {
-        tracing::warn!(vm = %spec.id, pid = process.pid, "a VMM that nobody noted is ended");
-        if let Ok(Some(process)) = Process::open(&process) {
-            let _ = process.signal(libc::SIGKILL);
-            let _ = timeout(END, process.wait()).await;
-        }
+    for process in found.map_err(|error| VmmError::Control(error.to_string()))? {
+        tracing::warn!(vm = %place.id, pid = process.pid, "a VMM that nobody noted is ended");
+        end(&process).await?;
     }
-    clean(cgroups, spec);
+    clean(cgroups, place);
+    Ok(())
 }
 
 /// Opens the new process and notes in the VM's folder how it is found again.
@@ -361,7 +364,7 @@ impl QemuRunning {
             hung: false,
             intent: intended,
         };
-        let (cgroups, of) = (driver.cgroups.clone(), spec.clone());
+        let (cgroups, of) = (driver.cgroups.clone(), spec.place());
         tokio::spawn(supervisor.run(move || clean(cgroups.as_deref(), &of)));
         Self {
             spec: spec.clone(),
@@ -429,12 +432,12 @@ impl Vmm for QemuDriver {
         Box::pin(self.take_over(spec, handle, gate))
     }
 
-    fn discard<'a>(&'a self, spec: &'a VmSpec, handle: &'a Handle) -> BoxFuture<'a, Result<(), VmmError>> {
-        Box::pin(discard(self.cgroups.as_deref(), spec, handle))
+    fn discard<'a>(&'a self, place: &'a Place, handle: &'a Handle) -> BoxFuture<'a, Result<(), VmmError>> {
+        Box::pin(discard(self.cgroups.as_deref(), place, handle))
     }
 
-    fn sweep<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, ()> {
-        Box::pin(sweep(self.cgroups.as_deref(), spec, spec.id.to_string()))
+    fn sweep<'a>(&'a self, place: &'a Place) -> BoxFuture<'a, Result<(), VmmError>> {
+        Box::pin(sweep(self.cgroups.as_deref(), place, place.id.to_string()))
     }
 }
 

@@ -20,7 +20,7 @@ use crate::driver::{BoxFuture, Running, Vmm};
 use crate::image::{Image, unpacked};
 use crate::process::{Process, ProcessRef};
 use crate::qemu::{clean, file, fits, noted_handle, remember};
-use crate::spec::{Exit, Handle, Observed, SnapshotInfo, TapFd, VmSpec, VmmError};
+use crate::spec::{Exit, Handle, Observed, Place, SnapshotInfo, TapFd, VmSpec, VmmError};
 use crate::turn::{self, Wanted};
 use client::Request;
 use serde_json::Value;
@@ -187,11 +187,11 @@ impl ApiDriver {
         let (driver, owned) = (self.clone(), spec.clone());
         // Files, copies and fork: nothing for a thread that serves others.
         let launched = turn::run(&spec.dir, move |wanted| driver.launch(&owned, tap, wanted)).await;
-        let (handle, live) = launched.inspect_err(|_| clean(self.cgroups.as_deref(), spec))?;
+        let (handle, live) = launched.inspect_err(|_| clean(self.cgroups.as_deref(), &spec.place()))?;
         if let Err(error) = self.configure(spec, &live).await {
             let _ = live.process.signal(libc::SIGKILL);
             let _ = timeout(END, live.process.wait()).await;
-            clean(self.cgroups.as_deref(), spec);
+            clean(self.cgroups.as_deref(), &spec.place());
             let words = live.scratch.tail("log", 1024);
             let last = words.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();
             return Err(VmmError::Start(format!("{error} {last}").trim().to_owned()));
@@ -478,12 +478,12 @@ impl Vmm for ApiDriver {
         Box::pin(self.take_over(spec, handle, gate))
     }
 
-    fn discard<'a>(&'a self, spec: &'a VmSpec, handle: &'a Handle) -> BoxFuture<'a, Result<(), VmmError>> {
-        Box::pin(crate::qemu::discard(self.cgroups.as_deref(), spec, handle))
+    fn discard<'a>(&'a self, place: &'a Place, handle: &'a Handle) -> BoxFuture<'a, Result<(), VmmError>> {
+        Box::pin(crate::qemu::discard(self.cgroups.as_deref(), place, handle))
     }
 
-    fn sweep<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, ()> {
-        Box::pin(crate::qemu::sweep(self.cgroups.as_deref(), spec, spec.id.to_string().replace('_', "-")))
+    fn sweep<'a>(&'a self, place: &'a Place) -> BoxFuture<'a, Result<(), VmmError>> {
+        Box::pin(crate::qemu::sweep(self.cgroups.as_deref(), place, place.id.to_string().replace('_', "-")))
     }
 }
 

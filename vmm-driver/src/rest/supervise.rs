@@ -83,7 +83,7 @@ impl Supervisor {
             let live = self.live.lock().unwrap_or_else(PoisonError::into_inner).clone();
             crate::qemu::words(&self.spec.dir, Some(&live.scratch));
         }
-        clean(self.driver.cgroups.as_deref(), &self.spec);
+        clean(self.driver.cgroups.as_deref(), &self.spec.place());
         self.observed.send_modify(|seen| seen.exit = Some(Arc::new(exit)));
     }
 
