@@ -97,6 +97,43 @@ fn a_name_never_leads_inside() {
     });
 }
 
+/// A secret that does not open keeps the whole policy from being read: the guest has nothing, and everything again when it opens,
+/// though nobody changes anything by the API.
+#[test]
+fn a_policy_that_cannot_be_read_closes_the_gate_until_it_can_be() {
+    with_guest(|stage| {
+        let request = format!("https://{}/", sites::API.name);
+        stage.api().rule("host", sites::API.name).unwrap();
+        let secret = json!({ "name": "s", "secret": REAL, "env_var": "S", "hosts": [sites::OTHER.name] });
+        stage.api().post("/v1/secrets", &secret).unwrap().expect(201).unwrap();
+        assert_eq!(curl(stage, &request), (0, greeting(sites::API)));
+        let database = stage.daemon().data_dir().join("tapgate.db");
+        let change = |sql: &str| {
+            let script =
+                "import sqlite3, sys; db = sqlite3.connect(sys.argv[1]); db.executescript(sys.argv[2])";
+            sh::run("python3", ["-c", script, database.to_str().unwrap(), sql]).unwrap();
+        };
+        change(
+            "CREATE TABLE aside AS SELECT id, value FROM secrets; UPDATE secrets SET value = zeroblob(64)",
+        );
+        stage.api().rule("host", sites::ECHO.name).unwrap();
+        for site in [sites::API, sites::ECHO] {
+            let (code, text) = curl(stage, &format!("https://{}/", site.name));
+            assert!(code != 0, "{text}");
+        }
+        change(
+            "UPDATE secrets SET value = (SELECT value FROM aside WHERE aside.id = secrets.id); DROP TABLE aside",
+        );
+        // Tried again after a second at first, then half a minute at most.
+        let open = (0..60).any(|_| {
+            std::thread::sleep(std::time::Duration::from_secs(1));
+            curl(stage, &request) == (0, greeting(sites::API))
+        });
+        assert!(open, "it stays closed: {}", stage.daemon().log());
+        assert_eq!(curl(stage, &format!("https://{}/", sites::ECHO.name)), (0, greeting(sites::ECHO)));
+    });
+}
+
 #[test]
 fn the_last_rule_gone_closes_everything() {
     with_guest(|stage| {

@@ -71,6 +71,25 @@ fn a_vm_is_ended_although_its_environment_cannot_be_read() {
     }
 }
 
+/// What cannot be read of the account is missing, and the VM runs on.
+#[test]
+fn a_vm_that_runs_is_taken_up_although_its_environment_cannot_be_read() {
+    let world = World::new().unwrap();
+    let mut daemon = Daemon::start(&world, settings(Driver::Netns)).unwrap();
+    let api = daemon.client().sign_up("ada").unwrap();
+    api.put("/v1/env/K", &json!({ "value": "v" })).unwrap().expect(200).unwrap();
+    let vm = api.create_vm("vm", &ssh::key(&world).unwrap()).unwrap();
+    api.wait_ready(&vm).unwrap();
+    let vmm = daemon.vmm(&vm).unwrap();
+    daemon.kill().unwrap();
+    change(&daemon, "UPDATE env SET value = zeroblob(64)");
+    daemon.start_again().unwrap();
+    assert_eq!(daemon.vmm(&vm), Some(vmm));
+    assert!(runs(vmm), "{}", daemon.log());
+    becomes(&api, &vm, "ready");
+    assert!(daemon.log().contains("vm.environment_not_read"), "{}", daemon.log());
+}
+
 #[test]
 fn a_folder_that_cannot_be_removed_is_tried_again_now_and_then() {
     let world = World::new().unwrap();

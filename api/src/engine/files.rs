@@ -24,8 +24,22 @@ pub(super) fn place(shared: &Shared, record: &VmRecord) -> Result<Place, String>
     Ok(Place { id: record.id.clone(), dir: dir(shared, &record.id), slot: record.slot, guest_ns })
 }
 
-/// What the driver needs to know of the VM, environment and placeholders as of now.
+/// What the driver needs to know of the VM to start it, environment and placeholders as of now.
 pub(super) async fn spec(shared: &Shared, record: &VmRecord) -> Result<VmSpec, String> {
+    let env = environment(shared, &record.user).await?;
+    spec_with(shared, record, env).await
+}
+
+/// The same of one that runs, which has had its environment and asks for it anew itself.
+pub(super) async fn spec_of_running(shared: &Shared, record: &VmRecord) -> Result<VmSpec, String> {
+    let env = environment(shared, &record.user).await.unwrap_or_else(|error| {
+        tracing::error!(vm = %record.id, %error, "vm.environment_not_read");
+        Vec::new()
+    });
+    spec_with(shared, record, env).await
+}
+
+async fn spec_with(shared: &Shared, record: &VmRecord, env: Vec<(String, String)>) -> Result<VmSpec, String> {
     let failed = |error: tapgate_store::StoreError| format!("cannot read the VM's records: {error}");
     let ca = shared.store.vm_ca(&record.id).await.map_err(failed)?;
     Ok(VmSpec {
@@ -50,7 +64,7 @@ pub(super) async fn spec(shared: &Shared, record: &VmRecord) -> Result<VmSpec, S
             ssh_keys: record.public_key.lines().map(str::to_owned).collect(),
             net: shared.net(record),
             ca_pem: ca.cert,
-            env: environment(shared, &record.user).await?,
+            env,
         },
     })
 }

@@ -337,8 +337,9 @@ fn micros(duration: Duration) -> u64 {
 async fn adopt(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> {
     let handle = record.handle.as_deref().ok_or("the records have no VMM for it")?;
     let handle: Handle = serde_json::from_str(handle).map_err(|error| error.to_string())?;
-    let spec = files::spec(shared, record).await?;
-    let policy = shared.policy_of(record).await.map_err(|error| error.to_string())?;
+    // It runs: what cannot be read of its account now is no reason to end it. It has the less until it can be.
+    let spec = files::spec_of_running(shared, record).await?;
+    let policy = policy::read_or_closed(shared, &record.user, &record.id).await;
     let gate = shared
         .datapath
         .adopt(&record.id, shared.net(record), &policy)
@@ -359,7 +360,7 @@ async fn adopt(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> 
 /// Makes the VM known to the proxy, with the policy of this moment.
 async fn serve(shared: &Shared, record: &VmRecord, gate: &Gate, since: u64) -> Result<(), String> {
     let ca = files::ca(shared, record).await?;
-    let policy = shared.policy_of(record).await.map_err(|error| error.to_string())?;
+    let policy = policy::read_or_closed(shared, &record.user, &record.id).await;
     shared.table.insert(gate.net(), ca, Arc::new(policy));
     let gated = Gated { user: record.user.clone(), net: gate.net(), since, policy: None };
     shared.gates().insert(record.id.clone(), gated);

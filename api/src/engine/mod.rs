@@ -5,6 +5,7 @@
 //! engine. Must never boot a VM without its gate, nor hold a policy of its own.
 
 pub(crate) mod agents;
+mod enforcer;
 mod events;
 mod files;
 mod gates;
@@ -57,6 +58,8 @@ pub(crate) struct Shared {
     settle: mpsc::Sender<events::Settle>,
     /// Held while policies are read and installed: of two changes the newer one stays.
     installing: tokio::sync::Mutex<()>,
+    /// Policies that are not in force yet.
+    changes: enforcer::Changes,
     /// The VMs whose snapshots are being taken.
     taking: Mutex<HashSet<VmId>>,
     /// Rises with every change of an environment.
@@ -140,6 +143,7 @@ impl Engine {
             stop,
             gates: Mutex::default(),
             installing: tokio::sync::Mutex::default(),
+            changes: enforcer::Changes::default(),
             taking: Mutex::default(),
             news: watch::Sender::new(0),
             storage,
@@ -174,6 +178,8 @@ impl Engine {
             self.tasks.spawn(events::pump(self.shared.clone(), settle));
         }
         self.tasks.spawn(snapshots::keep_store(self.shared.clone()));
+        self.tasks.spawn(enforcer::enforce(self.shared.clone()));
+        self.tasks.spawn(enforcer::reopen(self.shared.clone()));
         let looking = self.looking.take();
         for record in living {
             let ran = matches!(record.detail, StatusDetail::Running | StatusDetail::Ready);
@@ -197,10 +203,9 @@ impl Engine {
             if round.snapshots {
                 self.shared.uploads.notify_one();
             }
-            for scope in &round.scopes {
-                policy::refresh(&self.shared, scope).await;
+            if round.policies > 0 {
+                self.shared.changes.tell(round.scopes, round.policies);
             }
-            self.shared.notifier.policies_in_force(round.policies);
             if round.news {
                 self.shared.news.send_modify(|news| *news = news.wrapping_add(1));
             }

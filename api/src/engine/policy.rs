@@ -1,7 +1,7 @@
 //! Carries policy from the records to where it is enforced: the kernel's maps and the proxy's table.
 //!
 //! Each VM's policy is replaced whole, in the kernel and in the proxy. If a policy cannot be read or installed, the VM's
-//! old one must never stay in use: the VM is closed until a later change can be installed. A change of an account is one
+//! old one must never stay in use: the VM is closed until one can be installed. A change of an account is one
 //! look at the records and one hold of the kernel's maps, however many VMs it has.
 
 use super::{Scope, Shared, gates::Gated};
@@ -79,20 +79,34 @@ fn known(gates: &OfUser) -> HashMap<VmId, Arc<VmPolicy>> {
     gates.iter().filter_map(|(vm, gated)| Some((vm.clone(), gated.policy.clone()?))).collect()
 }
 
-/// Closes the VM: a policy without a rule, until the next change brings one that can be installed.
-fn close(shared: &Shared, vm: &VmId, gated: &Gated) {
-    // It is none of the records': nothing may be taken from it later.
-    shared.gates().note(vm, None);
-    let generation = shared.table.policy(vm).map_or(0, |policy| policy.generation);
-    let closed = Arc::new(VmPolicy {
+/// What the records say, or nothing at all while they cannot be read: for a VM that runs whatever they say.
+pub(super) async fn read_or_closed(shared: &Shared, user: &UserId, vm: &VmId) -> VmPolicy {
+    read(shared, user, vm).await.unwrap_or_else(|error| {
+        tracing::error!(%vm, %error, "policy.not_read");
+        shut(user, vm, 0)
+    })
+}
+
+/// A policy without a rule.
+fn shut(user: &UserId, vm: &VmId, generation: u64) -> VmPolicy {
+    VmPolicy {
         vm: vm.clone(),
-        user: gated.user.clone(),
+        user: user.clone(),
         generation,
         mode: Mode::Enforce,
         rules: RuleSet::default(),
         secrets: Arc::new([]),
         secrets_over_http: SecretsOverHttp::Never,
-    });
+    }
+}
+
+/// Closes the VM, until a policy of the records can be installed: that is tried again.
+fn close(shared: &Shared, vm: &VmId, gated: &Gated) {
+    // It is none of the records': nothing may be taken from it later.
+    shared.gates().note(vm, None);
+    shared.changes.closed();
+    let generation = shared.table.policy(vm).map_or(0, |policy| policy.generation);
+    let closed = Arc::new(shut(&gated.user, vm, generation));
     if let Err(error) = shared.datapath.set_policy(gated.net, &closed) {
         tracing::error!(%vm, %error, "policy.vm_shut");
         // What could not be put most likely found no memory; this needs none.

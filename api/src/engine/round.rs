@@ -1,5 +1,5 @@
-//! What the engine was told since it looked last, each thing once: however often an account changes its policy, the others' VMs wait
-//! for one reading of it. Must never drop a command: what is put together is the same work, not less.
+//! What the engine was told since it looked last, each thing once. Must never drop a command: what is put together is the same work,
+//! not less.
 
 use super::{Command, Scope};
 use std::collections::HashSet;
@@ -16,7 +16,7 @@ pub(super) struct Round {
     pub scopes: HashSet<Scope>,
     /// How many changes of policies that answers.
     pub policies: u64,
-    /// Whether guests have something new to ask for.
+    /// Whether guests have something new to ask for, whatever becomes of policies.
     pub news: bool,
     pub snapshots: bool,
 }
@@ -29,8 +29,6 @@ impl Round {
                 Command::Vm(vm) => round.vms.push(vm),
                 Command::Policy(scope) => {
                     round.policies += 1;
-                    // Secrets bring placeholders with them.
-                    round.news = true;
                     round.scopes.insert(scope);
                 }
                 Command::Snapshots => round.snapshots = true,
@@ -56,6 +54,6 @@ mod tests {
         let round = Round::of(commands.into_iter());
         assert_eq!(round.scopes, HashSet::from([Scope::User(busy), Scope::User(other)]));
         assert_eq!((round.policies, round.vms), (10_001, vec![vm]));
-        assert!(round.news && !round.snapshots);
+        assert!(!round.news && !round.snapshots);
     }
 }
