@@ -3,7 +3,7 @@
 //! interface but translated to the host (a cloud's public address): `public_host` is the host too.
 
 use super::Shared;
-use std::{collections::BTreeSet, net::IpAddr, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, net::IpAddr, pin::Pin, sync::Arc, time::Duration};
 use tapgate_netns::{AddressWatch, Netns, NetnsError};
 
 /// Between two looks of which nothing told: the kernel says what changes, and this is for what it might have left out.
@@ -28,7 +28,8 @@ pub enum HostError {
 /// Reads the addresses and hands them over.
 pub(super) async fn hand_over(shared: &Shared) -> Result<Known, HostError> {
     let mut known = Known::default();
-    known.look(shared).await?;
+    known.found(shared, look_up(shared.config.public_host.clone()).await);
+    known.look()?;
     set(shared, &known.all)?;
     Ok(known)
 }
@@ -42,25 +43,38 @@ pub(super) struct Known {
 
 impl Known {
     /// Says whether there is news.
-    async fn look(&mut self, shared: &Shared) -> Result<bool, HostError> {
-        let name = shared.config.public_host.as_str();
-        let found = tokio::time::timeout(PATIENCE, tokio::net::lookup_host((name, 0))).await;
-        match found.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into())) {
-            Ok(found) => self.public = found.map(|address| address.ip()).collect(),
-            // What it stood for before stays closed.
-            Err(error) => tracing::warn!(public_host = name, %error, "host.public_host_not_found"),
-        }
+    fn look(&mut self) -> Result<bool, HostError> {
         let mut now = addresses()?;
         now.extend(&self.public);
         let news = now != self.all;
         self.all = now;
         Ok(news)
     }
+
+    /// Takes what the name stands for now.
+    fn found(&mut self, shared: &Shared, found: std::io::Result<BTreeSet<IpAddr>>) {
+        match found {
+            Ok(found) => self.public = found,
+            // What it stood for before stays closed.
+            Err(error) => {
+                let name = shared.config.public_host.as_str();
+                tracing::warn!(public_host = name, %error, "host.public_host_not_found");
+            }
+        }
+    }
 }
 
-/// Looks whenever the kernel says that something changed, until the daemon stops.
+async fn look_up(name: String) -> std::io::Result<BTreeSet<IpAddr>> {
+    let found = tokio::time::timeout(PATIENCE, tokio::net::lookup_host((name, 0))).await;
+    let found = found.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))?;
+    Ok(found.map(|address| address.ip()).collect())
+}
+
+/// Looks whenever the kernel says that something changed, until the daemon stops. What an interface has got is closed at once, however
+/// long the name server takes to say what `public_host` stands for.
 pub(super) async fn watch(shared: Arc<Shared>, mut known: Known) {
     let mut news: Option<AddressWatch> = None;
+    let mut name: Option<LookUp> = None;
     loop {
         // What changed before there was anyone to hear it is seen by the look that follows.
         let patience = match news {
@@ -78,10 +92,21 @@ pub(super) async fn watch(shared: Arc<Shared>, mut known: Known) {
         };
         tokio::select! {
             () = shared.stop.cancelled() => return,
-            heard = hear(&mut news) => if !heard { news = None },
-            () = tokio::time::sleep(patience) => {}
+            found = answered(&mut name) => {
+                name = None;
+                known.found(&shared, found);
+            }
+            heard = hear(&mut news) => {
+                if !heard {
+                    news = None;
+                }
+                name.get_or_insert_with(|| Box::pin(look_up(shared.config.public_host.clone())));
+            }
+            () = tokio::time::sleep(patience) => {
+                name.get_or_insert_with(|| Box::pin(look_up(shared.config.public_host.clone())));
+            }
         }
-        let changed = match known.look(&shared).await {
+        let changed = match known.look() {
             Ok(true) => set(&shared, &known.all).inspect(|()| {
                 tracing::info!(addresses = known.all.len(), "host.addresses_changed");
             }),
@@ -92,6 +117,16 @@ pub(super) async fn watch(shared: Arc<Shared>, mut known: Known) {
             known.all.clear();
             tracing::error!(%error, "host.addresses_not_updated");
         }
+    }
+}
+
+/// A question for what `public_host` stands for.
+type LookUp = Pin<Box<dyn Future<Output = std::io::Result<BTreeSet<IpAddr>>> + Send>>;
+
+async fn answered(name: &mut Option<LookUp>) -> std::io::Result<BTreeSet<IpAddr>> {
+    match name {
+        Some(asked) => asked.await,
+        None => std::future::pending().await,
     }
 }
 
