@@ -7,6 +7,7 @@ use tapgate_e2e::{
     daemon::{self, Daemon, Driver, Settings},
     demo::Stage,
     sh::{self, Done, capture},
+    ssh,
 };
 
 /// Runs `tapgate serve` with this configuration on the world's host, where it must end by itself.
@@ -121,6 +122,38 @@ fn a_daemon_that_is_killed_with_its_guest_leaves_nothing_once_its_world_is_gone(
     drop(stage);
     drop(world);
     assert_eq!(left(), Vec::<PathBuf>::new());
+}
+
+/// As docs/operations.md has it.
+#[test]
+fn what_the_manual_says_of_removal_leaves_nothing() {
+    let world = World::new().unwrap();
+    let mut daemon = Daemon::start(&world, settings()).unwrap();
+    let api = daemon.client().sign_up("ada").unwrap();
+    let vm = api.create_vm("vm", &ssh::key(&world).unwrap()).unwrap();
+    api.wait_ready(&vm).unwrap();
+    api.post(&format!("/v1/vms/{vm}/stop"), &serde_json::json!({})).unwrap();
+    api.wait_for(&vm, "stopped").unwrap();
+    api.delete(&format!("/v1/vms/{vm}")).unwrap();
+    api.wait_for(&vm, "destroyed").unwrap();
+    daemon.kill().unwrap();
+    let host = |program: &str, words: &[&str]| {
+        let done = capture(world.on_host(program).args(words), b"").unwrap();
+        assert!(done.ok(), "{program} {words:?}: {done:?}");
+        done.out
+    };
+    let (instance, egress) = (world.names().world.clone(), world.names().egress());
+    assert!(host("nft", &["list", "tables"]).contains(&format!("tapgate_{instance}")));
+    host("ip", &["netns", "delete", &egress]);
+    host("nft", &["delete", "table", "inet", &format!("tapgate_{instance}")]);
+    fs::remove_dir_all(format!("/sys/fs/bpf/tapgate/{instance}")).unwrap();
+    for (program, words) in
+        [("nft", &["list", "ruleset"][..]), ("ip", &["link"]), ("ip", &["rule"]), ("ip", &["netns"])]
+    {
+        let left = host(program, words);
+        assert!(!left.contains(&format!("tapgate_{instance}")) && !left.contains("tgu-"), "{left}");
+        assert!(!left.contains(&egress), "{left}");
+    }
 }
 
 /// A part that ends by itself (here the engine, which cannot read its records) ends the daemon with a word and a failure, so
