@@ -28,6 +28,8 @@ mod splice;
 mod table;
 mod throttle;
 mod trust;
+mod unread;
+mod window;
 
 pub use config::{Limits, ProxyConfig, Timeouts};
 pub use conn::Accepted;

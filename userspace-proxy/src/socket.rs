@@ -1,7 +1,10 @@
-//! A socket towards an upstream, with its place among those of its VM. Whatever the socket becomes (TLS, HTTP, WebSocket, at
-//! rest), the place is held for as long as it is open.
+//! A socket towards an upstream, with its place among those of its VM, and its window. Whatever the socket becomes (TLS,
+//! HTTP, WebSocket, at rest), both are held for as long as it is open.
 
-use crate::place::Place;
+use crate::{
+    place::Place,
+    window::{Size, Window, Windows},
+};
 use std::{
     io::{self, IoSlice},
     ops::Deref,
@@ -17,11 +20,17 @@ use tokio::{
 pub(crate) struct Socket {
     stream: TcpStream,
     _place: Place,
+    window: Option<Window>,
 }
 
 impl Socket {
     pub(crate) fn new(stream: TcpStream, place: Place) -> Self {
-        Self { stream, _place: place }
+        Self { stream, _place: place, window: None }
+    }
+
+    /// Takes a window for it, which its HTTP keeps to.
+    pub(crate) fn open(&mut self, windows: &Windows) -> Size {
+        self.window.insert(windows.take()).size
     }
 }
 

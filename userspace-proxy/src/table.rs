@@ -12,6 +12,8 @@ use crate::{
         patterns::Patterns,
     },
     throttle::Throttle,
+    unread::Unread,
+    window::Windows,
 };
 use arc_swap::{ArcSwap, ArcSwapOption};
 use std::{
@@ -52,6 +54,12 @@ pub(crate) struct VmEntry {
     open: Places,
     /// Sockets towards upstreams, at rest or not.
     upstreams: Places,
+    /// What its HTTP connections may hold unread: towards upstreams, and of its own.
+    pub upstream_windows: Windows,
+    pub guest_windows: Windows,
+    /// Answers that it has not taken, and uploads that no upstream has.
+    pub answers: Unread,
+    pub uploads: Unread,
     /// New connections: tokens left, and when they were counted last.
     arrivals: Mutex<(f64, Instant)>,
 }
@@ -163,6 +171,10 @@ impl PolicyTable {
             throttle: Throttle::new(limits.octets_per_second),
             open: Places::default(),
             upstreams: Places::default(),
+            upstream_windows: Windows::default(),
+            guest_windows: Windows::default(),
+            answers: Unread::default(),
+            uploads: Unread::default(),
             arrivals: Mutex::new((f64::from(limits.new_per_second) * 2.0, Instant::now())),
         });
         let gone = self.change(|state| {

@@ -7,6 +7,7 @@ use crate::{
     secret::{clean::Cleaner, patterns::Patterns},
     table::VmEntry,
     throttle::Pause,
+    unread::Next,
 };
 use bytes::Bytes;
 use http_body::{Frame, SizeHint};
@@ -44,6 +45,7 @@ pub(crate) struct Outgoing {
     count: Arc<crate::audit::Counters>,
     entry: Arc<VmEntry>,
     pause: Pause,
+    next: Next,
 }
 
 impl Outgoing {
@@ -54,7 +56,8 @@ impl Outgoing {
         entry: Arc<VmEntry>,
     ) -> Body {
         let revoked = (!http_body::Body::is_end_stream(&inner)).then(|| revoked(ticket));
-        Self { inner, revoked, count, entry, pause: Pause::default() }.boxed_unsync()
+        let next = entry.uploads.next();
+        Self { inner, revoked, count, entry, pause: Pause::default(), next }.boxed_unsync()
     }
 }
 
@@ -95,7 +98,8 @@ impl http_body::Body for Outgoing {
             return Poll::Ready(Some(Err(error)));
         }
         ready!(self.pause.poll(cx));
-        let mut frame = ready!(Pin::new(&mut self.inner).poll_frame(cx));
+        let this = &mut *self;
+        let mut frame = ready!(this.next.poll(Pin::new(&mut this.inner), cx));
         if let Some(Ok(frame)) = &mut frame {
             add(&self.count.out, frame);
             let pause = spend(&self.entry, frame);
@@ -108,7 +112,7 @@ impl http_body::Body for Outgoing {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.inner.is_end_stream()
+        self.next.is_empty() && self.inner.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
@@ -125,6 +129,7 @@ pub(crate) struct Incoming {
     ticket: Option<Arc<Ticket>>,
     entry: Arc<VmEntry>,
     pause: Pause,
+    next: Next,
 }
 
 impl Incoming {
@@ -136,7 +141,8 @@ impl Incoming {
     ) -> Body {
         let revoked = ticket.as_deref().map(revoked);
         let pause = Pause::default();
-        Self { inner, record: Some(record), revoked, ticket, entry, pause }.boxed_unsync()
+        let next = entry.answers.next();
+        Self { inner, record: Some(record), revoked, ticket, entry, pause, next }.boxed_unsync()
     }
 
     /// Hands the record over, as revoked if that was the end.
@@ -168,7 +174,8 @@ impl http_body::Body for Incoming {
             return Poll::Ready(Some(Err(error)));
         }
         ready!(self.pause.poll(cx));
-        let frame = ready!(Pin::new(&mut self.inner).poll_frame(cx));
+        let this = &mut *self;
+        let frame = ready!(this.next.poll(Pin::new(&mut this.inner), cx));
         if let Some(Ok(frame)) = &frame {
             let pause = spend(&self.entry, frame);
             self.pause.begin(pause);
@@ -181,7 +188,7 @@ impl http_body::Body for Incoming {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.inner.is_end_stream()
+        self.next.is_empty() && self.inner.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {

@@ -26,6 +26,8 @@ use tokio_util::sync::CancellationToken;
 const STREAMS: u32 = 128;
 /// Streams that a guest may reset before the connection is closed: a rapid reset costs it the connection.
 const RESETS: usize = 64;
+/// What HTTP/1 reads at once where the VM has many connections: a head that the guard let through, and no less.
+const LEAST_BUFFER: usize = MAX_HEAD + 16 * 1024;
 
 /// Serves until the end. `revoked` lets requests under way see their own end first, if the guest lets them.
 pub(crate) async fn serve<S>(conn: HttpConn, stream: S, revoked: CancellationToken)
@@ -58,6 +60,7 @@ async fn http1<S>(
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
+    let window = conn.entry.guest_windows.take();
     let stream = GuardedIo::new(stream);
     let conn = Arc::new(conn.guarded(stream.refusal(), stream.switch()));
     let watched = conn.clone();
@@ -70,7 +73,7 @@ where
         .header_read_timeout(patience)
         .half_close(true)
         .preserve_header_case(true)
-        .max_buf_size(4 * MAX_HEAD)
+        .max_buf_size(window.size.of_buffer(LEAST_BUFFER))
         .serve_connection(TokioIo::new(stream), service)
         .with_upgrades();
     finish(&watched, connection, stop, |connection| connection.graceful_shutdown()).await
@@ -80,6 +83,7 @@ async fn http2<S>(conn: HttpConn, stream: S, stop: impl Future<Output = ()>) -> 
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
+    let window = conn.entry.guest_windows.take();
     let conn = Arc::new(conn);
     let watched = conn.clone();
     let service = service_fn(move |request| {
@@ -94,6 +98,8 @@ where
         .max_local_error_reset_streams(RESETS)
         .max_header_list_size(u32::try_from(MAX_HEAD).unwrap_or(u32::MAX))
         .max_send_buf_size(256 * 1024)
+        .initial_stream_window_size(window.size.of_stream())
+        .initial_connection_window_size(window.size.of_connection())
         .keep_alive_interval(Duration::from_secs(60))
         .keep_alive_timeout(Duration::from_secs(30))
         .serve_connection(TokioIo::new(stream), service);

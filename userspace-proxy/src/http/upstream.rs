@@ -8,6 +8,7 @@ use crate::{
     socket::Socket,
     table::VmEntry,
     trust::Trust,
+    window::Size,
 };
 use http::{Request, Response};
 use hyper::client::conn::{http1, http2};
@@ -19,10 +20,8 @@ use tapgate_model::{HostName, Reason};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
-/// What one HTTP/2 stream of an upstream may send ahead of the guest's reading, in octets; and all of a connection. Fixed: one
-/// that grew with what the path carries would let every connection hold many times as much.
-const STREAM_WINDOW: u32 = 1024 * 1024;
-const CONNECTION_WINDOW: u32 = 2 * STREAM_WINDOW;
+/// Longest head of an answer that is read whatever the VM's other connections hold.
+const LEAST_HEAD: usize = 64 * 1024;
 
 /// What an upstream connection is for; two requests share one only if all of this is the same.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -182,20 +181,21 @@ impl Connector {
 
     /// Dials, verifies, and begins HTTP in what was negotiated; in clear text, in what is offered.
     pub(crate) async fn connect(&self, entry: &VmEntry, key: Key) -> Result<Upstream, UpstreamError> {
-        let (stream, address) = self.dialer.dial(entry, &key.route, key.to).await?;
+        let (mut stream, address) = self.dialer.dial(entry, &key.route, key.to).await?;
+        let size = stream.open(&entry.upstream_windows);
         let sender = match &key.tls {
-            None => begin(stream, key.offer).await?,
+            None => begin(stream, size, key.offer).await?,
             Some(name) => {
                 let stream = self.tls(stream, name, Some(key.offer)).await?;
                 let http2 = stream.get_ref().1.alpn_protocol() == Some(Alpn::Http2.word());
-                begin(stream, if http2 { Alpn::Http2 } else { Alpn::Http1 }).await?
+                begin(stream, size, if http2 { Alpn::Http2 } else { Alpn::Http1 }).await?
             }
         };
         Ok(Upstream { key, address, sender })
     }
 }
 
-async fn begin<S>(stream: S, alpn: Alpn) -> Result<Sender, hyper::Error>
+async fn begin<S>(stream: S, size: Size, alpn: Alpn) -> Result<Sender, hyper::Error>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -204,7 +204,7 @@ where
         Alpn::Http1 => {
             let (sender, connection) = http1::Builder::new()
                 .preserve_header_case(true)
-                .max_buf_size(256 * 1024)
+                .max_buf_size(size.of_buffer(LEAST_HEAD))
                 .handshake(io)
                 .await?;
             tokio::spawn(connection.with_upgrades());
@@ -213,8 +213,8 @@ where
         Alpn::Http2 => {
             let (sender, connection) = http2::Builder::new(TokioExecutor::new())
                 .timer(TokioTimer::new())
-                .initial_stream_window_size(STREAM_WINDOW)
-                .initial_connection_window_size(CONNECTION_WINDOW)
+                .initial_stream_window_size(size.of_stream())
+                .initial_connection_window_size(size.of_connection())
                 .max_header_list_size(256 * 1024)
                 .keep_alive_interval(Duration::from_secs(30))
                 .handshake(io)

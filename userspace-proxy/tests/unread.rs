@@ -1,0 +1,229 @@
+//! What a guest makes the proxy hold by reading nothing: counted by what upstream servers are let send.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod support;
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicI64, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+use support::{SERVER, World, sh, world};
+use tapgate_model::Mode;
+use tapgate_proxy::Limits;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream},
+    sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
+    task::AbortHandle,
+    time::timeout,
+};
+
+// Frame types (RFC 9113 §6).
+const DATA: u8 = 0;
+const HEADERS: u8 = 1;
+const SETTINGS: u8 = 4;
+const PING: u8 = 6;
+const WINDOW_UPDATE: u8 = 8;
+/// The protocol's own window of a connection.
+const NARROW: i64 = 65_535;
+const MIDDLE: i64 = 256 << 10;
+const WIDE: i64 = 2 << 20;
+/// Content that is on its way to a VM and not written yet (docs/proxy.md).
+const ON_ITS_WAY: i64 = 64 << 20;
+
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+    [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
+}
+
+fn number(bytes: &[u8]) -> i64 {
+    i64::from(u32::from_be_bytes(bytes.try_into().unwrap()))
+}
+
+/// What servers sent in all, and what each was let send at once when it was at a standstill.
+#[derive(Default)]
+struct Sent {
+    octets: AtomicI64,
+    streams: AtomicUsize,
+}
+
+/// Answers every request without end, as far as it is let. Says how much it was let send each time that it comes to a
+/// standstill: when a PING after its last octet was answered and it still may send nothing.
+async fn endless(mut stream: TcpStream, sent: Arc<Sent>, still: UnboundedSender<i64>) -> std::io::Result<()> {
+    stream.read_exact(&mut [0; 24]).await?;
+    stream.write_all(&frame(SETTINGS, 0, 0, b"")).await?;
+    let (mut initial, mut all, mut mine) = (NARROW, NARROW, 0);
+    let mut streams = HashMap::<i64, i64>::new();
+    loop {
+        let mut head = [0; 9];
+        stream.read_exact(&mut head).await?;
+        let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
+        stream.read_exact(&mut payload).await?;
+        let id = number(&head[5..]);
+        let mut answered = false;
+        match (head[3], head[4] & 1) {
+            (SETTINGS, 0) => {
+                if let Some(window) = payload.chunks(6).find(|setting| setting[..2] == [0, 4]) {
+                    initial = number(&window[2..]);
+                }
+                stream.write_all(&frame(SETTINGS, 1, 0, b"")).await?;
+            }
+            (HEADERS, _) => {
+                streams.insert(id, initial);
+                sent.streams.fetch_add(1, Ordering::Relaxed);
+                stream.write_all(&frame(HEADERS, 4, u32::try_from(id).unwrap(), &[0x88])).await?;
+            }
+            (WINDOW_UPDATE, _) if id == 0 => all += number(&payload),
+            (WINDOW_UPDATE, _) => *streams.get_mut(&id).unwrap() += number(&payload),
+            (PING, 0) => stream.write_all(&frame(PING, 1, 0, &payload)).await?,
+            (PING, _) => answered = true,
+            _ => {}
+        }
+        let mut moved = false;
+        for (id, window) in &mut streams {
+            while all.min(*window) > 0 {
+                let length = all.min(*window).min(16_384);
+                let content = vec![0; usize::try_from(length).unwrap()];
+                stream.write_all(&frame(DATA, 0, u32::try_from(*id).unwrap(), &content)).await?;
+                (all, *window, mine, moved) = (all - length, *window - length, mine + length, true);
+                sent.octets.fetch_add(length, Ordering::Relaxed);
+            }
+        }
+        if moved {
+            stream.write_all(&frame(PING, 0, 0, &[0; 8])).await?;
+        } else if answered {
+            let _ = still.send(mine);
+        }
+    }
+}
+
+/// What each server says, in the order in which they were connected to.
+type Servers = UnboundedReceiver<(UnboundedReceiver<i64>, AbortHandle)>;
+
+async fn start(w: &mut World) -> (Arc<Sent>, Servers) {
+    // Under one name they would share a connection.
+    for n in 100..300 {
+        w.zone.set(&format!("api{n}.example"), &[SERVER]);
+    }
+    w.rules(Mode::Enforce, &["*"], &[]);
+    assert!(w.table.limit(&w.policy.vm, Limits::default()));
+    let listener = TcpListener::bind((SERVER, 80)).await.unwrap();
+    let (sent, (connected, servers)) = (Arc::<Sent>::default(), unbounded_channel());
+    let counted = sent.clone();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let (still, stills) = unbounded_channel();
+            let server = tokio::spawn(endless(stream, counted.clone(), still));
+            let _ = connected.send((stills, server.abort_handle()));
+        }
+    });
+    (sent, servers)
+}
+
+/// A guest's connection with so many requests on it to a server of its own, whose answers it lets come as far as `window`, and
+/// never reads.
+async fn guest(w: &World, number: usize, requests: u32, window: u32) -> TcpStream {
+    let mut stream = w.connect((SERVER, 80)).await;
+    let settings = [&[0, 4][..], &window.to_be_bytes()].concat();
+    let mut all =
+        [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".as_slice(), &frame(SETTINGS, 0, 0, &settings)].concat();
+    if window > 0 {
+        all.extend(frame(WINDOW_UPDATE, 0, 0, &(window - 65_535).to_be_bytes()));
+    }
+    let name = format!("api{}.example", 100 + number);
+    let head = [&[0x82, 0x86, 0x84, 0x41, 14][..], name.as_bytes()].concat();
+    (0..requests).for_each(|n| all.extend(frame(HEADERS, 5, 2 * n + 1, &head)));
+    stream.write_all(&all).await.unwrap();
+    stream
+}
+
+/// What the next server was let send, once that is at least so much and it is at a standstill.
+async fn standstill(servers: &mut Servers, least: i64) -> (i64, AbortHandle) {
+    let waited = async {
+        let (mut stills, server) = servers.recv().await.unwrap();
+        loop {
+            let mine = stills.recv().await.expect("the server goes on");
+            if mine >= least {
+                return (mine, server);
+            }
+        }
+    };
+    timeout(Duration::from_secs(20), waited).await.expect("it is let send so much and no more")
+}
+
+#[test]
+fn a_vm_that_reads_nothing_holds_up_its_upstreams_within_its_bound() {
+    world(|mut w| async move {
+        let (sent, mut servers) = start(&mut w).await;
+        // One after the other, so that each server's share is known; one answer may have half of it.
+        let (mut guests, mut ends) = (Vec::new(), Vec::new());
+        for n in 0..144 {
+            guests.push(guest(&w, n, 1, 0).await);
+            let window = match n {
+                0..16 => WIDE,
+                16..128 => MIDDLE,
+                _ => NARROW,
+            } / 2;
+            let (mine, server) = standstill(&mut servers, window).await;
+            ends.push(server);
+            // What the guest's side took of the answer, to be passed on, was sent besides.
+            assert!(mine <= window + 16_384, "connection {n} had {mine} of {window}");
+        }
+        let bound = (16 * WIDE + 112 * MIDDLE + 16 * NARROW) / 2 + 144 * 16_384;
+        let octets = sent.octets.load(Ordering::Relaxed);
+        assert!(octets <= bound, "{octets} octets where {bound} are the bound");
+        // A share goes back with its connection, as soon as its end was noticed.
+        ends[0].abort();
+        let wide = async {
+            loop {
+                guests.push(guest(&w, guests.len(), 1, 0).await);
+                let (mut stills, _) = servers.recv().await.unwrap();
+                while let Ok(Some(mine)) = timeout(Duration::from_millis(500), stills.recv()).await {
+                    if mine >= WIDE / 2 {
+                        return;
+                    }
+                }
+            }
+        };
+        timeout(Duration::from_secs(20), wide).await.expect("the share of a connection that ended is gone");
+    });
+}
+
+#[test]
+fn what_is_on_its_way_to_a_vm_is_bounded_for_all_its_connections() {
+    world(|mut w| async move {
+        // What the kernel holds is small, and no part of it.
+        sh(
+            "echo 4096 16384 65536 > /proc/sys/net/ipv4/tcp_wmem; echo 4096 16384 65536 > /proc/sys/net/ipv4/tcp_rmem",
+        );
+        let (sent, _servers) = start(&mut w).await;
+        let mut guests = Vec::new();
+        for n in 0..4 {
+            guests.push(guest(&w, n, 128, 1 << 30).await);
+        }
+        // Until nothing more comes for a while: what is sent later would be beyond the bound all the same.
+        let all = || (sent.streams.load(Ordering::Relaxed), sent.octets.load(Ordering::Relaxed));
+        let quiet = async {
+            let mut before = all();
+            loop {
+                tokio::time::sleep(Duration::from_secs(3)).await;
+                let now = all();
+                if now == before && now.1 > 0 {
+                    return;
+                }
+                before = now;
+            }
+        };
+        timeout(Duration::from_secs(30), quiet).await.expect("it comes to an end");
+        let octets = sent.octets.load(Ordering::Relaxed);
+        // Windows (requests that come together may each have a connection), a piece in the hand of each stream, and what the kernel
+        // has of both sides.
+        let besides = 16 * WIDE + 112 * MIDDLE + 384 * NARROW + 512 * 16_384 + 8 * 4 * 65_536;
+        assert!(octets <= ON_ITS_WAY + besides, "{octets} octets");
+        assert!(octets >= ON_ITS_WAY, "{octets} octets: it is not something else that bounds it");
+    });
+}
