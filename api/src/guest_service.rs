@@ -99,7 +99,7 @@ async fn user_data(
     let deadline = tokio::time::Instant::now() + HOLD;
     loop {
         news.mark_unchanged();
-        let text = match service.answers.of(&service.guests, &vm).await {
+        let text = match service.answers.user_data(&service.guests, &vm).await {
             Ok(text) => text,
             Err(error) => {
                 tracing::error!(%vm, %error, "guest_service.user_data_unreadable");
@@ -112,7 +112,7 @@ async fn user_data(
         let headers = [(header::ETAG, tag.clone())];
         if known.as_ref() != Some(&tag) {
             let kind = [(header::CONTENT_TYPE, "text/plain; charset=utf-8")];
-            return (headers, kind, Body::from(Bytes::from_owner(Octets(text)))).into_response();
+            return (headers, kind, body(text)).into_response();
         }
         drop(text);
         let changed = tokio::select! {
@@ -123,6 +123,11 @@ async fn user_data(
             return (StatusCode::NOT_MODIFIED, headers).into_response();
         }
     }
+}
+
+/// All connections send the same octets.
+fn body(text: Arc<str>) -> Body {
+    Body::from(Bytes::from_owner(Octets(text)))
 }
 
 impl IntoResponse for AgentError {
@@ -144,8 +149,8 @@ impl IntoResponse for AgentError {
 /// The task of the agent that lives in this VM; 404 where none does.
 async fn agent(State(service): State<Arc<Service>>, ConnectInfo(peer): ConnectInfo<SocketAddr>) -> Response {
     let Some(vm) = service.guests.by_address(peer.ip()) else { return StatusCode::FORBIDDEN.into_response() };
-    match service.guests.task(&vm).await {
-        Ok(task) => Json(task).into_response(),
+    match service.answers.task(&service.guests, &vm).await {
+        Ok(task) => ([(header::CONTENT_TYPE, "application/json")], body(task)).into_response(),
         Err(error) => error.into_response(),
     }
 }

@@ -217,3 +217,54 @@ fn a_guest_reports_for_itself_alone_and_only_forwards() {
     api.delete(&format!("/v1/agents/{id}")).unwrap().expect(204).unwrap();
     api.wait_for(&vm, "destroyed").unwrap();
 }
+
+/// Asks for the task on as many connections as a guest may have, reads no answer's body, and prints how many KiB the daemon took for
+/// that. (A namespace sees the host's processes.)
+const HOARD: &str = r#"
+import socket, sys, time
+
+def taken():
+    lines = open(f"/proc/{sys.argv[1]}/status")
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+def ask():
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.settimeout(60)
+    connection.connect(("169.254.169.254", 80))
+    connection.sendall(b"GET /v1/agent HTTP/1.1\r\nHost: 169.254.169.254\r\nConnection: close\r\n\r\n")
+    assert connection.recv(12) == b"HTTP/1.1 200"
+    return connection
+
+# What one answer takes is there before.
+first = ask()
+while first.recv(65536):
+    pass
+first.close()
+before = taken()
+held = [ask() for _ in range(15)]
+time.sleep(0.5)
+print(taken() - before)
+"#;
+
+#[test]
+fn a_guest_that_reads_its_task_slowly_has_one_copy_of_it() {
+    let world = World::new().unwrap();
+    let daemon = Daemon::start(&world, settings(Driver::Netns)).unwrap();
+    let stage = Stage::new(&world, daemon).unwrap();
+    account(&stage);
+    let api = stage.api();
+    // As JSON each of these octets is six.
+    let value = "\u{1}".repeat(32_000);
+    for name in ["A", "B", "C", "D", "E", "F", "G"] {
+        api.put(&format!("/v1/env/{name}"), &json!({ "value": value })).unwrap().expect(200).unwrap();
+    }
+    let (_, vm) = api.create_agent(&agent(&world, "one", "scripted")).unwrap();
+    api.wait_ready(&vm).unwrap();
+    let guest = Guest::of(&world, api, &vm).unwrap();
+    let command = format!("python3 - {} <<'END'\n{HOARD}\nEND", stage.daemon().pid());
+    let taken: i64 = guest.expect(&command).unwrap().parse().unwrap();
+    // An answer is 1.3 MiB.
+    println!("{taken} KiB for fifteen answers");
+    assert!(taken < 10 << 10, "{taken} KiB for fifteen answers");
+}

@@ -30,6 +30,16 @@ fn becomes(api: &Client<'_>, vm: &str, wanted: &str) {
     panic!("it stays {last} and never becomes {wanted}");
 }
 
+fn eventually(what: &str, happened: impl Fn() -> bool) {
+    for _ in 0..TRIES {
+        if happened() {
+            return;
+        }
+        thread::sleep(Duration::from_millis(100));
+    }
+    panic!("{what}: never");
+}
+
 fn change(daemon: &Daemon<'_>, sql: &str) {
     let script = "import sqlite3, sys; db = sqlite3.connect(sys.argv[1]); db.executescript(sys.argv[2])";
     let database = daemon.data_dir().join("tapgate.db");
@@ -111,4 +121,25 @@ fn a_folder_that_cannot_be_removed_is_tried_again_now_and_then() {
     // After 1, 2 and 4 seconds.
     assert!((1..=4).contains(&tries), "{tries} tries in six seconds");
     assert!(!kept.exists());
+}
+
+/// The records refuse a snapshot's last step for a while. (A namespace has none to give: it fails, which is a step like another.)
+#[test]
+fn a_snapshot_whose_last_step_is_refused_takes_it_later_without_a_call() {
+    let world = World::new().unwrap();
+    let daemon = Daemon::start(&world, settings(Driver::Netns)).unwrap();
+    let api = daemon.client().sign_up("ada").unwrap();
+    let vm = api.create_vm("one", &ssh::key(&world).unwrap()).unwrap();
+    api.wait_ready(&vm).unwrap();
+    change(
+        &daemon,
+        "CREATE TRIGGER refused BEFORE UPDATE OF status ON snapshots BEGIN SELECT RAISE(ABORT, 'refused'); END",
+    );
+    let made = api.post(&format!("/v1/vms/{vm}/snapshots"), &json!({})).unwrap().expect(201).unwrap();
+    let path = format!("/v1/snapshots/{}", made["data"]["id"].as_str().unwrap());
+    let status = || api.get(&path).unwrap().expect(200).unwrap()["data"]["status"].clone();
+    eventually("the refusal is logged", || daemon.log().contains("refused"));
+    assert_eq!(status(), "pending");
+    change(&daemon, "DROP TRIGGER refused");
+    eventually("the snapshot ends", || status() == "failed");
 }

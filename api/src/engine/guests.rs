@@ -1,7 +1,6 @@
 //! What the guest service may ask of the engine: who has an address, that VM's user-data, and its agent's task and reports.
 
 use super::{Shared, agents, agents::AgentError, files};
-use crate::agent::Task;
 use std::{net::IpAddr, sync::Arc};
 use tapgate_model::{HostName, VmId};
 use tapgate_store::AgentStatus;
@@ -30,9 +29,13 @@ impl Guests {
         built.map_err(|error| error.to_string())?.map_err(|error| error.to_string())
     }
 
-    /// The task of the agent in the VM.
-    pub(crate) async fn task(&self, vm: &VmId) -> Result<Task, AgentError> {
-        agents::task(&self.0, vm).await
+    /// The task of the agent in the VM, in JSON.
+    pub(crate) async fn task(&self, vm: &VmId) -> Result<String, AgentError> {
+        let task = agents::task(&self.0, vm).await?;
+        // Escaping of all variables.
+        let built = tokio::task::spawn_blocking(move || serde_json::to_string(&task)).await;
+        let internal = |error: &dyn std::fmt::Display| AgentError::Internal(error.to_string());
+        built.map_err(|error| internal(&error))?.map_err(|error| internal(&error))
     }
 
     /// What the guest says of its agent.

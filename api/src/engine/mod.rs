@@ -5,6 +5,7 @@
 //! engine. Must never boot a VM without its gate, nor hold a policy of its own.
 
 pub(crate) mod agents;
+mod backoff;
 mod enforcer;
 mod events;
 mod files;
@@ -19,6 +20,7 @@ mod round;
 mod snapshots;
 mod ssh;
 mod suspend;
+mod taking;
 mod watching;
 
 pub(crate) use guests::Guests;
@@ -29,15 +31,16 @@ use crate::{config::Config, storage::Storage};
 use gates::Gates;
 use round::Round;
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Instant,
 };
+use taking::Taking;
 use tapgate_datapath::Datapath;
 use tapgate_model::{GuestNet, StatusDetail, VmId, VmPolicy};
 use tapgate_proxy::PolicyTable;
 use tapgate_store::{Store, StoreError, VmRecord};
-use tapgate_vmm::{Vmm, image::Image};
+use tapgate_vmm::{Running, Vmm, image::Image};
 use tokio::sync::{Notify, Semaphore, mpsc, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -61,7 +64,7 @@ pub(crate) struct Shared {
     /// Policies that are not in force yet.
     changes: enforcer::Changes,
     /// The VMs whose snapshots are being taken.
-    taking: Mutex<HashSet<VmId>>,
+    taking: Taking<Arc<dyn Running>>,
     /// Rises with every change of an environment.
     news: watch::Sender<u64>,
     /// Where snapshots are stored.
@@ -144,7 +147,7 @@ impl Engine {
             gates: Mutex::default(),
             installing: tokio::sync::Mutex::default(),
             changes: enforcer::Changes::default(),
-            taking: Mutex::default(),
+            taking: Taking::default(),
             news: watch::Sender::new(0),
             storage,
             boots: Semaphore::new(std::thread::available_parallelism().map_or(2, usize::from).max(2)),

@@ -8,10 +8,10 @@
 //! A staged file has its name only once it is whole, so after a crash a copy is taken again and an upload is made again.
 //! One copy at a time for each VM, one upload at a time. Must never hold up the VM's own task.
 
-use super::{Shared, files};
+use super::{Shared, backoff::Backoff, files};
 use std::{
     path::{Path, PathBuf},
-    sync::{Arc, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 use tapgate_fault::point;
@@ -56,57 +56,86 @@ fn staged(config: &Config, snapshot: &SnapshotId, kind: &str) -> PathBuf {
     staging(config).join(format!("{snapshot}.{kind}"))
 }
 
-/// Starts what is asked for of this VM, unless it is being done already.
+/// Starts what is asked for of this VM; where that is being done already, it looks again before it ends.
 pub(super) fn take_up(shared: &Arc<Shared>, vm: &VmId, machine: Arc<dyn Running>) {
-    let busy =
-        |shared: &Shared| !shared.taking.lock().unwrap_or_else(PoisonError::into_inner).insert(vm.clone());
-    if busy(shared) {
+    let mut next = shared.taking.begin(vm, machine);
+    if next.is_none() {
         return;
     }
     let (shared, vm) = (shared.clone(), vm.clone());
     tokio::spawn(async move {
-        take_all(&shared, &vm, machine.as_ref()).await;
-        shared.taking.lock().unwrap_or_else(PoisonError::into_inner).remove(&vm);
+        while let Some(machine) = next {
+            take_all(&shared, &vm, machine).await;
+            if shared.stop.is_cancelled() {
+                return shared.taking.end(&vm);
+            }
+            next = shared.taking.next(&vm);
+        }
     });
 }
 
 /// Comes back when nothing is being taken of this VM, for a daemon that ends: it is not to leave a guest held.
 pub(super) async fn let_go(shared: &Shared, vm: &VmId) {
-    while shared.taking.lock().unwrap_or_else(PoisonError::into_inner).contains(vm) {
+    while shared.taking.busy(vm) {
         tokio::time::sleep(LOOK).await;
     }
 }
 
-async fn take_all(shared: &Shared, vm: &VmId, machine: &dyn Running) {
+/// Takes what is asked for so far, one after the other.
+async fn take_all(shared: &Shared, vm: &VmId, mut machine: Arc<dyn Running>) {
     loop {
-        let pending = match shared.store.snapshots_unfinished().await {
-            Ok(all) => all.into_iter().find(|s| s.vm == *vm && s.status == SnapshotStatus::Pending),
-            Err(error) => return tracing::error!(%vm, %error, "snapshot.records_unreadable"),
+        let Some(unfinished) = insist(shared, vm, || shared.store.snapshots_unfinished()).await else {
+            return;
         };
+        let pending = unfinished.into_iter().find(|s| s.vm == *vm && s.status == SnapshotStatus::Pending);
         let Some(snapshot) = pending else { return };
+        // It may have been started anew since.
+        if let Some(newer) = shared.taking.newer(vm) {
+            machine = newer;
+        }
         let taken = match snapshot.kind {
             SnapshotKind::Disk => tokio::select! {
                 () = shared.stop.cancelled() => return,
-                taken = take(shared, &snapshot, machine) => taken,
+                taken = take(shared, &snapshot, machine.as_ref()) => taken,
             },
             // Cut off in the middle it would leave the guest held until there is a daemon again.
             SnapshotKind::Memory if shared.stop.is_cancelled() => return,
-            SnapshotKind::Memory => take(shared, &snapshot, machine).await,
+            SnapshotKind::Memory => take(shared, &snapshot, machine.as_ref()).await,
         };
-        let advanced = match taken {
-            Ok(()) => shared.store.snapshot_advance(&snapshot.id, SnapshotStatus::Uploading, None).await,
-            Err(reason) => fail(shared, &snapshot, reason).await.map(|_| false),
+        let kept = taken.is_ok();
+        let (status, reason) = match taken {
+            Ok(()) => (SnapshotStatus::Uploading, None),
+            Err(reason) => (SnapshotStatus::Failed, Some(failed(&snapshot, reason))),
         };
-        match advanced {
-            Ok(true) => {}
-            Ok(false) => {
-                // It failed; or it was deleted, or its VM ended, while the copy was made.
-                tracing::info!(%vm, snapshot = %snapshot.id, "snapshot.not_kept");
-                unstage(shared, &snapshot.id);
-            }
-            Err(error) => return tracing::error!(%vm, %error, "snapshot.record_unwritable"),
+        // The copy is made: only the step is tried again.
+        let advance = || shared.store.snapshot_advance(&snapshot.id, status, reason.clone());
+        let Some(advanced) = insist(shared, vm, advance).await else { return };
+        if !(kept && advanced) {
+            // It failed; or it was deleted, or its VM ended, while the copy was made.
+            tracing::info!(%vm, snapshot = %snapshot.id, "snapshot.not_kept");
+            unstage(shared, &snapshot.id);
         }
         shared.uploads.notify_one();
+    }
+}
+
+/// What the records answer once they do; nothing where the daemon ends before.
+async fn insist<T, F>(shared: &Shared, vm: &VmId, ask: impl Fn() -> F) -> Option<T>
+where
+    F: Future<Output = Result<T, StoreError>>,
+{
+    let mut backoff = Backoff::new();
+    loop {
+        let error = match ask().await {
+            Ok(answer) => return Some(answer),
+            Err(error) => error,
+        };
+        let pause = backoff.pause();
+        tracing::error!(%vm, %error, again_in_s = pause.as_secs(), "snapshot.records_unusable");
+        tokio::select! {
+            () = shared.stop.cancelled() => return None,
+            () = tokio::time::sleep(pause) => {}
+        }
     }
 }
 
@@ -117,9 +146,10 @@ fn unstage(shared: &Shared, snapshot: &SnapshotId) {
     }
 }
 
-async fn fail(shared: &Shared, snapshot: &SnapshotRecord, reason: String) -> Result<bool, StoreError> {
+/// Tells of it and hands the reason on.
+fn failed(snapshot: &SnapshotRecord, reason: String) -> String {
     tracing::error!(vm = %snapshot.vm, snapshot = %snapshot.id, %reason, "snapshot.failed");
-    shared.store.snapshot_advance(&snapshot.id, SnapshotStatus::Failed, Some(reason)).await
+    reason
 }
 
 /// Copies the disk to the staging folder.
@@ -225,7 +255,10 @@ async fn upload_all(shared: &Shared) {
                 };
                 shared.store.snapshot_stored(&snapshot.id, stored).await
             }
-            Err(reason) => fail(shared, &snapshot, reason).await.map(drop),
+            Err(reason) => {
+                let reason = Some(failed(&snapshot, reason));
+                shared.store.snapshot_advance(&snapshot.id, SnapshotStatus::Failed, reason).await.map(drop)
+            }
         };
         if let Err(error) = noted {
             // The file stays: the upload is made again when the records can be written.
