@@ -3,19 +3,13 @@
 //! Owns what is still to be read. However often an account changes its policy, the others wait for one reading of it; a call to a VM
 //! waits for none. Must never drop a change: what is put together is the same work, not less.
 
-use super::{Scope, Shared, policy};
+use super::{Scope, Shared, backoff::Backoff, policy};
 use std::{
     collections::HashSet,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
 };
 use tapgate_model::UserId;
 use tokio::sync::Notify;
-
-/// Before VMs that were closed for want of a policy are tried again; each time twice as long.
-const RETRY: Duration = Duration::from_secs(1);
-/// The longest of these pauses.
-const RETRY_MOST: Duration = Duration::from_secs(30);
 
 /// What changed and is not in force yet.
 #[derive(Debug, Default)]
@@ -74,7 +68,7 @@ pub(super) async fn enforce(shared: Arc<Shared>) {
 
 /// Tries VMs that were closed for want of a policy again, until the daemon stops: the store may have been busy for a moment only.
 pub(super) async fn reopen(shared: Arc<Shared>) {
-    let mut pause = RETRY;
+    let mut backoff = Backoff::new();
     loop {
         tokio::select! {
             () = shared.stop.cancelled() => return,
@@ -82,14 +76,16 @@ pub(super) async fn reopen(shared: Arc<Shared>) {
         }
         tokio::select! {
             () = shared.stop.cancelled() => return,
-            () = tokio::time::sleep(pause) => {}
+            () = tokio::time::sleep(backoff.pause()) => {}
         }
         let users = closed(&shared);
         for user in &users {
             policy::install(&shared, user, None).await;
         }
         // What could not be opened has asked for another try.
-        pause = if closed(&shared).is_empty() { RETRY } else { (pause * 2).min(RETRY_MOST) };
+        if closed(&shared).is_empty() {
+            backoff = Backoff::new();
+        }
     }
 }
 

@@ -3,7 +3,9 @@
 //! Each state is in the records before it is acted on, so after a crash the task goes on where the records say. What a
 //! user asks comes in by the records too; the waker only says that they changed.
 
-use super::{Shared, events, files, gates::Gated, policy, snapshots, ssh, suspend, watching};
+use super::{
+    Shared, backoff::Backoff, events, files, gates::Gated, policy, snapshots, ssh, suspend, watching,
+};
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
@@ -28,10 +30,8 @@ const ADOPT_CHECK: Duration = Duration::from_secs(15);
 const BOOTS: u32 = 2;
 /// For the guest to shut itself down when asked to.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(20);
-/// After the records could not be read or written, or a VM could not be ended.
+/// After the records could not be read or written.
 const RETRY: Duration = Duration::from_secs(1);
-/// Between two tries to end it at most: each pause is twice the one before.
-const RETRY_MOST: Duration = Duration::from_secs(30);
 
 /// A VM that runs: the machine, and the port that leads to it.
 pub(super) struct Live {
@@ -50,7 +50,7 @@ pub(super) async fn drive(
     let mut live: Option<Live> = None;
     // Why it failed, until what is left of it has ended.
     let mut failed: Option<String> = None;
-    let mut pause = RETRY;
+    let mut backoff = Backoff::new();
     loop {
         let record = match shared.store.vm_any(&vm).await {
             Ok(record) => record,
@@ -96,13 +96,14 @@ pub(super) async fn drive(
         };
         drop(looking.take());
         let Some(reason) = left else {
-            pause = RETRY;
+            backoff = Backoff::new();
             continue;
         };
+        let pause = backoff.pause();
         tracing::error!(%vm, state = record.detail.word(), %reason, again_in_s = pause.as_secs(), "vm.left");
         tokio::select! {
             () = shared.stop.cancelled() => return snapshots::let_go(&shared, &vm).await,
-            () = tokio::time::sleep(pause) => pause = (pause * 2).min(RETRY_MOST),
+            () = tokio::time::sleep(pause) => {}
         }
     }
 }
