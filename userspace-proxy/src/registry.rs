@@ -4,10 +4,10 @@
 use std::{
     collections::HashMap,
     net::IpAddr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
 };
 use tapgate_model::{HostName, VmPolicy};
-use tokio::sync::watch;
+use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio_util::sync::CancellationToken;
 
 /// What a connection was let out as.
@@ -86,7 +86,7 @@ impl Registry {
             revoked.cancel();
         }
         live.open.insert(key, Open { subject, address: None, revoked: revoked.clone() });
-        Ticket { registry: self.clone(), key, revoked }
+        Ticket { registry: self.clone(), key, revoked, held: OnceLock::new() }
     }
 
     /// Cuts every connection that the policy no longer lets out.
@@ -127,9 +127,17 @@ pub(crate) struct Ticket {
     key: u64,
     /// Cancelled when the rules no longer allow the connection.
     pub revoked: CancellationToken,
+    /// What goes back to its VM with it.
+    held: OnceLock<OwnedSemaphorePermit>,
 }
 
 impl Ticket {
+    /// Keeps what its request takes of its VM's share, until it has ended.
+    pub(crate) fn hold(&self, permit: OwnedSemaphorePermit) {
+        // There is one request to a ticket.
+        let _ = self.held.set(permit);
+    }
+
     /// Notes where the connection leads: from here on it is cut, too, when that may not be reached any more.
     pub(crate) fn leads_to(&self, address: IpAddr) {
         if let Some(open) = self.registry.lock().open.get_mut(&self.key) {

@@ -4,6 +4,7 @@
 use crate::{
     config::Limits,
     dns::pins::Pins,
+    http::burden::Burden,
     intercept::ca::VmCa,
     place::{Place, Places},
     registry::{Registry, Subject, Ticket},
@@ -60,6 +61,8 @@ pub(crate) struct VmEntry {
     /// Answers that it has not taken, and uploads that no upstream has.
     pub answers: Unread,
     pub uploads: Unread,
+    /// Its requests under way.
+    pub burden: Burden,
     /// New connections: tokens left, and when they were counted last.
     arrivals: Mutex<(f64, Instant)>,
 }
@@ -175,6 +178,7 @@ impl PolicyTable {
             guest_windows: Windows::default(),
             answers: Unread::default(),
             uploads: Unread::default(),
+            burden: Burden::default(),
             arrivals: Mutex::new((f64::from(limits.new_per_second) * 2.0, Instant::now())),
         });
         let gone = self.change(|state| {
@@ -198,6 +202,10 @@ impl PolicyTable {
         let Some(entry) = state.by_vm.get(&policy.vm) else { return false };
         if entry.policy.load().generation <= policy.generation {
             entry.policy.store(policy.clone());
+            // Values that were taken away are not kept for a request that may never come. Answers under way have their own hold.
+            if entry.known.load().as_ref().is_some_and(|known| !known.is_of(&policy.secrets)) {
+                entry.known.store(None);
+            }
             entry.live.rejudge(&policy);
         }
         true
@@ -285,4 +293,30 @@ fn take(state: &mut State, fits: impl Fn(&VmEntry) -> bool) -> Vec<Arc<VmEntry>>
     });
     state.by_address.retain(|_, entry| !fits(entry));
     gone
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::secret::substitute::tests::policy;
+    use std::net::Ipv4Addr;
+
+    #[tokio::test]
+    async fn values_that_were_taken_away_are_not_kept() {
+        let table = PolicyTable::default();
+        let first = Arc::new(policy(&[("s", "a-real-value", &["*"])]));
+        let net = GuestNet::new(0, Ipv4Addr::new(10, 214, 0, 0), None);
+        table.insert(net, Arc::new(VmCa::generate(&first.vm).unwrap()), first.clone());
+        let entry = table.by_address(net.v4.into()).unwrap();
+        let patterns = entry.patterns(&first, Vec::new()).await.unwrap();
+        let known = Arc::downgrade(&entry.known.load_full().unwrap());
+        let rules = VmPolicy { generation: first.generation + 1, ..VmPolicy::clone(&first) };
+        table.update(Arc::new(rules));
+        assert!(known.upgrade().is_some(), "the secrets are the same");
+        let none = VmPolicy { secrets: [].into(), generation: 9, ..VmPolicy::clone(&first) };
+        table.update(Arc::new(none));
+        assert!(known.upgrade().is_none(), "values of a secret that is gone");
+        // An answer under way is cleaned of them all the same.
+        assert!(patterns.unwrap().clean_whole(b"a-real-value").is_some());
+    }
 }

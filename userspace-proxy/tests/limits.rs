@@ -252,3 +252,62 @@ fn upstreams_at_rest_leave_room_for_those_in_use() {
         }
     });
 }
+
+/// Credentials cost more than their octets, for they are looked for in the answer.
+#[test]
+fn requests_under_way_are_bounded_by_what_they_hold_and_only_that_vms() {
+    use base64::{Engine as _, engine::general_purpose::STANDARD};
+    const MOST: usize = 64 << 20;
+    world(|mut w| async move {
+        start(&mut w).await;
+        w.zone.set("mute.example", &[OTHER]);
+        w.rules(Mode::Enforce, &["api.example", "mute.example"], &[("s", "a-real-value", &["mute.example"])]);
+        // Takes connections and says nothing.
+        let mute = TcpListener::bind((OTHER, 80)).await.unwrap();
+        tokio::spawn(async move {
+            let mut open = Vec::new();
+            while let Ok((stream, _)) = mute.accept().await {
+                open.push(stream);
+            }
+        });
+        let credentials = STANDARD.encode(format!("{}:IRONSH_PROXY_s", "x".repeat(12_000)));
+        let ask = || {
+            let request = Request::get("http://mute.example/");
+            let request = request.header("authorization", format!("Basic {credentials}"));
+            request.body(Empty::<Bytes>::new()).unwrap()
+        };
+        // Both spellings, as the guest and as the upstream has it.
+        let each = 24 * 2 * credentials.len();
+        let (mut senders, mut asked) = (Vec::new(), FuturesUnordered::new());
+        for _ in 0..2 {
+            let mut sender = begin_http2(&w).await;
+            for _ in 0..100 {
+                asked.push(sender.send_request(ask()));
+            }
+            senders.push(sender);
+        }
+        let mut refused = 0;
+        while let Ok(Some(answer)) = timeout(Duration::from_secs(3), asked.next()).await {
+            assert!(is_refused(&answer.unwrap()));
+            refused += 1;
+        }
+        let passed = 200 - refused;
+        assert!(passed <= MOST / each && passed > MOST / each / 2, "{passed} of 200 are under way");
+        let mut other = w.connect_as(OTHER_GUEST, (ATTACKER, 80)).await;
+        other.write_all(GET.as_bytes()).await.unwrap();
+        let mut all = Vec::new();
+        other.read_to_end(&mut all).await.unwrap();
+        assert!(all.starts_with(b"HTTP/1.1 200"), "the other VM is served");
+        // What they held is there again when they have ended.
+        drop((asked, senders));
+        while w.table.open_connections(&w.policy.vm) > 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        let mut sender = begin_http2(&w).await;
+        let mut again = std::pin::pin!(sender.send_request(ask()));
+        assert!(
+            timeout(Duration::from_secs(1), &mut again).await.is_err(),
+            "it is refused: nothing came back"
+        );
+    });
+}

@@ -2,6 +2,7 @@
 
 pub(crate) mod authority;
 pub(crate) mod body;
+pub(crate) mod burden;
 pub(crate) mod guard;
 pub(crate) mod headers;
 pub(crate) mod pool;

@@ -229,6 +229,13 @@ impl HttpConn {
                 return self.deny(record, Reason::Limit, host, Some(&error.to_string()), &asked);
             }
         };
+        match self.entry.burden.take(&parts, &outcome.credentials) {
+            Ok(taken) => ticket.hold(taken),
+            Err(error) => {
+                drop(ticket);
+                return self.deny(record, Reason::Limit, host, Some(&error.to_string()), &asked);
+            }
+        }
         let patterns = match self.entry.patterns(&policy, outcome.credentials).await {
             Ok(patterns) => patterns,
             Err(error) => {
