@@ -210,7 +210,11 @@ pub(super) fn schemas() -> Value {
     let mut rule = object(
         json!({}),
         json!({
-            "name": or_null(visible(64)), "host": or_null(host()), "cidr": or_null(json!({ "type": "string", "format": "cidr" })),
+            "name": or_null(visible(64)), "host": or_null(host()),
+            "cidr": or_null(json!({
+                "type": "string", "format": "cidr",
+                "description": "A range of either family, not one that no rule opens: loopback, link-local, multicast, reserved",
+            })),
             "comment": or_null(plain(1024, true)),
         }),
     );
