@@ -24,9 +24,10 @@ pub struct Timeouts {
     pub server_first: Duration,
     /// To resolve a name and connect to one of its addresses.
     pub connect: Duration,
-    /// Without a byte in either direction, after which a spliced connection is closed.
+    /// Without a byte in either direction, after which a connection that is spliced, or a request that is under way, is ended;
+    /// within twice this time.
     pub idle: Duration,
-    /// Between two requests on one HTTP connection.
+    /// Between two requests on one HTTP connection; within twice this time over HTTP/2.
     pub keep_alive: Duration,
 }
 

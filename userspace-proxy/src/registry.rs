@@ -4,7 +4,10 @@
 use std::{
     collections::HashMap,
     net::IpAddr,
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 use tapgate_model::{HostName, VmPolicy};
 use tokio::sync::{OwnedSemaphorePermit, watch};
@@ -86,7 +89,13 @@ impl Registry {
             revoked.cancel();
         }
         live.open.insert(key, Open { subject, address: None, revoked: revoked.clone() });
-        Ticket { registry: self.clone(), key, revoked, held: OnceLock::new() }
+        Ticket {
+            registry: self.clone(),
+            key,
+            revoked,
+            expired: AtomicBool::new(false),
+            held: OnceLock::new(),
+        }
     }
 
     /// Cuts every connection that the policy no longer lets out.
@@ -125,8 +134,9 @@ impl Registry {
 pub(crate) struct Ticket {
     registry: Arc<Registry>,
     key: u64,
-    /// Cancelled when the rules no longer allow the connection.
+    /// Cancelled when the rules no longer allow the connection, or when it expired.
     pub revoked: CancellationToken,
+    expired: AtomicBool,
     /// What goes back to its VM with it.
     held: OnceLock<OwnedSemaphorePermit>,
 }
@@ -136,6 +146,17 @@ impl Ticket {
     pub(crate) fn hold(&self, permit: OwnedSemaphorePermit) {
         // There is one request to a ticket.
         let _ = self.held.set(permit);
+    }
+
+    /// Ends it as the rules would: nothing moves on it any more.
+    pub(crate) fn expire(&self) {
+        self.expired.store(true, Ordering::Release);
+        self.revoked.cancel();
+    }
+
+    /// Whether that was its end, and not the rules.
+    pub(crate) fn is_expired(&self) -> bool {
+        self.expired.load(Ordering::Acquire)
     }
 
     /// Notes where the connection leads: from here on it is cut, too, when that may not be reached any more.

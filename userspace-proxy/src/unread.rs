@@ -43,6 +43,13 @@ pub(crate) struct Next {
 }
 
 impl Unread {
+    /// This piece, if there is room for it right now.
+    pub(crate) fn take(&self, data: Bytes) -> Option<Bytes> {
+        let octets = u32::try_from(data.len()).ok()?;
+        let taken = self.0.clone().try_acquire_many_owned(octets).ok()?;
+        Some(Bytes::from_owner(Piece { data, _taken: taken }))
+    }
+
     /// For one body.
     pub(crate) fn next(&self) -> Next {
         Next { left: PollSemaphore::new(self.0.clone()), waiting: None }

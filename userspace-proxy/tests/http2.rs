@@ -336,3 +336,24 @@ fn what_an_upstream_may_send_ahead_is_bounded() {
         reading.await.unwrap();
     });
 }
+
+#[test]
+fn a_connection_without_requests_is_ended_and_one_that_waits_for_an_answer_is_not() {
+    world(|mut w| async move {
+        start(&mut w, &["h2"]).await;
+        let mut config = support::config(&w.ca);
+        config.timeouts.keep_alive = std::time::Duration::from_millis(500);
+        w.restart(config);
+        let stream = TokioIo::new(w.connect((SERVER, 80)).await);
+        let (mut sender, connection) =
+            hyper::client::conn::http2::handshake(TokioExecutor::new(), stream).await.unwrap();
+        let connection = tokio::spawn(connection);
+        for path in ["", "late", ""] {
+            let answer = sender.send_request(get(&format!("http://api.example/{path}"))).await.unwrap();
+            assert!(text(answer).await.contains("authorization"));
+        }
+        let end = std::time::Duration::from_secs(30);
+        tokio::time::timeout(end, connection).await.expect("nothing is asked on it").unwrap().unwrap();
+        assert!(sender.send_request(get("http://api.example/")).await.is_err());
+    });
+}

@@ -320,3 +320,112 @@ fn what_is_not_http_inside_opened_tls_is_passed_on_verified() {
         assert_eq!(w.event().await.protocol, tapgate_model::Protocol::Tls);
     });
 }
+
+/// Answers each request of one connection with what it is told to.
+async fn answers(parts: Vec<String>) {
+    let listener = TcpListener::bind((SERVER, 80)).await.unwrap();
+    tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        for part in parts {
+            until(&mut stream, "\r\n\r\n").await;
+            stream.write_all(part.as_bytes()).await.unwrap();
+        }
+        let _ = stream.read_u8().await;
+    });
+}
+
+#[test]
+fn heads_before_an_answer_are_passed_on_cleaned() {
+    world(|mut w| async move {
+        w.zone.set("api.example", &[SERVER]);
+        // Named, so that the value goes there in clear text too.
+        w.rules(Mode::Enforce, &["api.example"], &[("token", VALUE, &["api.example"])]);
+        let hint = format!(
+            "HTTP/1.1 103 {VALUE}\r\nLink: </a.css>; rel=preload\r\nX-Echo: {VALUE}\r\nConnection: x-own\r\nX-Own: 1\r\nAlt-Svc: h3\r\n\r\n"
+        );
+        let long = format!("HTTP/1.1 103 Early Hints\r\nX: {}\r\n\r\n", "x".repeat(20_000));
+        let other = "HTTP/1.1 102 Processing\r\n\r\n".to_owned();
+        let done = "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n<end>";
+        let first = ["HTTP/1.1 100 Continue\r\n\r\n", &hint, &long, &other, done].concat();
+        answers(vec![
+            first,
+            done.to_owned(),
+            [other.repeat(20).as_str(), done].concat(),
+            [&hint, done].concat(),
+        ])
+        .await;
+        let mut stream = w.connect((SERVER, 80)).await;
+        let get = format!("GET / HTTP/1.1\r\nHost: api.example\r\n{BEARER}\r\n");
+        stream.write_all(get.as_bytes()).await.unwrap();
+        let heads = until(&mut stream, "<end>\r\n0\r\n\r\n").await;
+        let heads: Vec<&str> = heads.split("\r\n\r\n").collect();
+        assert_eq!(
+            heads[0],
+            "HTTP/1.1 103 Early Hints\r\nlink: </a.css>; rel=preload\r\nx-echo: IRONSH_PROXY_token"
+        );
+        assert_eq!(heads[1], "HTTP/1.1 102 Processing");
+        assert!(heads[2].starts_with("HTTP/1.1 200 OK") && heads[3].contains("<end>"), "{heads:?}");
+        // The next request's answer has none, and a server that sends them without end is not followed.
+        for count in [0, 8] {
+            stream.write_all(get.as_bytes()).await.unwrap();
+            let answer = until(&mut stream, "<end>\r\n0\r\n\r\n").await;
+            assert_eq!(answer.matches("HTTP/1.1 102 Processing\r\n\r\n").count(), count, "{answer}");
+            assert_eq!(answer.matches("HTTP/1.1 200 OK").count(), 1, "{answer}");
+        }
+        // HTTP/1.0 knows of none.
+        stream.write_all(get.replace("HTTP/1.1", "HTTP/1.0").as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.0 200 OK") && !answer.contains("103"), "{answer}");
+    });
+}
+
+#[test]
+fn a_request_on_which_nothing_moves_is_ended_and_one_that_moves_is_not() {
+    world(|mut w| async move {
+        start(&mut w).await;
+        let mut config = support::config(&w.ca);
+        config.timeouts.idle = std::time::Duration::from_secs(2);
+        w.restart(config);
+        let listener = TcpListener::bind((SERVER, 80)).await.unwrap();
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                tokio::spawn(async move {
+                    let request = until(&mut stream, "\r\n\r\n").await;
+                    let head = "HTTP/1.1 200 OK\r\nContent-Length: 60\r\n\r\n";
+                    if !request.starts_with("GET /silent") {
+                        stream.write_all(head.as_bytes()).await.unwrap();
+                        stream.write_all(b"first").await.unwrap();
+                    }
+                    for _ in 0..55 {
+                        if !request.starts_with("GET /slow") {
+                            break;
+                        }
+                        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                        stream.write_all(b".").await.unwrap();
+                    }
+                    let _ = stream.read_u8().await;
+                });
+            }
+        });
+        let get =
+            |path: &str| format!("GET /{path} HTTP/1.1\r\nHost: api.example\r\nConnection: close\r\n\r\n");
+        let (silent, half, slow) = (get("silent"), get("half"), get("slow"));
+        let all = async {
+            tokio::join!(
+                w.http((SERVER, 80), &silent),
+                w.http((SERVER, 80), &half),
+                w.http((SERVER, 80), &slow)
+            )
+        };
+        let (silent, half, slow) =
+            tokio::time::timeout(std::time::Duration::from_secs(60), all).await.expect("all end");
+        assert!(silent.starts_with("HTTP/1.1 502") && silent.contains("for too long"), "{silent}");
+        assert!(half.starts_with("HTTP/1.1 200") && half.ends_with("first"), "{half}");
+        assert!(slow.starts_with("HTTP/1.1 200") && slow.ends_with(&".".repeat(55)), "{slow}");
+        let mut seen: Vec<_> = w.events(3).await.iter().map(|event| event.verdict.reason()).collect();
+        seen.sort_unstable_by_key(|reason| reason.word());
+        assert_eq!(seen.len(), 3);
+        assert!(!seen.contains(&Reason::Revoked) && seen.contains(&Reason::Unreachable), "{seen:?}");
+    });
+}

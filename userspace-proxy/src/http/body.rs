@@ -73,7 +73,7 @@ fn poll_revoked(revoked: &mut Option<Revoked>, cx: &mut Context<'_>) -> Poll<Box
     let Some(waiting) = revoked else { return Poll::Pending };
     ready!(waiting.as_mut().poll(cx));
     *revoked = None;
-    Poll::Ready("the rules no longer allow this request".into())
+    Poll::Ready("the rules no longer allow this request, or nothing moved on it".into())
 }
 
 fn add(count: &AtomicU64, frame: &Frame<Bytes>) {
@@ -148,7 +148,10 @@ impl Incoming {
     /// Hands the record over, as revoked if that was the end.
     fn complete(&mut self) {
         if let Some(mut record) = self.record.take()
-            && self.ticket.as_ref().is_some_and(|ticket| ticket.revoked.is_cancelled())
+            && self
+                .ticket
+                .as_ref()
+                .is_some_and(|ticket| ticket.revoked.is_cancelled() && !ticket.is_expired())
         {
             record.verdict(Verdict::Deny { reason: Reason::Revoked });
         }

@@ -5,6 +5,7 @@ pub(crate) mod body;
 pub(crate) mod burden;
 pub(crate) mod guard;
 pub(crate) mod headers;
+mod interim;
 pub(crate) mod pool;
 pub(crate) mod request;
 pub(crate) mod response;

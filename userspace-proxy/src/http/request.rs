@@ -8,6 +8,7 @@ use super::{
     body::{self, Body, Incoming, Outgoing},
     guard::{Refusal, Switch},
     headers::strip_hop_by_hop,
+    interim::Interim,
     response,
     target::{Refused, address, name_in, repeatable, who},
     under_way::UnderWay,
@@ -28,7 +29,7 @@ use crate::{
     },
     table::VmEntry,
 };
-use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header, request::Parts};
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Version, header, request::Parts};
 use http_body_util::BodyExt as _;
 use std::{
     net::SocketAddr,
@@ -57,7 +58,9 @@ pub(crate) struct HttpConn {
     started: Instant,
     refusal: Option<Refusal>,
     switch: Switch,
-    requests: AtomicU64,
+    /// Where heads before an answer go, if the guest may be sent any.
+    interim: Option<Interim>,
+    pub(super) requests: AtomicU64,
     pub(super) under_way: UnderWay,
     parked: Mutex<Option<Upstream>>,
 }
@@ -92,16 +95,18 @@ impl HttpConn {
             started: Instant::now(),
             refusal: None,
             switch: Switch::default(),
+            interim: None,
             requests: AtomicU64::new(0),
             under_way: UnderWay::default(),
             parked: Mutex::default(),
         }
     }
 
-    /// Where refusals of heads are found, and another protocol is granted.
-    pub(crate) fn guarded(mut self, refusal: Refusal, switch: Switch) -> Self {
+    /// Where refusals of heads are found, another protocol is granted, and heads before an answer go.
+    pub(super) fn guarded(mut self, refusal: Refusal, switch: Switch, interim: Interim) -> Self {
         self.refusal = Some(refusal);
         self.switch = switch;
+        self.interim = Some(interim);
         self
     }
 
@@ -219,7 +224,7 @@ impl HttpConn {
         let host = decision.name.as_ref();
         let asked = deny::accept(&parts.headers);
         let ticket = Arc::new(self.entry.enter(decision.subject.clone()));
-        self.under_way.add(&ticket);
+        self.under_way.add(&ticket, record.counters.clone());
         let wish = upgrade::take(&mut parts);
         let channel = self.channel(&policy, &decision).await;
         let outcome = match self.rewrite(&policy, &decision, &mut parts, channel, wish.is_some()) {
@@ -245,17 +250,30 @@ impl HttpConn {
         };
         record.secrets(outcome.injected.into_iter().collect(), outcome.withheld.into_iter().collect());
         let method = parts.method.clone();
+        // HTTP/1.0 knows of none.
+        let interim = self.interim.as_ref().filter(|_| parts.version == Version::HTTP_11);
         let body = Outgoing::wrap(body, &ticket, record.counters.clone(), self.entry.clone());
-        let request = Request::from_parts(parts, body);
+        let mut request = Request::from_parts(parts, body);
+        let turn = interim.map(|interim| interim.pass_on(&mut request, patterns.clone(), self.entry.clone()));
         // Another protocol can follow on HTTP/1.1 alone.
         let offer = if wish.is_some() { Alpn::Http1 } else { self.offer };
         let key = Key::new(self.tls.clone(), decision.route.clone(), self.to, offer);
         let sent = tokio::select! {
             biased;
             () = ticket.revoked.cancelled() => {
-                return self.deny(record, Reason::Revoked, host, None, &asked);
+                let (reason, detail) = match ticket.is_expired() {
+                    true => (Reason::Unreachable, Some("it sent and took nothing for too long")),
+                    false => (Reason::Revoked, None),
+                };
+                return self.deny(record, reason, host, detail, &asked);
             }
-            sent = self.send(&ticket, key, request, wish.is_some()) => sent,
+            sent = async {
+                let sent = self.send(&ticket, key, request, wish.is_some()).await;
+                if let Some(turn) = turn {
+                    turn.written().await;
+                }
+                sent
+            } => sent,
         };
         let (response, upstream) = match sent {
             Ok(sent) => sent,

@@ -17,7 +17,7 @@ use std::{io, sync::Arc};
 use tokio_util::io::{ReaderStream, StreamReader};
 
 /// Offers of another way to the same host, past the gate.
-const ALT_SVC: HeaderName = HeaderName::from_static("alt-svc");
+pub(super) const ALT_SVC: HeaderName = HeaderName::from_static("alt-svc");
 
 /// Turns values in headers into placeholders.
 pub(crate) fn clean_headers(headers: &mut HeaderMap, patterns: &Patterns) {

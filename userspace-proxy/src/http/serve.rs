@@ -2,6 +2,7 @@
 
 use super::{
     guard::{GuardedIo, MAX_HEAD},
+    interim::WithInterim,
     request::HttpConn,
 };
 use crate::{intercept::leaf::Alpn, proxy::DRAIN};
@@ -44,7 +45,7 @@ where
     };
     let served = match conn.alpn {
         Alpn::Http1 => http1(conn, stream, stop, patience).await,
-        Alpn::Http2 => http2(conn, stream, stop).await,
+        Alpn::Http2 => http2(conn, stream, stop, patience).await,
     };
     if let Err(error) = served {
         tracing::debug!(%error, "a guest's HTTP connection ended");
@@ -61,8 +62,9 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let window = conn.entry.guest_windows.take();
+    let (stream, interim) = WithInterim::new(stream);
     let stream = GuardedIo::new(stream);
-    let conn = Arc::new(conn.guarded(stream.refusal(), stream.switch()));
+    let conn = Arc::new(conn.guarded(stream.refusal(), stream.switch(), interim));
     let watched = conn.clone();
     let service = service_fn(move |request| {
         let conn = conn.clone();
@@ -79,7 +81,12 @@ where
     finish(&watched, connection, stop, |connection| connection.graceful_shutdown()).await
 }
 
-async fn http2<S>(conn: HttpConn, stream: S, stop: impl Future<Output = ()>) -> Result<(), hyper::Error>
+async fn http2<S>(
+    conn: HttpConn,
+    stream: S,
+    stop: impl Future<Output = ()>,
+    patience: Duration,
+) -> Result<(), hyper::Error>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -103,6 +110,13 @@ where
         .keep_alive_interval(Duration::from_secs(60))
         .keep_alive_timeout(Duration::from_secs(30))
         .serve_connection(TokioIo::new(stream), service);
+    // Of HTTP/1 the library sees to it itself.
+    let stop = async {
+        tokio::select! {
+            () = stop => {}
+            () = watched.under_way.none_for(patience, &watched.requests) => {}
+        }
+    };
     finish(&watched, connection, stop, |connection| connection.graceful_shutdown()).await
 }
 
@@ -116,7 +130,7 @@ async fn finish<C>(
 where
     C: Future<Output = Result<(), hyper::Error>>,
 {
-    let overdue = conn.under_way.overdue(&conn.entry.live, DRAIN);
+    let overdue = conn.under_way.overdue(&conn.entry.live, conn.shared.config.timeouts.idle, DRAIN);
     let (mut connection, stop, overdue) = (pin!(connection), pin!(stop), pin!(overdue));
     tokio::select! {
         biased;

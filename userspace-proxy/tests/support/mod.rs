@@ -548,6 +548,9 @@ async fn answer(
     }
     echo += std::str::from_utf8(&body).unwrap_or("(binary)");
     log.0.lock().unwrap().0.push(Seen { server: at, line, headers: headers.clone(), body });
+    if path == "/late" {
+        tokio::time::sleep(std::time::Duration::from_secs(2)).await;
+    }
     let coding = path.strip_prefix("/coded/");
     let bytes = match coding {
         Some(coding) => encode(coding, echo.as_bytes()).await,
