@@ -61,6 +61,8 @@ pub(crate) struct VmEntry {
     /// Answers that it has not taken, and uploads that no upstream has.
     pub answers: Unread,
     pub uploads: Unread,
+    /// Heads and trailers over HTTP/2, either way.
+    pub heads: Unread,
     /// Its requests under way.
     pub burden: Burden,
     /// New connections: tokens left, and when they were counted last.
@@ -178,6 +180,7 @@ impl PolicyTable {
             guest_windows: Windows::default(),
             answers: Unread::default(),
             uploads: Unread::default(),
+            heads: Unread::default(),
             burden: Burden::default(),
             arrivals: Mutex::new((f64::from(limits.new_per_second) * 2.0, Instant::now())),
         });

@@ -1,8 +1,9 @@
-//! Content that was passed to one side of a VM's connections and not yet written there: bounded for all of them together.
-//! Each piece carries what it takes and gives it back when it is gone, wherever the library keeps it until then. Where all is
-//! taken the next piece waits, and so does who sends it. Must never be taken for more than pieces in memory.
+//! What was passed to one side of a VM's connections and not yet written there: bounded for all of them together. Each piece
+//! carries what it takes and gives it back when it is gone, wherever the library keeps it until then. Where all is taken the
+//! next piece of content waits, and so does who sends it; a head is refused. Must never be taken for more than pieces in memory.
 
 use bytes::Bytes;
+use http::{HeaderMap, HeaderValue};
 use http_body::{Body, Frame};
 use std::{
     pin::Pin,
@@ -14,6 +15,9 @@ use tokio_util::sync::PollSemaphore;
 
 /// For all connections of a VM, each way, in octets.
 const MOST: u32 = 64 * 1024 * 1024;
+
+/// What a field takes in a map besides its text: at most so much, in octets.
+const FIELD: usize = 128;
 
 /// How much of it a VM has left.
 pub(crate) struct Unread(Arc<Semaphore>);
@@ -45,9 +49,25 @@ pub(crate) struct Next {
 impl Unread {
     /// This piece, if there is room for it right now.
     pub(crate) fn take(&self, data: Bytes) -> Option<Bytes> {
-        let octets = u32::try_from(data.len()).ok()?;
+        let octets = data.len();
+        self.take_as(data, octets)
+    }
+
+    fn take_as(&self, data: Bytes, octets: usize) -> Option<Bytes> {
+        let octets = u32::try_from(octets).ok()?;
         let taken = self.0.clone().try_acquire_many_owned(octets).ok()?;
         Some(Bytes::from_owner(Piece { data, _taken: taken }))
+    }
+
+    /// Whether there is room for a head, or for trailers, right now. Its longest value carries what it takes.
+    pub(crate) fn take_head(&self, head: &mut HeaderMap) -> bool {
+        let octets = head.iter().map(|(name, value)| name.as_str().len() + value.len() + FIELD).sum();
+        let Some(longest) = head.values_mut().max_by_key(|value| value.len()) else { return true };
+        let taken = self.take_as(Bytes::copy_from_slice(longest.as_bytes()), octets);
+        let Some(Ok(mut carrying)) = taken.map(HeaderValue::from_maybe_shared) else { return false };
+        carrying.set_sensitive(longest.is_sensitive());
+        *longest = carrying;
+        true
     }
 
     /// For one body.

@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 use support::{SERVER, World, sh, world};
-use tapgate_model::Mode;
+use tapgate_model::{Mode, Reason};
 use tapgate_proxy::Limits;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -28,6 +28,7 @@ const HEADERS: u8 = 1;
 const SETTINGS: u8 = 4;
 const PING: u8 = 6;
 const WINDOW_UPDATE: u8 = 8;
+const CONTINUATION: u8 = 9;
 /// The protocol's own window of a connection.
 const NARROW: i64 = 65_535;
 const MIDDLE: i64 = 256 << 10;
@@ -101,6 +102,44 @@ async fn endless(mut stream: TcpStream, sent: Arc<Sent>, still: UnboundedSender<
     }
 }
 
+/// Answers every request with a head of `length` octets and nothing else, over HTTP/2.
+async fn heads(mut stream: TcpStream, length: usize, sent: Arc<Sent>) -> std::io::Result<()> {
+    stream.read_exact(&mut [0; 24]).await?;
+    stream.write_all(&frame(SETTINGS, 0, 0, b"")).await?;
+    // 200, and a literal field `x` without indexing (RFC 7541 §6.2.2), its length an integer of seven bits (§5.1).
+    let mut head = vec![0x88, 0, 1, b'x', 127];
+    let mut rest = length - 127;
+    while rest >= 128 {
+        head.push(u8::try_from(rest % 128 + 128).unwrap());
+        rest /= 128;
+    }
+    head.push(u8::try_from(rest).unwrap());
+    head.resize(head.len() + length, b'y');
+    loop {
+        let mut start = [0; 9];
+        stream.read_exact(&mut start).await?;
+        let mut payload = vec![0; u32::from_be_bytes([0, start[0], start[1], start[2]]) as usize];
+        stream.read_exact(&mut payload).await?;
+        match (start[3], start[4] & 1) {
+            (SETTINGS, 0) => stream.write_all(&frame(SETTINGS, 1, 0, b"")).await?,
+            (PING, 0) => stream.write_all(&frame(PING, 1, 0, &payload)).await?,
+            (HEADERS, _) => {
+                let id = u32::try_from(number(&start[5..])).unwrap();
+                let mut pieces = head.chunks(16_384).peekable();
+                let mut kind = HEADERS;
+                while let Some(piece) = pieces.next() {
+                    let end = if pieces.peek().is_none() { 4 } else { 0 };
+                    let flags = end | u8::from(kind == HEADERS);
+                    stream.write_all(&frame(kind, flags, id, piece)).await?;
+                    kind = CONTINUATION;
+                }
+                sent.streams.fetch_add(1, Ordering::Relaxed);
+            }
+            _ => {}
+        }
+    }
+}
+
 /// What each server says, in the order in which they were connected to.
 type Servers = UnboundedReceiver<(UnboundedReceiver<i64>, AbortHandle)>;
 
@@ -127,7 +166,11 @@ async fn start(w: &mut World) -> (Arc<Sent>, Servers) {
 /// A guest's connection with so many requests on it to a server of its own, whose answers it lets come as far as `window`, and
 /// never reads.
 async fn guest(w: &World, number: usize, requests: u32, window: u32) -> TcpStream {
-    let mut stream = w.connect((SERVER, 80)).await;
+    guest_of(w, 80, number, requests, window).await
+}
+
+async fn guest_of(w: &World, port: u16, number: usize, requests: u32, window: u32) -> TcpStream {
+    let mut stream = w.connect((SERVER, port)).await;
     let settings = [&[0, 4][..], &window.to_be_bytes()].concat();
     let mut all =
         [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".as_slice(), &frame(SETTINGS, 0, 0, &settings)].concat();
@@ -135,7 +178,9 @@ async fn guest(w: &World, number: usize, requests: u32, window: u32) -> TcpStrea
         all.extend(frame(WINDOW_UPDATE, 0, 0, &(window - 65_535).to_be_bytes()));
     }
     let name = format!("api{}.example", 100 + number);
-    let head = [&[0x82, 0x86, 0x84, 0x41, 14][..], name.as_bytes()].concat();
+    let name = if port == 80 { name } else { format!("{name}:{port}") };
+    let length = u8::try_from(name.len()).unwrap();
+    let head = [&[0x82, 0x86, 0x84, 0x41, length][..], name.as_bytes()].concat();
     (0..requests).for_each(|n| all.extend(frame(HEADERS, 5, 2 * n + 1, &head)));
     stream.write_all(&all).await.unwrap();
     stream
@@ -225,5 +270,49 @@ fn what_is_on_its_way_to_a_vm_is_bounded_for_all_its_connections() {
         let besides = 16 * WIDE + 112 * MIDDLE + 384 * NARROW + 512 * 16_384 + 8 * 4 * 65_536;
         assert!(octets <= ON_ITS_WAY + besides, "{octets} octets");
         assert!(octets >= ON_ITS_WAY, "{octets} octets: it is not something else that bounds it");
+    });
+}
+
+#[test]
+fn heads_that_a_vm_does_not_read_are_bounded_for_all_its_connections() {
+    world(|mut w| async move {
+        const LENGTH: usize = 200 << 10;
+        start(&mut w).await;
+        let listener = TcpListener::bind((SERVER, 8080)).await.unwrap();
+        let sent = Arc::<Sent>::default();
+        let counted = sent.clone();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                tokio::spawn(heads(stream, LENGTH, counted.clone()));
+            }
+        });
+        let mut guests = Vec::new();
+        for n in 0..6 {
+            guests.push(guest_of(&w, 8080, n, 128, 1 << 30).await);
+        }
+        let events = w.events(6 * 128).await;
+        assert_eq!(sent.streams.load(Ordering::Relaxed), 6 * 128);
+        let passed = events.iter().filter(|event| event.status == Some(200)).count();
+        let refused = events.iter().filter(|event| event.verdict.reason() == Reason::Limit).count();
+        assert_eq!(passed + refused, 6 * 128);
+        // Some are on their way in the kernel's buffers and the library's.
+        let room = usize::try_from(ON_ITS_WAY).unwrap() / LENGTH;
+        assert!(
+            passed >= room - 2 && passed <= room + 6 * 24,
+            "{passed} heads passed where {room} have room"
+        );
+        // What was not read goes with its connection.
+        drop(guests);
+        let again = async {
+            loop {
+                let guest = guest_of(&w, 8080, 7, 1, 1 << 30).await;
+                let events = w.events(6 * 128 + 1).await;
+                drop(guest);
+                if events.last().unwrap().status == Some(200) {
+                    return;
+                }
+            }
+        };
+        timeout(Duration::from_secs(20), again).await.expect("there is room again");
     });
 }

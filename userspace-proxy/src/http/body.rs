@@ -32,6 +32,9 @@ pub(crate) type BoxError = Box<dyn std::error::Error + Send + Sync>;
 /// A body of either direction.
 pub(crate) type Body = UnsyncBoxBody<Bytes, BoxError>;
 
+/// Why a body ends before its trailers.
+const UNREAD: &str = "heads and trailers of more than 64 MiB were not read";
+
 /// A body that is there already.
 pub(crate) fn full(bytes: Bytes) -> Body {
     Full::new(bytes).map_err(|never| match never {}).boxed_unsync()
@@ -106,6 +109,9 @@ impl http_body::Body for Outgoing {
             self.pause.begin(pause);
             if let Some(trailers) = frame.trailers_mut() {
                 strip_trailers(trailers);
+                if !self.entry.heads.take_head(trailers) {
+                    return Poll::Ready(Some(Err(UNREAD.into())));
+                }
             }
         }
         Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
@@ -178,10 +184,16 @@ impl http_body::Body for Incoming {
         }
         ready!(self.pause.poll(cx));
         let this = &mut *self;
-        let frame = ready!(this.next.poll(Pin::new(&mut this.inner), cx));
-        if let Some(Ok(frame)) = &frame {
+        let mut frame = ready!(this.next.poll(Pin::new(&mut this.inner), cx));
+        if let Some(Ok(frame)) = &mut frame {
             let pause = spend(&self.entry, frame);
             self.pause.begin(pause);
+            if let Some(trailers) = frame.trailers_mut()
+                && !self.entry.heads.take_head(trailers)
+            {
+                drop(self.record.take());
+                return Poll::Ready(Some(Err(UNREAD.into())));
+            }
         }
         match (&frame, &self.record) {
             (Some(Ok(frame)), Some(record)) => add(&record.counters.r#in, frame),

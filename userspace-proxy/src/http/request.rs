@@ -41,6 +41,10 @@ use std::{
 };
 use tapgate_model::{HostName, Protocol, Reason, Verdict, VmPolicy};
 
+/// Why an answer is not passed on.
+pub(super) const TOO_MANY_HEADS: &str =
+    "the answers that are not read yet have heads of more than 64 MiB together; read some first";
+
 /// A guest's connection that speaks HTTP.
 pub(crate) struct HttpConn {
     pub(crate) shared: Arc<Shared>,
@@ -300,7 +304,11 @@ impl HttpConn {
         self.keep(upstream);
         let response = response.map(|body| body.map_err(Into::into).boxed_unsync());
         match response::fit(response, &method, patterns) {
-            Ok(response) => {
+            Ok(mut response) => {
+                if !self.has_room_for(response.headers_mut()) {
+                    drop(ticket);
+                    return self.deny(record, Reason::Limit, host, Some(TOO_MANY_HEADS), &asked);
+                }
                 response.map(|body| Incoming::wrap(body, record, Some(ticket), self.entry.clone()))
             }
             Err(error) => {
@@ -308,6 +316,11 @@ impl HttpConn {
                 self.deny(record, Reason::Unreachable, host, Some(&error.to_string()), &asked)
             }
         }
+    }
+
+    /// Whether an answer's head may wait to be read. Over HTTP/1 there is one of them to a connection.
+    pub(super) fn has_room_for(&self, head: &mut HeaderMap) -> bool {
+        self.alpn == Alpn::Http1 || self.entry.heads.take_head(head)
     }
 
     /// Makes the guest's request the daemon's own.
@@ -411,7 +424,7 @@ impl HttpConn {
         }
     }
 
-    fn deny(
+    pub(super) fn deny(
         &self,
         mut record: Record,
         reason: Reason,

@@ -5,7 +5,7 @@
 
 use super::{
     body::{self, Body},
-    request::HttpConn,
+    request::{HttpConn, TOO_MANY_HEADS},
 };
 use crate::{audit::Record, io::Prefixed, registry::Ticket, secret::patterns::Patterns};
 use aws_lc_rs::{digest, rand};
@@ -108,6 +108,9 @@ impl Wish {
             parts.status = StatusCode::OK;
             parts.version = Version::HTTP_2;
             parts.headers.remove(header::SEC_WEBSOCKET_ACCEPT);
+            if !conn.has_room_for(&mut parts.headers) {
+                return conn.deny(record, Reason::Limit, None, Some(TOO_MANY_HEADS), &HeaderMap::new());
+            }
         } else {
             ask(&mut parts.headers);
         }
