@@ -160,7 +160,7 @@ fn new_rule(fields: &mut Fields) -> Result<NewRule, ApiError> {
             let cidr: Cidr =
                 cidr.parse().map_err(|error| ApiError::validation(format!("`cidr`: {error}")))?;
             // A rule that could never have an effect is a mistake about what tapgate does.
-            if let Some(reason) = denied_whole(cidr.network(), cidr.last(), cidr.prefix_len()) {
+            if let Some(reason) = denied_whole(cidr.network(), cidr.last()) {
                 return Err(ApiError::validation(format!(
                     "`cidr`: no rule opens {cidr} for a VM; it is always denied ({})",
                     reason.word()

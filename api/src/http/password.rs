@@ -14,6 +14,10 @@ async fn in_turn<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -
     tokio::task::spawn_blocking(work).await.map_err(|_| ApiError::internal())
 }
 
+/// Of no password: its output is all zeros. Who has no account is checked against it, so that it costs the same.
+const NOBODY: &str =
+    "$argon2id$v=19$m=19456,t=2,p=1$AAAAAAAAAAAAAAAAAAAAAA$AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA";
+
 /// The hash to keep.
 pub(crate) async fn hash_password(password: Zeroizing<String>) -> Result<String, ApiError> {
     in_turn(move || Argon2::default().hash_password(password.as_bytes()).map(|hash| hash.to_string()))
@@ -29,12 +33,34 @@ pub(crate) async fn verify_password(
     password: Zeroizing<String>,
     hash: Option<String>,
 ) -> Result<bool, ApiError> {
-    in_turn(move || match hash.as_deref().map(PasswordHash::new) {
-        Some(Ok(hash)) => Argon2::default().verify_password(password.as_bytes(), &hash).is_ok(),
-        _ => {
-            let _ = Argon2::default().hash_password(password.as_bytes());
-            false
-        }
+    in_turn(move || {
+        let nobody = || PasswordHash::new(NOBODY);
+        let hash = hash.as_deref().map_or_else(nobody, PasswordHash::new).or_else(|_| nobody());
+        hash.is_ok_and(|hash| Argon2::default().verify_password(password.as_bytes(), &hash).is_ok())
     })
     .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn who_has_no_account_costs_what_one_who_has_costs() {
+        let text = hash_password(Zeroizing::new("correct horse".into())).await.unwrap();
+        let (kept, nobody) = (PasswordHash::new(&text).unwrap(), PasswordHash::new(NOBODY).unwrap());
+        // All that the work depends on.
+        assert_eq!((kept.algorithm, kept.version), (nobody.algorithm, nobody.version));
+        assert_eq!(kept.params, nobody.params);
+        let lengths =
+            |hash: &PasswordHash| (hash.salt.map(|salt| salt.len()), hash.hash.map(|hash| hash.len()));
+        assert_eq!(lengths(&kept), lengths(&nobody));
+        let right =
+            |password: &str, hash: Option<String>| verify_password(Zeroizing::new(password.into()), hash);
+        assert!(right("correct horse", Some(text.clone())).await.unwrap());
+        for (password, hash) in [("wrong", Some(text)), ("", None), ("x", None), ("x", Some("broken".into()))]
+        {
+            assert!(!right(password, hash).await.unwrap());
+        }
+    }
 }

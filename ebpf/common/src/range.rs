@@ -69,14 +69,37 @@ pub const fn classify_v6(a: [u8; 16]) -> Class {
     }
 }
 
-/// Why no address of a range can ever be reached, whatever rule there is; `None` where one may be. Ranges so wide that what lies
-/// between two denied ends may differ from both are never refused: all that are denied together are narrower.
-pub fn denied_whole(first: IpAddr, last: IpAddr, prefix: u8) -> Option<Reason> {
-    let widest = if first.is_ipv4() { 4 } else { 2 };
-    match (classify(first), classify(last)) {
-        (Class::Denied(reason), Class::Denied(other)) if reason == other && prefix >= widest => Some(reason),
-        _ => None,
-    }
+/// Every address that may be reached, or only through a rule, and follows on one that may never be.
+const OPEN_V4: [[u8; 4]; 7] = [
+    [1, 0, 0, 0],
+    [100, 100, 100, 201],
+    [128, 0, 0, 0],
+    [168, 63, 129, 17],
+    [169, 255, 0, 0],
+    [192, 0, 1, 0],
+    [192, 88, 100, 0],
+];
+/// The same of IPv6, by its first four groups; the rest is zero.
+const OPEN_V6: [[u16; 4]; 6] = [
+    [0x2000, 0, 0, 0],
+    [0x2001, 1, 0, 0],
+    [0x2001, 0x30, 0, 0],
+    [0x2003, 0, 0, 0],
+    [0xfc00, 0, 0, 0],
+    [0xfd00, 0x0ec3, 0, 0],
+];
+
+/// Why no address from `first` to `last`, of one family, can ever be reached, whatever rule there is; `None` where one may be.
+pub fn denied_whole(first: IpAddr, last: IpAddr) -> Option<Reason> {
+    let Class::Denied(reason) = classify(first) else { return None };
+    let within = |open: IpAddr| first < open && open <= last;
+    let opens = match first {
+        IpAddr::V4(_) => OPEN_V4.iter().any(|open| within(IpAddr::from(*open))),
+        IpAddr::V6(_) => {
+            OPEN_V6.iter().any(|[a, b, c, d]| within(IpAddr::from([*a, *b, *c, *d, 0, 0, 0, 0])))
+        }
+    };
+    (!opens).then_some(reason)
 }
 
 fn classify(address: IpAddr) -> Class {
@@ -94,19 +117,59 @@ mod tests {
 
     #[test]
     fn a_range_is_refused_only_where_all_of_it_is() {
-        let whole = |first: &str, last: &str, prefix| {
-            denied_whole(first.parse().unwrap(), last.parse().unwrap(), prefix)
-        };
-        assert_eq!(whole("169.254.169.254", "169.254.169.254", 32), Some(Reason::LinkLocal));
-        assert_eq!(whole("127.0.0.0", "127.255.255.255", 8), Some(Reason::Loopback));
-        assert_eq!(whole("224.0.0.0", "239.255.255.255", 4), Some(Reason::Multicast));
-        assert_eq!(whole("fe80::", "febf:ffff:ffff:ffff:ffff:ffff:ffff:ffff", 10), Some(Reason::LinkLocal));
+        let whole = |first: &str, last: &str| denied_whole(first.parse().unwrap(), last.parse().unwrap());
+        assert_eq!(whole("169.254.169.254", "169.254.169.254"), Some(Reason::LinkLocal));
+        assert_eq!(whole("127.0.0.0", "127.255.255.255"), Some(Reason::Loopback));
+        assert_eq!(whole("224.0.0.0", "239.255.255.255"), Some(Reason::Multicast));
+        assert_eq!(whole("fe80::", "febf:ffff:ffff:ffff:ffff:ffff:ffff:ffff"), Some(Reason::LinkLocal));
         // Both ends are loopback, and all the rest of the lower half is not.
-        assert_eq!(whole("0.0.0.0", "127.255.255.255", 1), None);
-        assert_eq!(whole("0.0.0.0", "255.255.255.255", 0), None);
-        assert_eq!(whole("10.0.0.0", "10.255.255.255", 8), None);
-        assert_eq!(whole("2001:db8::", "2001:db8::ffff", 112), None);
-        assert_eq!(whole("::", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff", 0), None);
+        assert_eq!(whole("0.0.0.0", "127.255.255.255"), None);
+        assert_eq!(whole("0.0.0.0", "255.255.255.255"), None);
+        assert_eq!(whole("10.0.0.0", "10.255.255.255"), None);
+        // Between two ends that are denied: 2001:1:: to 2001:f::, and 2003:: onwards.
+        assert_eq!(whole("2001::", "2001:1f:ffff:ffff:ffff:ffff:ffff:ffff"), None);
+        assert_eq!(whole("2002::", "2003:ffff:ffff:ffff:ffff:ffff:ffff:ffff"), None);
+        assert_eq!(whole("2001:10::", "2001:2f:ffff:ffff:ffff:ffff:ffff:ffff"), Some(Reason::Reserved));
+        assert_eq!(whole("2001:db8::", "2001:db8::ffff"), None);
+        assert_eq!(whole("::", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"), None);
+    }
+
+    /// Where the class changes from denied to another, found by asking for every address at whose like a range may begin.
+    #[test]
+    fn every_way_out_of_a_denied_range_is_known() {
+        let denied = |address: IpAddr| matches!(classify(address), Class::Denied(_));
+        let opens = |address: u32, before: u32| {
+            !denied(Ipv4Addr::from(address).into()) && denied(Ipv4Addr::from(before).into())
+        };
+        // All of /24, and every address of those that are told apart within.
+        let mut found = std::vec::Vec::new();
+        for block in 1..1u32 << 24 {
+            if opens(block << 8, (block << 8) - 1) {
+                found.push(block << 8);
+            }
+        }
+        for [a, b, c] in [[168, 63, 129], [100, 100, 100], [255, 255, 255]] {
+            let address = |d: u8| u32::from_be_bytes([a, b, c, d]);
+            found.extend((1..=255).filter(|d| opens(address(*d), address(d - 1))).map(address));
+        }
+        found.sort_unstable();
+        assert_eq!(found, OPEN_V4.map(u32::from_be_bytes));
+        // Nothing of IPv6 that is not denied whole is told apart beyond its first 32 bits.
+        let mut found = std::vec::Vec::new();
+        let mut before = true;
+        for group in 0..1u32 << 24 {
+            // Where 24 bits are enough, and where they are not.
+            let most = if [0x64_ff, 0x20_0100, 0xfd_000e].contains(&group) { 256 } else { 1 };
+            for low in 0..most {
+                let bits = group << 8 | low;
+                let now = denied(Ipv6Addr::from(u128::from(bits) << 96).into());
+                if before && !now {
+                    found.push(bits);
+                }
+                before = now;
+            }
+        }
+        assert_eq!(found, OPEN_V6.map(|[a, b, ..]| u32::from(a) << 16 | u32::from(b)));
     }
 
     fn v4(text: &str) -> Class {
