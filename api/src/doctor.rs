@@ -3,6 +3,7 @@
 //! Looks and tries; changes nothing that outlives it, but that the data directory may remember what KVM can do. A check that cannot be made counts as failed.
 
 use crate::config::{Config, DriverKind};
+use crate::http::tls::Tls;
 use serde::Serialize;
 use std::{
     path::{Path, PathBuf},
@@ -12,6 +13,10 @@ use tapgate_vmm::{
     accel::{self, Accel},
     cgroup::Cgroup,
 };
+
+/// A certificate that ends so soon is to be renewed: 14 days.
+const SOON_US: i64 = 14 * 24 * 3600 * 1_000_000;
+const RENEW: &str = "renew the certificate in its place: clients refuse one that is over, and the daemon reads it again by itself";
 
 /// How a check ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -78,6 +83,7 @@ pub fn checks(config: &Config) -> Vec<Check> {
     }
     checks.push(data_dir(&config.data_dir));
     checks.push(listen(config));
+    checks.extend(config.tls.clone().map(|(cert, key)| tls(cert, key)));
     checks
 }
 
@@ -290,6 +296,23 @@ fn listen(config: &Config) -> Check {
             format!("{}: {error}", config.listen),
             "a daemon runs already, or another program has the port: give another with --listen",
         ),
+    }
+}
+
+fn tls(cert: PathBuf, key: PathBuf) -> Check {
+    let path = cert.display().to_string();
+    let until_us = match Tls::load(cert, key) {
+        Ok(loaded) => loaded.until_us(),
+        Err(error) => {
+            let remedy = "give tls_cert the certificate chain, the server's own first, and tls_key its private key, both in PEM";
+            return Check::bad(Outcome::Fail, "tls", error.to_string(), remedy);
+        }
+    };
+    let until = format!("{path}: until {}", crate::http::time(until_us));
+    match until_us - tapgate_store::now_us() {
+        ..=0 => Check::bad(Outcome::Warn, "tls", format!("{until}, which is over"), RENEW),
+        left if left < SOON_US => Check::bad(Outcome::Warn, "tls", format!("{until}, which is soon"), RENEW),
+        _ => Check::ok("tls", until),
     }
 }
 

@@ -8,7 +8,7 @@ use crate::{
     config::{self, AccelChoice, Config, DriverKind},
     engine::{self, Engine, Parts},
     guest_service,
-    http::{AppState, Settings, metrics::Token, router, server},
+    http::{AppState, Settings, metrics::Token, router, server, tls::Tls},
     images,
     parts::RunningParts,
     storage::Storage,
@@ -93,7 +93,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         .await
         .with_context(|| format!("cannot listen on {}; free the port or set `listen`", config.listen))?;
     let tls = match config.tls.clone() {
-        Some((cert, key)) => Some(Arc::new(server::Tls::load(cert, key).context("cannot serve TLS")?)),
+        Some((cert, key)) => Some(Arc::new(Tls::load(cert, key).context("cannot serve TLS")?)),
         None => None,
     };
     let key =

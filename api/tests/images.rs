@@ -88,3 +88,44 @@ fn doctor_looks_at_the_image_folder_and_the_program_of_the_configuration() {
     assert!(remedy.contains(&format!("tapgate image build --image-dir {}", images.display())), "{remedy}");
     check("qemu-img");
 }
+
+/// A certificate that clients will refuse is said before they do.
+#[test]
+fn doctor_looks_at_the_certificate_of_the_api() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path
+    };
+    let year: i32 = 2026;
+    let mint = |until: i32| {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let mut params = rcgen::CertificateParams::new(["api.example.com".to_owned()]).unwrap();
+        params.not_before = rcgen::date_time_ymd(year - 10, 1, 1);
+        params.not_after = rcgen::date_time_ymd(until, 1, 1);
+        (params.self_signed(&key).unwrap().pem(), key.serialize_pem())
+    };
+    let (good, key) = mint(9999);
+    let (over, of_over) = mint(year - 1);
+    let (key, of_over) = (file("key.pem", &key), file("over.key", &of_over));
+    let cases = [
+        (file("good.pem", &good), &key, "ok", "until 9999-01-01T00:00:00Z"),
+        (file("over.pem", &over), &of_over, "warn", "which is over"),
+        (file("other.pem", &over), &key, "fail", "cannot use the certificate"),
+        (file("empty.pem", ""), &key, "fail", "holds no certificate"),
+        (folder.path().join("gone.pem"), &key, "fail", "gone.pem"),
+    ];
+    for (cert, key, outcome, word) in cases {
+        let config =
+            format!("tls_cert = {cert:?}\ntls_key = {key:?}\ndata_dir = {:?}\n", folder.path().join("data"));
+        let config = file("tapgate.toml", &config);
+        let mut doctor = Command::new(env!("CARGO_BIN_EXE_tapgate"));
+        doctor.args(["doctor", "--json", "--listen", "127.0.0.1:0", "--config"]).arg(config);
+        let said: Value = serde_json::from_slice(&doctor.output().unwrap().stdout).unwrap();
+        let checks = said["checks"].as_array().unwrap();
+        let tls = checks.iter().find(|check| check["name"] == "tls").unwrap_or_else(|| panic!("{said}"));
+        assert_eq!(tls["outcome"], outcome, "{tls}");
+        assert!(tls["found"].as_str().unwrap().contains(word), "{tls}");
+    }
+}

@@ -20,6 +20,7 @@ mod router;
 pub mod server;
 mod state;
 mod streams;
+pub mod tls;
 mod version;
 mod view;
 mod whole;

@@ -1,9 +1,9 @@
-//! Serving connections: TLS if there is a certificate, bounds on headers and on how slowly they come.
+//! Serving connections, over TLS if there is a certificate, bounds on headers and on how slowly they come.
 //!
 //! Must never let a slow or endless client hold more than its one connection.
 
 use super::busy::Requests;
-use super::{Lingering, Peer, Prompt};
+use super::{Lingering, Peer, Prompt, tls::Tls};
 use axum::Router;
 use axum::extract::ConnectInfo;
 use hyper::service::service_fn;
@@ -11,12 +11,11 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
-use tokio_rustls::rustls::{self, ServerConfig};
+use tokio_rustls::rustls::ServerConfig;
 use tokio_rustls::{LazyConfigAcceptor, rustls::server::Acceptor};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -35,83 +34,6 @@ const IDLE: Duration = Duration::from_secs(120);
 const MAX_HEADERS: usize = 64;
 /// Of all headers together.
 const MAX_HEAD: usize = 16 * 1024;
-
-/// A certificate that is read again when its files change.
-#[derive(Debug)]
-pub struct Tls {
-    cert: PathBuf,
-    key: PathBuf,
-    current: arc_swap::ArcSwap<Loaded>,
-}
-
-#[derive(Debug)]
-struct Loaded {
-    config: Arc<ServerConfig>,
-    changed: Option<SystemTime>,
-}
-
-/// Why a certificate cannot be used.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum TlsError {
-    /// A file does not hold what it should.
-    #[error("cannot read {path}: {source}; it must be PEM")]
-    Pem {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: rustls::pki_types::pem::Error,
-    },
-    /// Certificate and key do not fit, or are not for servers.
-    #[error("cannot use the certificate for TLS: {0}")]
-    Unusable(#[from] rustls::Error),
-}
-
-impl Tls {
-    /// Reads a certificate chain and its key, both in PEM.
-    pub fn load(cert: PathBuf, key: PathBuf) -> Result<Self, TlsError> {
-        let current = arc_swap::ArcSwap::from_pointee(read(&cert, &key)?);
-        Ok(Self { cert, key, current })
-    }
-
-    /// Looks whether the files changed, and takes the new ones if they are good; else the old ones stay.
-    fn refresh(&self) {
-        if changed(&self.cert, &self.key) == self.current.load().changed {
-            return;
-        }
-        match read(&self.cert, &self.key) {
-            Ok(loaded) => {
-                self.current.store(Arc::new(loaded));
-                tracing::info!(cert = %self.cert.display(), "tls.reloaded");
-            }
-            Err(error) => tracing::error!(%error, "tls.reload_failed: the certificate before stays in use"),
-        }
-    }
-}
-
-fn changed(cert: &PathBuf, key: &PathBuf) -> Option<SystemTime> {
-    let at = |path| std::fs::metadata(path).and_then(|meta| meta.modified()).ok();
-    at(cert).max(at(key))
-}
-
-fn read(cert: &PathBuf, key: &PathBuf) -> Result<Loaded, TlsError> {
-    use rustls::pki_types::pem::PemObject as _;
-    use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-    let changed = changed(cert, key);
-    let pem = |path: &PathBuf| {
-        let path = path.clone();
-        move |source| TlsError::Pem { path, source }
-    };
-    let chain: Vec<_> = CertificateDer::pem_file_iter(cert).and_then(Iterator::collect).map_err(pem(cert))?;
-    let private = PrivateKeyDer::from_pem_file(key).map_err(pem(key))?;
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let mut config = ServerConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()?
-        .with_no_client_auth()
-        .with_single_cert(chain, private)?;
-    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-    Ok(Loaded { config: Arc::new(config), changed })
-}
 
 /// Serves until it is told to stop, then lets running requests end.
 pub async fn serve(listener: TcpListener, router: Router, tls: Option<Arc<Tls>>, stop: CancellationToken) {
@@ -180,7 +102,7 @@ pub async fn serve_idling(
                 None => connection(&http, stream, peer, router, &requests, end).await,
                 Some(tls) => {
                     tls.refresh();
-                    let config = tls.current.load().config.clone();
+                    let config = tls.current();
                     if let Ok(Ok(stream)) = tokio::time::timeout(PATIENCE, handshake(stream, config)).await {
                         connection(&http, stream, peer, router, &requests, end).await;
                     }
