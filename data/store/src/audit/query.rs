@@ -339,27 +339,32 @@ fn search(db: &Connection, question: &Question, block: &Block, first: i64, best:
             return Ok(());
         }
     }
-    let mut fits = |kept_classes: &[u8], kept_times: &[u8], places: Option<&[u8]>| {
-        let numbers = Places::new(block.first, places);
-        let times = Times::new(block.oldest, block.newest);
-        let wanted = |at: &usize| {
-            of_class || kept_classes.get(*at).is_some_and(|class| *class < 64 && classes >> class & 1 == 1)
-        };
-        let places = left.iter().filter(wanted).filter_map(|at| {
+    // Their classes are a fifth of what a block keeps of its events: often none is left after them.
+    if !of_class {
+        db.prepare_cached(CLASSES_OF)?.query_row([block.first], |row| {
+            let kept = row.get_ref(0)?.as_blob()?;
+            left.retain(|at| kept.get(at).is_some_and(|class| *class < 64 && classes >> class & 1 == 1));
+            Ok(())
+        })?;
+        if left.is_empty() {
+            return Ok(());
+        }
+    }
+    db.prepare_cached(TIMES_OF)?.query_row([block.first], |row| {
+        let (kept, places) = (row.get_ref(0)?.as_blob()?, row.get_ref(1)?.as_blob_or_null()?);
+        let (numbers, times) = (Places::new(block.first, places), Times::new(block.oldest, block.newest));
+        best.add(left.iter().filter_map(|at| {
             let seq = numbers.at(at)?;
-            let place = (times.at(kept_times, at), seq);
+            let place = (times.at(kept, at), seq);
             (seq >= first && span.holds(place)).then_some(place)
-        });
-        best.add(places);
-    };
-    db.prepare_cached(COLUMNS_OF)?.query_row([block.first], |row| {
-        fits(row.get_ref(0)?.as_blob()?, row.get_ref(1)?.as_blob()?, row.get_ref(2)?.as_blob_or_null()?);
+        }));
         Ok(())
     })?;
     Ok(())
 }
 
-pub(super) const COLUMNS_OF: &str = "SELECT classes, times, places FROM blocks WHERE first = ?1";
+pub(super) const CLASSES_OF: &str = "SELECT classes FROM blocks WHERE first = ?1";
+pub(super) const TIMES_OF: &str = "SELECT times, places FROM blocks WHERE first = ?1";
 /// The newest events, which are in no block yet: few.
 pub(super) const LOOSE: &str = "SELECT ts, seq, class FROM events
      WHERE seq > ifnull((SELECT last FROM blocks ORDER BY first DESC LIMIT 1), 0) AND +user = ?1
@@ -456,7 +461,8 @@ mod tests {
             (blocks_sql(Order::Desc), "USING COVERING INDEX blocks_newest (newest>?)"),
             (lookup::HAVING, "USING PRIMARY KEY (block=? AND user=? AND kind=? AND term=?)"),
             (lookup::RUN_OF, "USING PRIMARY KEY (block=? AND user=? AND kind=? AND term<?)"),
-            (COLUMNS_OF, "USING INTEGER PRIMARY KEY (rowid=?)"),
+            (CLASSES_OF, "USING INTEGER PRIMARY KEY (rowid=?)"),
+            (TIMES_OF, "USING INTEGER PRIMARY KEY (rowid=?)"),
             (lookup::VMS_OF, "USING PRIMARY KEY (block=? AND user=? AND kind=?)"),
             (LOOSE, "USING INTEGER PRIMARY KEY (rowid>?)"),
             (&format!("SELECT {COLUMNS} WHERE e.seq = ?1"), "USING INTEGER PRIMARY KEY (rowid=?)"),

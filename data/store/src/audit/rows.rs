@@ -34,6 +34,20 @@ impl Rows {
         }
     }
 
+    /// Leaves out those that are not wanted.
+    pub(super) fn retain(&mut self, wanted: impl Fn(usize) -> bool) {
+        for (index, word) in self.0.iter_mut().enumerate() {
+            let mut left = *word;
+            while left != 0 {
+                let bit = left.trailing_zeros();
+                left &= left - 1;
+                if !wanted(index * 64 + bit as usize) {
+                    *word &= !(1 << bit);
+                }
+            }
+        }
+    }
+
     pub(super) fn iter(&self) -> impl Iterator<Item = usize> {
         self.0.iter().enumerate().flat_map(|(index, word)| {
             let mut left = *word;
@@ -103,6 +117,9 @@ mod tests {
             both.and(&rows);
             assert!(both.iter().all(|place| place % step == 0) && !both.is_empty());
         }
+        let mut few = decode(&encode(0, &[0, 63, 64, 16_000]));
+        few.retain(|place| place % 2 == 0 && place != 64);
+        assert_eq!(few.iter().collect::<Vec<_>>(), [0, 16_000]);
         assert!(decode(&encode(0, &[])).is_empty());
         assert!(decode(&[]).is_empty(), "a damaged set is empty, and nothing panics");
         assert!(decode(&encode(0, &[u16::MAX])).is_empty());
