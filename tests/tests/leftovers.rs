@@ -143,3 +143,37 @@ fn a_snapshot_whose_last_step_is_refused_takes_it_later_without_a_call() {
     change(&daemon, "DROP TRIGGER refused");
     eventually("the snapshot ends", || status() == "failed");
 }
+
+/// A copy that a daemon before this one left to be uploaded; the store is there, the records refuse that it is ready.
+#[test]
+fn a_snapshot_that_is_stored_is_not_stored_again_because_the_records_refuse_it() {
+    let world = World::new().unwrap();
+    let mut daemon = Daemon::start(&world, settings(Driver::Netns)).unwrap();
+    let api = daemon.client().sign_up("ada").unwrap();
+    let vm = api.create_vm("one", &ssh::key(&world).unwrap()).unwrap();
+    api.wait_ready(&vm).unwrap();
+    let made = api.post(&format!("/v1/vms/{vm}/snapshots"), &json!({})).unwrap().expect(201).unwrap();
+    let id = made["data"]["id"].as_str().unwrap();
+    let path = format!("/v1/snapshots/{id}");
+    let status = || api.get(&path).unwrap().expect(200).unwrap()["data"]["status"].clone();
+    // A namespace has none to give.
+    eventually("it fails", || status() == "failed");
+    daemon.kill().unwrap();
+    change(
+        &daemon,
+        "UPDATE snapshots SET status = 'uploading', failure = NULL;
+         CREATE TRIGGER refused BEFORE UPDATE OF status ON snapshots BEGIN SELECT RAISE(ABORT, 'refused'); END",
+    );
+    let staged = daemon.data_dir().join("staging").join(format!("{id}.qcow2"));
+    std::fs::write(&staged, vec![7; 1 << 20]).unwrap();
+    daemon.start_again().unwrap();
+    eventually("the refusal is logged", || daemon.log().contains("refused"));
+    assert_eq!(status(), "uploading");
+    // What is stored already needs nothing of the copy.
+    std::fs::rename(&staged, staged.with_extension("away")).unwrap();
+    change(&daemon, "DROP TRIGGER refused");
+    // Anything that calls for a look at what there is to store.
+    api.post(&format!("/v1/vms/{vm}/snapshots"), &json!({})).unwrap().expect(201).unwrap();
+    eventually("the snapshot ends", || status() != "uploading");
+    assert_eq!(status(), "ready", "{}", daemon.log());
+}

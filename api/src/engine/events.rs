@@ -6,7 +6,7 @@
 
 use super::Shared;
 use std::{sync::Arc, time::Duration};
-use tapgate_datapath::{DatapathError, Event};
+use tapgate_datapath::{DatapathError, Event, Events};
 use tapgate_model::{AuditEvent, AuditSink as _};
 use tokio::sync::{mpsc, oneshot};
 
@@ -18,13 +18,19 @@ pub(super) type Settle = oneshot::Sender<()>;
 /// For that; it takes a few thousand system calls at worst.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Runs until the daemon stops.
+/// Runs until the daemon stops, on a thread that may be held up: a look goes through every VM's counts.
 pub(super) async fn pump(shared: Arc<Shared>, mut settle: mpsc::Receiver<Settle>) {
+    // Both outlive a failure: what was taken of the kernel is there only once, and who waits is answered when all is told.
+    let (mut events, mut waiting) = (None, Vec::new());
     loop {
         tokio::select! {
             () = shared.stop.cancelled() => return,
             // Nothing is lost meanwhile: the kernel keeps the counts.
-            done = read(&shared, &mut settle) => if let Err(error) = done { tracing::error!(%error, "events.not_read") },
+            done = read(&shared, &mut events, &mut settle, &mut waiting) => {
+                if let Err(error) = done {
+                    tracing::error!(%error, "events.not_read");
+                }
+            }
         }
         tokio::select! {
             () = shared.stop.cancelled() => return,
@@ -45,19 +51,33 @@ pub(super) async fn settle(shared: &Shared) {
     }
 }
 
-async fn read(shared: &Shared, settle: &mut mpsc::Receiver<Settle>) -> Result<(), DatapathError> {
-    let mut events = shared.datapath.events()?;
+async fn read(
+    shared: &Shared,
+    events: &mut Option<Events>,
+    settle: &mut mpsc::Receiver<Settle>,
+    waiting: &mut Vec<Settle>,
+) -> Result<(), DatapathError> {
+    let events = match events {
+        Some(events) => events,
+        None => events.insert(shared.datapath.events()?),
+    };
     loop {
+        // Who waited too long has gone on.
+        waiting.retain(|done| !done.is_closed());
+        if !waiting.is_empty() {
+            // One look for all who wait by now: many VMs may end at a time.
+            waiting.extend(std::iter::from_fn(|| settle.try_recv().ok()));
+            let mut told = Vec::new();
+            let looked = events.rest(&mut told);
+            told.iter().for_each(|event| record(shared, event));
+            looked?;
+            for done in waiting.drain(..) {
+                let _ = done.send(());
+            }
+        }
         tokio::select! {
             event = events.next() => record(shared, &event?),
-            Some(first) = settle.recv() => {
-                // One look for all who wait by now: many VMs may end at a time, and a look goes through every VM's counts.
-                let all: Vec<Settle> = std::iter::once(first).chain(std::iter::from_fn(|| settle.try_recv().ok())).collect();
-                events.rest()?.iter().for_each(|event| record(shared, event));
-                for done in all {
-                    let _ = done.send(());
-                }
-            }
+            Some(first) = settle.recv() => waiting.push(first),
         }
     }
 }

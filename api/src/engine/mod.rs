@@ -41,7 +41,10 @@ use tapgate_model::{GuestNet, StatusDetail, VmId, VmPolicy};
 use tapgate_proxy::PolicyTable;
 use tapgate_store::{Store, StoreError, VmRecord};
 use tapgate_vmm::{Running, Vmm, image::Image};
-use tokio::sync::{Notify, Semaphore, mpsc, watch};
+use tokio::{
+    runtime::Handle as Runtime,
+    sync::{Notify, Semaphore, mpsc, watch},
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 /// Everything that a VM's task needs.
@@ -178,7 +181,8 @@ impl Engine {
             Err(error) => tracing::error!(%error, "engine.leftovers_not_removed"),
         }
         if let Some(settle) = self.settle.take() {
-            self.tasks.spawn(events::pump(self.shared.clone(), settle));
+            let (pump, runtime) = (events::pump(self.shared.clone(), settle), Runtime::current());
+            self.tasks.spawn_blocking(move || runtime.block_on(pump));
         }
         self.tasks.spawn(snapshots::keep_store(self.shared.clone()));
         self.tasks.spawn(enforcer::enforce(self.shared.clone()));

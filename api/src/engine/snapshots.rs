@@ -242,6 +242,7 @@ async fn upload_all(shared: &Shared) {
             () = shared.stop.cancelled() => return,
             result = upload(shared, &snapshot) => result,
         };
+        // Stored or not: only the step is tried again.
         let noted = match result {
             Ok((stored, memory)) => {
                 point("snapshot.stored");
@@ -253,17 +254,18 @@ async fn upload_all(shared: &Shared) {
                     file_bytes: stored.file_bytes,
                     memory,
                 };
-                shared.store.snapshot_stored(&snapshot.id, stored).await
+                let note = || shared.store.snapshot_stored(&snapshot.id, stored.clone());
+                insist(shared, &snapshot.vm, note).await
             }
             Err(reason) => {
                 let reason = Some(failed(&snapshot, reason));
-                shared.store.snapshot_advance(&snapshot.id, SnapshotStatus::Failed, reason).await.map(drop)
+                let advance =
+                    || shared.store.snapshot_advance(&snapshot.id, SnapshotStatus::Failed, reason.clone());
+                insist(shared, &snapshot.vm, advance).await.map(drop)
             }
         };
-        if let Err(error) = noted {
-            // The file stays: the upload is made again when the records can be written.
-            return tracing::error!(snapshot = %snapshot.id, %error, "snapshot.record_unwritable");
-        }
+        // The daemon ends: the file stays, and the next one stores it again.
+        let Some(()) = noted else { return };
         unstage(shared, &snapshot.id);
     }
 }

@@ -6,7 +6,10 @@
 
 use crate::{DatapathError, bpffs, error::map_error, objects::absent};
 use aya::maps::{HashMap, Map, MapData, MapError, PerCpuHashMap};
-use std::{collections, path::Path};
+use std::{
+    collections::{self, VecDeque},
+    path::Path,
+};
 use tapgate_ebpf_common::maps::{AttemptKey, Attempts};
 
 /// Looks without anything new after which an entry is forgotten.
@@ -48,31 +51,43 @@ impl Counts {
         })
     }
 
-    /// What was tried since the last look.
-    pub(crate) fn look(&mut self) -> Result<Vec<Repeated>, DatapathError> {
+    /// Finds what was tried since the last look. An entry that fails keeps none of the others back, and what was found is
+    /// in `found` whatever the answer is: it counts as told.
+    pub(crate) fn look(&mut self, found: &mut VecDeque<Repeated>) -> Result<(), DatapathError> {
         let keys: Vec<AttemptKey> = self.attempts.keys().filter_map(Result::ok).collect();
         let before = std::mem::take(&mut self.known);
-        let mut found = Vec::new();
+        let mut result = Ok(());
         for key in keys {
-            let Some((count, seen)) = self.count(&key)? else { continue };
-            let known = match before.get(&key) {
-                Some(known) => *known,
-                // Told by an earlier daemon, or new.
-                None => Known { told: self.told.get(&key, 0).unwrap_or(0), silent: 0 },
-            };
-            // An entry that counts less than was told is a new one of the same name.
-            let more = count.checked_sub(known.told).unwrap_or(count);
-            if more > 0 {
-                self.told.insert(key, count, 0).map_err(map_error("put", "ATTEMPTS_TOLD"))?;
-                self.known.insert(key, Known { told: count, silent: 0 });
-                found.push(Repeated { key, count: more, seen });
-            } else if known.silent < SILENT {
-                self.known.insert(key, Known { told: count, silent: known.silent + 1 });
-            } else {
-                found.extend(self.forget(key, count)?);
-            }
+            let looked = self.look_at(key, before.get(&key), found);
+            result = result.and(looked);
         }
-        Ok(found)
+        result
+    }
+
+    fn look_at(
+        &mut self,
+        key: AttemptKey,
+        known: Option<&Known>,
+        found: &mut VecDeque<Repeated>,
+    ) -> Result<(), DatapathError> {
+        let Some((count, seen)) = self.count(&key)? else { return Ok(()) };
+        let known = match known {
+            Some(known) => *known,
+            // Told by an earlier daemon, or new.
+            None => Known { told: self.told.get(&key, 0).unwrap_or(0), silent: 0 },
+        };
+        // An entry that counts less than was told is a new one of the same name.
+        let more = count.checked_sub(known.told).unwrap_or(count);
+        if more > 0 {
+            self.told.insert(key, count, 0).map_err(map_error("put", "ATTEMPTS_TOLD"))?;
+            self.known.insert(key, Known { told: count, silent: 0 });
+            found.push_back(Repeated { key, count: more, seen });
+        } else if known.silent < SILENT {
+            self.known.insert(key, Known { told: count, silent: known.silent + 1 });
+        } else {
+            self.forget(key, count, found)?;
+        }
+        Ok(())
     }
 
     /// How often in all, and when last; `None` if the VM went meanwhile.
@@ -87,11 +102,19 @@ impl Counts {
         }
     }
 
-    /// Forgets an entry that has been silent. Answers what came in the last moment.
-    fn forget(&mut self, key: AttemptKey, told: u64) -> Result<Option<Repeated>, DatapathError> {
+    /// Forgets an entry that has been silent. Finds what came in the last moment.
+    fn forget(
+        &mut self,
+        key: AttemptKey,
+        told: u64,
+        found: &mut VecDeque<Repeated>,
+    ) -> Result<(), DatapathError> {
         let last = self.count(&key)?;
         if !gone(self.attempts.remove(&key)).map_err(map_error("remove", "ATTEMPTS"))? {
-            return Ok(None);
+            return Ok(());
+        }
+        if let Some((count, seen)) = last.filter(|(count, _)| *count > told) {
+            found.push_back(Repeated { key, count: count - told, seen });
         }
         gone(self.told.remove(&key)).map_err(map_error("remove", "ATTEMPTS_TOLD"))?;
         // Its VM has room for one more.
@@ -99,11 +122,7 @@ impl Counts {
             let put = self.gone.insert(key.slot, number.wrapping_add(1), 0);
             put.map_err(map_error("put", "ATTEMPTS_GONE"))?;
         }
-        Ok(last.filter(|(count, _)| *count > told).map(|(count, seen)| Repeated {
-            key,
-            count: count - told,
-            seen,
-        }))
+        Ok(())
     }
 }
 

@@ -90,7 +90,8 @@ impl Events {
         Ok(Self { ring, counts, repeated: VecDeque::new(), tick, shared })
     }
 
-    /// The next event. Cancelling the wait loses nothing.
+    /// The next event. Neither cancelling the wait nor a failure loses anything: the next call goes on. It may look through all
+    /// counts, so it belongs where blocking is allowed.
     pub async fn next(&mut self) -> Result<Event, DatapathError> {
         loop {
             if let Some(repeated) = self.repeated.pop_front() {
@@ -99,8 +100,8 @@ impl Events {
             let mut ready = tokio::select! {
                 biased;
                 _ = self.tick.tick() => {
-                    // A few thousand system calls at worst: a moment, and nothing that may be cut in two.
-                    self.repeated = self.counts.look()?.into();
+                    // A few thousand system calls at worst, and nothing that may be cut in two.
+                    self.counts.look(&mut self.repeated)?;
                     continue;
                 }
                 ready = self.ring.readable_mut() => ready.map_err(DatapathError::Events)?,
@@ -112,20 +113,20 @@ impl Events {
         }
     }
 
-    /// All that can be told by now, without waiting: what a VM tried before it ended.
-    pub fn rest(&mut self) -> Result<Vec<Event>, DatapathError> {
-        let mut repeated: Vec<Repeated> = self.repeated.drain(..).collect();
-        let ring = self.ring.get_mut();
-        let mut raws = Vec::new();
-        // No more than it holds: a flood is not followed for ever.
-        while raws.len() < RING_BYTES as usize / size_of::<Raw>()
-            && let Some(item) = ring.next()
-        {
-            raws.extend(read(&item));
+    /// Adds all that can be told by now, without waiting: what a VM tried before it ended. Where it fails, `told` has what
+    /// could be taken: that is not told again.
+    pub fn rest(&mut self, told: &mut Vec<Event>) -> Result<(), DatapathError> {
+        // No more than the ring holds: a flood is not followed for ever.
+        for _ in 0..RING_BYTES as usize / size_of::<Raw>() {
+            let Some(item) = self.ring.get_mut().next() else { break };
+            let raw = read(&item);
+            drop(item);
+            told.extend(raw.map(|raw| self.of_ring(&raw)));
         }
-        repeated.extend(self.counts.look()?);
-        let told = raws.iter().map(|raw| self.of_ring(raw));
-        Ok(told.chain(repeated.iter().map(|repeated| self.of_repeated(repeated))).collect())
+        let looked = self.counts.look(&mut self.repeated);
+        let repeated = std::mem::take(&mut self.repeated);
+        told.extend(repeated.iter().map(|repeated| self.of_repeated(repeated)));
+        looked
     }
 
     fn of_ring(&self, raw: &Raw) -> Event {

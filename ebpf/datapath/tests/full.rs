@@ -1,6 +1,6 @@
 //! Tables that are full to the last entry, filled by whoever else is on the host: what does not fit is refused, nothing is let
-//! through for want of room, and with room it goes on. Fills millions of entries, so only with `TAPGATE_LONG` set; a VM's own
-//! share of them is filled by `faults.rs` in every run.
+//! through for want of room, and with room it goes on. What fills millions of entries runs only with `TAPGATE_LONG` set; a VM's
+//! own share of them is filled by `faults.rs` in every run.
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
 mod common;
@@ -8,10 +8,12 @@ mod common;
 use aya::maps::{HashMap, Map, MapData, MapError, lpm_trie::LpmTrie};
 use common::*;
 use std::{net::UdpSocket, time::Duration};
-use tapgate_datapath::DatapathError;
+use tapgate_datapath::{DatapathError, Event};
 use tapgate_ebpf_common::{
     Reason,
-    maps::{Address, Flow, FlowKey, MAX_FLOWS, MAX_RULES, MAX_VMS, RuleKey, VERSION},
+    maps::{
+        Address, AttemptKey, Flow, FlowKey, MAX_ATTEMPTS, MAX_FLOWS, MAX_RULES, MAX_VMS, RuleKey, VERSION,
+    },
 };
 use tapgate_model::Mode;
 
@@ -106,6 +108,49 @@ fn a_full_table_of_rules_refuses_the_change_by_name_and_still_closes() {
             rules.remove(&foreign(number)).unwrap();
         }
         datapath.set_policy(a.net, &other).unwrap();
+        datapath.teardown().await.unwrap();
+    });
+}
+
+/// A look that fails in the middle: what it had taken by then is there only once.
+#[test]
+fn what_is_told_before_a_look_fails_is_neither_lost_nor_told_twice() {
+    in_world(|world| async move {
+        const PORTS: u16 = 20;
+        let datapath = world.open().await;
+        let mut events = datapath.events().unwrap();
+        let a = guest(&datapath, 0, Mode::Enforce, &[]).await;
+        let socket = a.udp();
+        // The first of each port is told by the ring, the two after it are counted.
+        for port in (0..PORTS).flat_map(|number| [9000 + number; 3]) {
+            socket.send_to(b"x", ("203.0.113.1", port)).unwrap();
+        }
+        let dropped = || datapath.counters(0).unwrap().dropped(Reason::NoRule);
+        eventually("all are dropped", || dropped() == u64::from(PORTS) * 3);
+        let mut notes: HashMap<_, AttemptKey, u64> = HashMap::try_from(map(&world, "ATTEMPTS_TOLD")).unwrap();
+        let foreign = |number: u32| AttemptKey {
+            slot: MAX_VMS - 1,
+            destination: Address([0, 0, 0, number]),
+            ..AttemptKey::default()
+        };
+        let filled = fill(MAX_ATTEMPTS, |number| notes.insert(foreign(number), 1, 0));
+        // There is room for some of the counts.
+        for number in 0..5 {
+            notes.remove(&foreign(number)).unwrap();
+        }
+        let count = |told: &[Event]| {
+            let own = told.iter().filter(|event| event.ip_protocol == 17);
+            own.map(|event| u64::from(event.count)).sum::<u64>()
+        };
+        let mut told = Vec::new();
+        assert!(matches!(events.rest(&mut told), Err(DatapathError::Map { .. })));
+        let first = count(&told);
+        assert!((u64::from(PORTS) + 2..dropped()).contains(&first), "{first}");
+        for number in 5..filled {
+            notes.remove(&foreign(number)).unwrap();
+        }
+        events.rest(&mut told).unwrap();
+        assert_eq!(count(&told), dropped());
         datapath.teardown().await.unwrap();
     });
 }

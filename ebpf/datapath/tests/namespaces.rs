@@ -589,13 +589,14 @@ fn what_a_guest_tried_last_is_told_before_it_goes() {
         let datapath = world.open().await;
         let mut events = datapath.events().unwrap();
         let a = guest(&datapath, 0, Mode::Enforce, &[]).await;
-        events.rest().unwrap();
+        events.rest(&mut Vec::new()).unwrap();
         let before = monotonic();
         let socket = a.udp();
         for port in 10_000..10_700 {
             socket.send_to(b"x", ("203.0.113.1", port)).unwrap();
         }
-        let told = events.rest().unwrap();
+        let mut told = Vec::new();
+        events.rest(&mut told).unwrap();
         let own = told.iter().filter(|event| event.ip_protocol == 17 && event.moment + 50_000_000 > before);
         let told: u64 = own.map(|event| u64::from(event.count)).sum();
         assert_eq!(told + datapath.counters(0).unwrap().events_lost, 700);
