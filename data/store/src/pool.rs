@@ -20,6 +20,9 @@ type Job = Box<dyn FnOnce(&mut Connection) + Send>;
 const WAITING: usize = 4096;
 const READERS: usize = 3;
 
+/// Of a file, in octets, by readers; SQLite's own most. What lies beyond is read.
+const MAPPED: i64 = 0x7fff_0000;
+
 /// How hard a commit is pushed to the disk.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Durability {
@@ -80,6 +83,11 @@ pub(crate) fn connect(path: &Path, durability: Durability, write: bool) -> Resul
         )?;
     } else {
         connection.pragma_update(None, "query_only", true)?;
+        if durability == Durability::Normal {
+            // A question goes through a little of very many pages: copying each would be most of its time. The log alone is
+            // so long. A disk that cannot be read then ends the daemon, as it does for the shared memory of the WAL.
+            connection.pragma_update(None, "mmap_size", MAPPED)?;
+        }
     }
     Ok(connection)
 }
