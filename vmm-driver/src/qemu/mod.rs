@@ -65,6 +65,9 @@ pub struct QemuDriver {
 impl QemuDriver {
     /// The driver with the program from the usual place and the host's control groups.
     pub fn new(accel: Accel) -> Self {
+        if accel == Accel::Tcg {
+            tsc::begin();
+        }
         Self { program: default_program(), accel, cgroups: Cgroup::root(), io: IoLimits::default() }
     }
 
@@ -146,7 +149,7 @@ impl QemuDriver {
             kernel: &kernel,
             initrd: &initrd,
             cmdline: &image.manifest().cmdline,
-            tsc_khz: tsc::khz(),
+            tsc_khz: (self.accel == Accel::Tcg).then(tsc::khz).flatten(),
             incoming,
         };
         let mut notes = vec![format!("accel={:?}", self.accel).to_lowercase()];

@@ -4,10 +4,19 @@
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-/// The counter's rate in kHz, measured once; `None` where there is no such counter.
+static KHZ: OnceLock<Option<u64>> = OnceLock::new();
+
+/// The counter's rate in kHz, measured once; `None` where there is no such counter. Blocks while it is being measured.
 pub fn khz() -> Option<u64> {
-    static KHZ: OnceLock<Option<u64>> = OnceLock::new();
     *KHZ.get_or_init(measure)
+}
+
+/// Begins to measure, so that the first VM need not wait for it.
+pub fn begin() {
+    if KHZ.get().is_none() {
+        // Without a thread the first VM measures.
+        let _ = std::thread::Builder::new().name("tsc".into()).spawn(khz);
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -35,6 +44,22 @@ fn measure() -> Option<u64> {
 
 #[cfg(all(test, target_arch = "x86_64"))]
 mod tests {
+    use crate::accel::Accel;
+    use std::time::Duration;
+
+    #[test]
+    fn a_driver_that_emulates_measures_before_a_vm_asks() {
+        crate::qemu::QemuDriver::new(Accel::Tcg);
+        let measured = || super::KHZ.get().is_some();
+        for _ in 0..1000 {
+            if measured() {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        assert!(measured());
+    }
+
     #[test]
     fn two_measurements_agree() {
         let (one, other) = (super::measure().unwrap(), super::measure().unwrap());
