@@ -166,6 +166,32 @@ fn a_websocket_on_which_nothing_moves_is_closed_and_so_is_one_when_the_daemon_st
     });
 }
 
+/// Over HTTP/2 the connection goes on, and looks at what moves on it too.
+#[test]
+fn a_stream_on_which_nothing_moves_is_closed_and_was_allowed() {
+    world(|mut w| async move {
+        start(&mut w).await;
+        let mut config = support::config(&w.ca);
+        config.timeouts.idle = Duration::from_secs(1);
+        w.restart(config);
+        let mut sender = begin_http2(&w).await;
+        tokio::time::sleep(Duration::from_millis(400)).await;
+        let ask = Request::connect("http://api.example/ws")
+            .header("sec-websocket-version", "13")
+            .extension(hyper::ext::Protocol::from_static("websocket"))
+            .body(Empty::new())
+            .unwrap();
+        let mut answer = sender.send_request(ask).await.unwrap();
+        assert_eq!(answer.status(), 200);
+        let mut stream = TokioIo::new(hyper::upgrade::on(&mut answer).await.unwrap());
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        stream.write_all(b"ping").await.unwrap();
+        let end = Duration::from_secs(20);
+        let _ = timeout(end, stream.read_to_end(&mut Vec::new())).await.expect("nothing moves");
+        assert!(w.event().await.verdict.passes());
+    });
+}
+
 async fn begin_http2(w: &World) -> SendRequest<Empty<Bytes>> {
     let stream = TokioIo::new(w.connect_as(GUEST, (ATTACKER, 80)).await);
     let (sender, connection) =

@@ -131,7 +131,9 @@ impl Wish {
             };
             tokio::select! {
                 _ = talk => {}
-                () = ticket.revoked.cancelled() => record.verdict(Verdict::Deny { reason: Reason::Revoked }),
+                () = ticket.revoked.cancelled() => if !ticket.is_expired() {
+                    record.verdict(Verdict::Deny { reason: Reason::Revoked });
+                },
                 () = counters.still(shared.config.timeouts.idle) => {}
                 () = shared.stop.cancelled() => {}
             }
