@@ -76,7 +76,6 @@ pub(super) fn repeatable(request: &Request<Body>) -> Option<Request<Body>> {
         *copy.method_mut() = request.method().clone();
         *copy.uri_mut() = request.uri().clone();
         *copy.headers_mut() = request.headers().clone();
-        *copy.extensions_mut() = request.extensions().clone();
         copy
     })
 }
