@@ -324,7 +324,11 @@ async fn pages(log: &AuditLog, fill: &Fill, count: u32) {
         all.len()
     );
     println!("| filters | found | median | first time |\n| --- | --- | --- | --- |");
-    for cost in all.iter().rev().take(6).chain([&all[all.len() / 2]]) {
+    let late: Vec<&Cost> = all.iter().filter(|cost| cost.first >= BAR_PAGE).collect();
+    let slowest = all.iter().rev().take(6).chain([&all[all.len() / 2]]);
+    // What was late once is named: whether it is the same the next time tells the question from the machine.
+    let once = late.iter().copied().filter(|cost| cost.typical < BAR_PAGE).take(12);
+    for cost in slowest.chain(once) {
         println!(
             "| {} | {} | {:.2} ms | {:.2} ms |",
             cost.name,
@@ -335,10 +339,9 @@ async fn pages(log: &AuditLog, fill: &Fill, count: u32) {
     }
     let worst = all.last().unwrap().typical;
     let first = all.iter().map(|cost| cost.first).max().unwrap();
-    let late = all.iter().filter(|cost| cost.first >= BAR_PAGE).count();
     println!("\n| what | measured | bar | met |\n| --- | --- | --- | --- |");
     bar("slowest page, median of three", &format!("{:.2} ms", ms(worst)), "20 ms", worst < BAR_PAGE);
-    let what = format!("slowest page, first time ({late} of {} over the bar)", all.len());
+    let what = format!("slowest page, first time ({} of {} over the bar)", late.len(), all.len());
     bar(&what, &format!("{:.2} ms", ms(first)), "20 ms", first < BAR_PAGE);
 }
 

@@ -101,24 +101,24 @@ pub(super) fn within(
     low: &[u8; KEY],
     high: &[u8; KEY],
 ) -> Result<Option<Rows>> {
-    // How many events have an address before `bound`, or up to it.
-    let rank = |bound: &[u8; KEY], included: bool| -> Result<usize> {
-        let run = db.prepare_cached(RUN_OF)?.query_row(params![block, user, ADDRESSES, bound], |row| {
-            let kept = row.get_ref(0)?.as_blob()?;
-            let Some((start, keys)) = kept.split_first_chunk::<2>() else { return Ok(0) };
-            let mut rank = u16::from_le_bytes(*start);
-            for entry in keys.as_chunks::<{ KEY + 2 }>().0 {
-                let (key, end) = entry.split_at(KEY);
-                if key > &bound[..] || key == &bound[..] && !included {
-                    break;
-                }
-                rank = end.first_chunk().map_or(rank, |bytes| u16::from_le_bytes(*bytes));
-            }
-            Ok(usize::from(rank))
-        });
-        Ok(run.optional()?.unwrap_or(0))
+    let mut statement = db.prepare_cached(RUN_OF)?;
+    // How many events have an address before the first one of the range, or up to its last; the former only where it stands in
+    // the same run, as it does for most ranges.
+    let ends = statement.query_row(params![block, user, ADDRESSES, high], |row| {
+        let kept = row.get_ref(1)?.as_blob()?;
+        let begins = row.get_ref(0)?.as_blob()? <= &low[..];
+        Ok((begins.then(|| rank(kept, low, false)), rank(kept, high, true)))
+    });
+    let Some((from, to)) = ends.optional()? else { return Ok(None) };
+    let from = match from {
+        Some(from) => from,
+        None => statement
+            .query_row(params![block, user, ADDRESSES, low], |row| {
+                Ok(rank(row.get_ref(1)?.as_blob()?, low, false))
+            })
+            .optional()?
+            .unwrap_or(0),
     };
-    let (from, to) = (rank(low, false)?, rank(high, true)?);
     if from >= to {
         return Ok(None);
     }
@@ -139,8 +139,22 @@ pub(super) fn within(
     Ok(Some(found))
 }
 
+/// How many events of a block have an address before `bound`, or up to it, by the run that it falls in.
+fn rank(run: &[u8], bound: &[u8; KEY], included: bool) -> usize {
+    let Some((start, keys)) = run.split_first_chunk::<2>() else { return 0 };
+    let mut rank = u16::from_le_bytes(*start);
+    for entry in keys.as_chunks::<{ KEY + 2 }>().0 {
+        let (key, end) = entry.split_at(KEY);
+        if key > &bound[..] || key == &bound[..] && !included {
+            break;
+        }
+        rank = end.first_chunk().map_or(rank, |bytes| u16::from_le_bytes(*bytes));
+    }
+    usize::from(rank)
+}
+
 /// The VMs of an account that have events in a block.
 pub(super) const VMS_OF: &str = "SELECT term FROM terms WHERE block = ?1 AND user = ?2 AND kind = 1";
 pub(super) const HAVING: &str =
     "SELECT rows FROM terms WHERE block = ?1 AND user = ?2 AND kind = ?3 AND term = ?4";
-pub(super) const RUN_OF: &str = "SELECT rows FROM terms WHERE block = ?1 AND user = ?2 AND kind = ?3 AND term <= ?4 ORDER BY term DESC LIMIT 1";
+pub(super) const RUN_OF: &str = "SELECT term, rows FROM terms WHERE block = ?1 AND user = ?2 AND kind = ?3 AND term <= ?4 ORDER BY term DESC LIMIT 1";
