@@ -124,9 +124,9 @@ impl Cgroup {
         path.is_dir().then_some(Self { path })
     }
 
-    /// The file that a process writes `0` to for becoming a member.
+    /// The group's folder, which a process may be born into.
     pub fn entrance(&self) -> io::Result<OwnedFd> {
-        Ok(fs::OpenOptions::new().write(true).open(self.path.join("cgroup.procs"))?.into())
+        Ok(fs::File::open(&self.path)?.into())
     }
 
     /// Kills every member.

@@ -3,6 +3,7 @@
 //!
 //! Owns what happens between fork and exec. Must never leave the child a right or a descriptor that is not listed.
 
+mod child;
 mod filter;
 pub mod scratch;
 pub mod tool;
@@ -16,12 +17,10 @@ use nix::sched::{CloneFlags, setns, unshare};
 use std::ffi::OsString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::net::UnixListener;
-use std::os::unix::process::CommandExt as _;
 use std::path::Path;
-use std::process::{Command, Stdio};
 use view::View;
 
 /// First of the user ids that VMMs run as: one for each slot, so that no VMM may touch another's process.
@@ -35,6 +34,9 @@ pub fn uid_of(slot: u32) -> u32 {
 
 /// Threads of a VMM beyond its virtual CPUs. QEMU starts up to 64 for disk I/O alone, beside its own few, and ends when it gets none.
 const THREADS: u32 = 128;
+
+/// Above every number that a descriptor is handed on as.
+const HANDED: RawFd = 64;
 
 /// Which network a VMM's process is in.
 #[derive(Debug)]
@@ -59,7 +61,7 @@ pub struct Launch<'a> {
     pub confined: Option<Confined>,
     /// Descriptors and the numbers they get.
     pub descriptors: Vec<(OwnedFd, RawFd)>,
-    /// The entrance of its control group.
+    /// Its control group.
     pub cgroup: Option<OwnedFd>,
     /// Whether it ends with the thread that started it, and so with the daemon. A VMM outlives both.
     pub ends_with_us: bool,
@@ -78,51 +80,42 @@ pub struct Confined {
 impl Launch<'_> {
     /// Starts it and answers its pid. The caller watches it by pidfd.
     pub fn spawn(self) -> Result<i32, VmmError> {
-        let mut command = Command::new(self.program);
-        command.args(&self.args).env_clear().current_dir("/").stdin(Stdio::null());
-        command.stdout(self.stdout).stderr(self.stderr);
+        let started = |error: io::Error| {
+            VmmError::Start(format!("{} cannot be started in its own view: {error}", self.program.display()))
+        };
+        let program =
+            child::Program::new(self.program, self.args, self.stdout, self.stderr).map_err(started)?;
         let descriptors = high(self.descriptors).map_err(VmmError::io("descriptors"))?;
         let filter = filter::build().map_err(VmmError::io("the system call filter"))?;
-        let (cgroup, confined, ends_with_us) = (self.cgroup, self.confined, self.ends_with_us);
         let us = nix::unistd::getpid();
-        let prepare = move || -> io::Result<()> {
+        let prepare = || -> io::Result<()> {
             // A session of its own: no terminal's signal and no daemon's end reaches it.
             nix::unistd::setsid()?;
             inherit_nothing()?;
-            if let Some(cgroup) = &cgroup {
-                nix::unistd::write(cgroup, b"0")?;
-            }
-            for (from, to) in &descriptors {
-                duplicate(from.as_raw_fd(), *to)?;
-            }
             limit_core()?;
-            if let Some(Confined { uid, view, network }) = &confined {
+            if let Some(Confined { uid, view, network }) = &self.confined {
                 match network {
                     Network::None => unshare(CloneFlags::CLONE_NEWNET)?,
                     Network::Inside(netns) => setns(netns, CloneFlags::CLONE_NEWNET)?,
                 }
                 view.enter()?;
-                nix::unistd::setgroups(&[])?;
-                let (user, group) = (nix::unistd::Uid::from_raw(*uid), nix::unistd::Gid::from_raw(*uid));
-                nix::unistd::setresgid(group, group, group)?;
-                // From root to another id: the kernel takes every capability away.
-                nix::unistd::setresuid(user, user, user)?;
+                child::become_user(*uid)?;
             }
-            if ends_with_us {
+            if self.ends_with_us {
                 // A change of user takes this away, so not before.
                 nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
                 if nix::unistd::getppid() != us {
                     return Err(io::Error::from_raw_os_error(libc::ESRCH));
                 }
             }
+            // Their numbers may be those of what was needed until here.
+            for (from, to) in &descriptors {
+                duplicate(from.as_raw_fd(), *to)?;
+            }
             nix::sys::prctl::set_no_new_privs()?;
             seccompiler::apply_filter(&filter).map_err(|_| io::Error::from_raw_os_error(libc::ENOSYS))
         };
-        before_exec(&mut command, prepare);
-        let child = command.spawn().map_err(|error| {
-            VmmError::Start(format!("{} cannot be started in its own view: {error}", self.program.display()))
-        })?;
-        Ok(child.id() as i32)
+        program.start(self.cgroup.as_ref().map(AsFd::as_fd), prepare).map_err(started)
     }
 }
 
@@ -162,12 +155,6 @@ pub fn enclose(root: Option<&Path>, spec: &VmSpec, io: IoLimits, notes: &mut Vec
     }
 }
 
-#[expect(unsafe_code, reason = "pre_exec has no safe form")]
-fn before_exec(command: &mut Command, prepare: impl FnMut() -> io::Result<()> + Send + Sync + 'static) {
-    // SAFETY: the closure only makes system calls, allocates nothing and takes no lock.
-    unsafe { command.pre_exec(prepare) };
-}
-
 /// Processes that run as the VM's own user with its id among their words: its VMMs.
 pub fn orphans(vm: &str, uid: u32) -> Vec<ProcessRef> {
     use std::os::unix::fs::MetadataExt as _;
@@ -184,7 +171,7 @@ pub fn orphans(vm: &str, uid: u32) -> Vec<ProcessRef> {
 
 /// Moves descriptors out of the way of the numbers that they will get, so that none overwrites another.
 fn high(descriptors: Vec<(OwnedFd, RawFd)>) -> io::Result<Vec<(OwnedFd, RawFd)>> {
-    descriptors.into_iter().map(|(from, to)| Ok((duplicate_above(&from, 64)?, to))).collect()
+    descriptors.into_iter().map(|(from, to)| Ok((duplicate_above(&from, HANDED)?, to))).collect()
 }
 
 #[expect(unsafe_code, reason = "fcntl's result has to be taken as a descriptor")]

@@ -4,7 +4,7 @@
 //! In each, the sets of events that have what is asked for are intersected; only what is left is looked at.
 
 use super::index::Term;
-use super::lookup::{self, Places, Times};
+use super::lookup::{Key, Lookup};
 use super::record::{self, AuditRecord, COLUMNS};
 use super::rows::Rows;
 use crate::error::{Result, StoreError};
@@ -264,6 +264,7 @@ fn find(db: &Connection, question: &Question) -> Result<Vec<Place>> {
     let first: Option<i64> =
         db.prepare_cached("SELECT min(seq) FROM events")?.query_row([], |row| row.get(0))?;
     let Some(first) = first else { return Ok(best.places) };
+    let (mut lookup, keys) = (Lookup::new(db)?, Keys::of(question));
     let mut blocks = db.prepare_cached(blocks_sql(*order))?;
     // Blocks that end before the span are not in what is read; those that begin after it are passed over.
     let (mut rows, from, to) = match order {
@@ -283,7 +284,7 @@ fn find(db: &Connection, question: &Question) -> Result<Vec<Place>> {
             continue;
         }
         let block = Block { first: row.get("first")?, oldest: near.min(far), newest: near.max(far) };
-        search(db, question, &block, first, &mut best)?;
+        search(&mut lookup, question, &keys, &block, first, &mut best)?;
     }
     Ok(best.places)
 }
@@ -307,21 +308,41 @@ struct Block {
     newest: i64,
 }
 
+/// What is looked up in each block.
+struct Keys {
+    vm: Option<Key>,
+    host: Option<Key>,
+    /// A VM's and a host's sets are within their account's, which is looked up where there is neither.
+    whole: Option<Key>,
+}
+
+impl Keys {
+    fn of(question: &Question) -> Self {
+        let vm = question.vm.map(|vm| Term::Vm(vm).key());
+        let host = question.host.clone().map(|host| Term::Host(host).key());
+        let whole = (vm.is_none() && host.is_none()).then(|| Term::User.key());
+        Self { vm, host, whole }
+    }
+}
+
 /// The events of a block that answer the question.
-fn search(db: &Connection, question: &Question, block: &Block, first: i64, best: &mut Best) -> Result<()> {
-    let Question { user, vm, host, range, classes, span, .. } = question;
-    if let (Some(host), Some((low, high))) = (host, range)
-        && !lookup::may_lie_within(db, block.first, *user, host, low, high)?
+fn search(
+    lookup: &mut Lookup<'_>,
+    question: &Question,
+    keys: &Keys,
+    block: &Block,
+    first: i64,
+    best: &mut Best,
+) -> Result<()> {
+    let Question { user, range, classes, span, .. } = question;
+    if let (Some(host), Some((low, high))) = (&keys.host, range)
+        && !lookup.may_lie_within(block.first, *user, host, low, high)?
     {
         return Ok(());
     }
-    let vm = vm.map(Term::Vm);
-    let host = host.clone().map(Term::Host);
-    // A VM's and a host's sets are within their account's.
-    let whole = (vm.is_none() && host.is_none()).then_some(Term::User);
     let (mut left, mut of_class): (Option<Rows>, bool) = (None, false);
-    for term in [vm, host, whole].iter().flatten() {
-        let Some((has, rows)) = lookup::having(db, block.first, *user, term)? else { return Ok(()) };
+    for key in [&keys.vm, &keys.host, &keys.whole].into_iter().flatten() {
+        let Some((has, rows)) = lookup.having(block.first, *user, key)? else { return Ok(()) };
         if has & classes == 0 {
             return Ok(());
         }
@@ -333,7 +354,7 @@ fn search(db: &Connection, question: &Question, block: &Block, first: i64, best:
     }
     let Some(mut left) = left.filter(|left| !left.is_empty()) else { return Ok(()) };
     if let Some((low, high)) = range {
-        let Some(rows) = lookup::within(db, block.first, *user, low, high)? else { return Ok(()) };
+        let Some(rows) = lookup.within(block.first, *user, low, high)? else { return Ok(()) };
         left.and(&rows);
         if left.is_empty() {
             return Ok(());
@@ -341,30 +362,16 @@ fn search(db: &Connection, question: &Question, block: &Block, first: i64, best:
     }
     // Their classes are a fifth of what a block keeps of its events: often none is left after them.
     if !of_class {
-        db.prepare_cached(CLASSES_OF)?.query_row([block.first], |row| {
-            let kept = row.get_ref(0)?.as_blob()?;
-            left.retain(|at| kept.get(at).is_some_and(|class| *class < 64 && classes >> class & 1 == 1));
-            Ok(())
-        })?;
+        lookup.retain_classes(block.first, *classes, &mut left)?;
         if left.is_empty() {
             return Ok(());
         }
     }
-    db.prepare_cached(TIMES_OF)?.query_row([block.first], |row| {
-        let (kept, places) = (row.get_ref(0)?.as_blob()?, row.get_ref(1)?.as_blob_or_null()?);
-        let (numbers, times) = (Places::new(block.first, places), Times::new(block.oldest, block.newest));
-        best.add(left.iter().filter_map(|at| {
-            let seq = numbers.at(at)?;
-            let place = (times.at(kept, at), seq);
-            (seq >= first && span.holds(place)).then_some(place)
-        }));
-        Ok(())
-    })?;
-    Ok(())
+    lookup.times(block.first, (block.oldest, block.newest), &left, |places| {
+        best.add(places.filter(|place| place.1 >= first && span.holds(*place)));
+    })
 }
 
-pub(super) const CLASSES_OF: &str = "SELECT classes FROM blocks WHERE first = ?1";
-pub(super) const TIMES_OF: &str = "SELECT times, places FROM blocks WHERE first = ?1";
 /// The newest events, which are in no block yet: few.
 pub(super) const LOOSE: &str = "SELECT ts, seq, class FROM events
      WHERE seq > ifnull((SELECT last FROM blocks ORDER BY first DESC LIMIT 1), 0) AND +user = ?1
@@ -403,6 +410,7 @@ fn bounds(cidr: Cidr) -> ([u8; 16], [u8; 16]) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::lookup;
     use super::*;
     use crate::pool::{Durability, connect};
 
@@ -461,8 +469,8 @@ mod tests {
             (blocks_sql(Order::Desc), "USING COVERING INDEX blocks_newest (newest>?)"),
             (lookup::HAVING, "USING PRIMARY KEY (block=? AND user=? AND kind=? AND term=?)"),
             (lookup::RUN_OF, "USING PRIMARY KEY (block=? AND user=? AND kind=? AND term<?)"),
-            (CLASSES_OF, "USING INTEGER PRIMARY KEY (rowid=?)"),
-            (TIMES_OF, "USING INTEGER PRIMARY KEY (rowid=?)"),
+            (lookup::CLASSES_OF, "USING INTEGER PRIMARY KEY (rowid=?)"),
+            (lookup::TIMES_OF, "USING INTEGER PRIMARY KEY (rowid=?)"),
             (lookup::VMS_OF, "USING PRIMARY KEY (block=? AND user=? AND kind=?)"),
             (LOOSE, "USING INTEGER PRIMARY KEY (rowid>?)"),
             (&format!("SELECT {COLUMNS} WHERE e.seq = ?1"), "USING INTEGER PRIMARY KEY (rowid=?)"),
