@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write};
 use std::net::{Ipv4Addr, Ipv6Addr};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use tapgate_ebpf_common::net::{GATEWAY_V4, GATEWAY_V6};
 use tapgate_model::GuestNet;
@@ -21,6 +21,8 @@ const OWN_CA: &str = "/usr/local/share/ca-certificates/tapgate.crt";
 const MTU: u32 = 1500;
 const SMALLEST_DISK: u64 = 1 << 20;
 const LARGEST_DISK: u64 = 16 << 20;
+/// Of the disk, written where it holds anything.
+const BLOCK: usize = 4096;
 /// Octets of all variables together, whoever let them through: the text of a seed is several times as long.
 const MOST_ENV: usize = 1 << 20;
 const VOLUME_ID: u32 = 0x7467_0001;
@@ -174,7 +176,7 @@ impl Seed {
         self.write_to(disk)
     }
 
-    fn write_to(&self, mut disk: File) -> Result<(), SeedError> {
+    fn write_to(&self, disk: File) -> Result<(), SeedError> {
         let files = [
             ("meta-data", self.meta_data()),
             ("user-data", self.user_data()?),
@@ -185,11 +187,12 @@ impl Seed {
         if size > LARGEST_DISK {
             return Err(SeedError::TooLarge(content));
         }
-        disk.set_len(size)?;
+        // In memory first: the library writes a few octets at a time.
+        let mut whole = io::Cursor::new(vec![0; usize::try_from(size).unwrap_or(usize::MAX)]);
         let options = fatfs::FormatVolumeOptions::new().volume_id(VOLUME_ID).volume_label(*b"CIDATA     ");
-        fatfs::format_volume(&mut disk, options)?;
+        fatfs::format_volume(&mut whole, options)?;
         {
-            let fs = fatfs::FileSystem::new(&mut disk, fatfs::FsOptions::new())?;
+            let fs = fatfs::FileSystem::new(&mut whole, fatfs::FsOptions::new())?;
             for (name, text) in &files {
                 let root = fs.root_dir();
                 let mut file = root.create_file(name)?;
@@ -198,6 +201,12 @@ impl Seed {
             }
         }
         // Not waited for until it is on the medium: it is made anew at each start.
+        disk.set_len(size)?;
+        for (number, block) in whole.get_ref().chunks(BLOCK).enumerate() {
+            if block.iter().any(|octet| *octet != 0) {
+                disk.write_all_at(block, (number * BLOCK) as u64)?;
+            }
+        }
         Ok(())
     }
 

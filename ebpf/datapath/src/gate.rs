@@ -43,6 +43,7 @@ impl Datapath {
         net: GuestNet,
         policy: &VmPolicy,
     ) -> Result<Gate, DatapathError> {
+        let _replaced = self.shared.replace_spare();
         let inside = self.free_slot(&net).await?;
         if let Some(spare) = self.shared.take_spare() {
             match self.use_spare(&inside, spare, &net, policy).await {

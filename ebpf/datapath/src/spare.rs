@@ -94,10 +94,20 @@ impl Shared {
         self.spare.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the spare, if there is one; another is made.
+    /// Takes the spare, if there is one. Another is made once [`Shared::replace_spare`] says so.
     pub(crate) fn take_spare(&self) -> Option<Spare> {
-        let spare = self.spare().take();
-        self.spare_taken.notify_one();
-        spare
+        self.spare().take()
+    }
+
+    /// Has another made when what it answers is dropped, which is when the VM has its gate: making one holds the kernel's lock of
+    /// all links, which that waits for too.
+    pub(crate) fn replace_spare(&self) -> impl Drop {
+        struct Replaces<'a>(&'a Shared);
+        impl Drop for Replaces<'_> {
+            fn drop(&mut self) {
+                self.0.spare_taken.notify_one();
+            }
+        }
+        Replaces(self)
     }
 }

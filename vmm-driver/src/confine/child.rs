@@ -1,14 +1,19 @@
 //! A child process that is born in its control group (`clone3` with `CLONE_INTO_CGROUP`): moving one there later waits for a
-//! grace period of the kernel, 10 ms and more.
+//! grace period of the kernel, 10 ms and more. Until `exec` it uses the daemon's memory, as after `vfork`: a copy of the page
+//! tables would cost 70 µs for each MiB that the daemon holds.
 //!
 //! Owns everything up to `exec`. The C library does not know of such a child, so the child makes system calls alone: it must
-//! never allocate, take a lock, or let the C library tell other threads, which it does not have, of a change of user.
+//! never keep a lock, write to what others read, or let the C library tell other threads of a change of user.
 
+use std::cell::Cell;
+use std::convert::Infallible;
 use std::ffi::{CString, OsString};
 use std::fs::File;
 use std::io::{self, Read as _};
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::panic::AssertUnwindSafe;
 use std::path::Path;
 use std::ptr;
 
@@ -46,15 +51,17 @@ impl Program {
         let (failure, told) = io::pipe()?;
         // Away from the numbers that the child gives to what it is handed.
         let told = super::duplicate_above(&OwnedFd::from(told), super::HANDED)?;
+        let prepare = Cell::new(Some(prepare));
+        let mut job = || {
+            let become_it = || prepare.take().map(|prepare| self.become_it(&words, prepare));
+            // Whatever happens, the child never goes on as a second daemon.
+            let error = std::panic::catch_unwind(AssertUnwindSafe(become_it)).ok().flatten();
+            tell(told.as_raw_fd(), error.and_then(|error| error.raw_os_error()).unwrap_or(libc::EINVAL))
+        };
         let pid = {
             let _masked = Masked::all()?;
-            clone_into(group)?
+            clone_into(group, &mut job)?
         };
-        if pid == 0 {
-            // Whatever happens, this process never goes on as a second daemon.
-            let ends = Ends(told.as_raw_fd());
-            ends.with(self.become_it(&words, prepare));
-        }
         drop(told);
         let mut why = Vec::new();
         let read = File::from(OwnedFd::from(failure)).take(4).read_to_end(&mut why);
@@ -130,50 +137,91 @@ impl Drop for Masked {
     }
 }
 
-/// Tells the parent why there is no program, and ends; also where something panics.
-struct Ends(RawFd);
-
-impl Ends {
-    fn with(self, error: io::Error) -> ! {
-        let code = error.raw_os_error().unwrap_or(libc::EINVAL).to_ne_bytes();
-        self.tell(code)
-    }
-
-    #[expect(
-        unsafe_code,
-        reason = "the pipe's number in the child, and an end without the parent's clean-up"
-    )]
-    fn tell(&self, code: [u8; 4]) -> ! {
-        // SAFETY: four octets that are there; the process ends.
-        unsafe {
-            libc::write(self.0, code.as_ptr().cast(), code.len());
-            libc::_exit(127)
-        }
+/// Tells the parent why there is no program, and ends.
+#[expect(unsafe_code, reason = "the pipe's number in the child, and an end without the parent's clean-up")]
+fn tell(to: RawFd, why: i32) -> Infallible {
+    let why = why.to_ne_bytes();
+    // SAFETY: four octets that are there; the process ends.
+    unsafe {
+        libc::write(to, why.as_ptr().cast(), why.len());
+        libc::_exit(127)
     }
 }
 
-impl Drop for Ends {
-    fn drop(&mut self) {
-        self.tell(libc::EINVAL.to_ne_bytes());
+/// Room for the child's frames, the message of a panic included.
+const STACK: usize = 256 * 1024;
+
+type Job<'a> = &'a mut dyn FnMut() -> Infallible;
+
+extern "C" fn begin(job: *mut Job<'_>) {
+    // SAFETY: given by `clone_into`, which waits; the job does not come back.
+    #[expect(unsafe_code, reason = "a pointer is what the kernel's interface leaves")]
+    unsafe {
+        (*job)();
     }
 }
 
-/// A copy of this process with one thread, 0 in the child.
+/// A child that does the job, with this process's memory and a stack of its own; comes back when it executes a program or ends.
 #[expect(unsafe_code, reason = "clone3 has no safe form")]
-fn clone_into(group: Option<BorrowedFd<'_>>) -> io::Result<i32> {
+fn clone_into(group: Option<BorrowedFd<'_>>, mut job: Job<'_>) -> io::Result<i32> {
+    let mut stack: Vec<MaybeUninit<u128>> = Vec::with_capacity(STACK / size_of::<u128>());
     // SAFETY: all zero is what the kernel takes for "not given".
     let mut wanted: libc::clone_args = unsafe { std::mem::zeroed() };
-    wanted.flags = CLEAR_SIGHAND;
+    wanted.flags = CLEAR_SIGHAND | (libc::CLONE_VM | libc::CLONE_VFORK) as u64;
     wanted.exit_signal = libc::SIGCHLD as u64;
+    wanted.stack = stack.as_mut_ptr() as u64;
+    wanted.stack_size = STACK as u64;
     if let Some(group) = group {
         wanted.flags |= INTO_CGROUP;
         wanted.cgroup = group.as_raw_fd() as u64;
     }
-    // SAFETY: no shared memory and no stack of its own: a fork, which keeps to what this file's head says.
-    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const wanted, size_of::<libc::clone_args>()) };
-    match i32::try_from(pid) {
-        Ok(pid @ 0..) => Ok(pid),
-        _ => Err(io::Error::last_os_error()),
+    let result: isize;
+    let (wanted, job) = (&raw const wanted, &raw mut job);
+    // SAFETY: the child begins on its own stack, whose top is aligned as the ABI wants it, and calls `begin`, which does not come
+    // back. This thread stands still until then, so all that the child is lent stays; the registers named are all that the
+    // kernel changes (x86-64: syscall(2), "Architecture calling conventions"; arm64: the same).
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        std::arch::asm!(
+            "syscall",
+            "test rax, rax",
+            "jnz 2f",
+            "xor ebp, ebp",
+            "mov rdi, r8",
+            "call r9",
+            "ud2",
+            "2:",
+            inlateout("rax") libc::SYS_clone3 as isize => result,
+            in("rdi") wanted,
+            in("rsi") size_of::<libc::clone_args>(),
+            in("r8") job,
+            in("r9") begin as extern "C" fn(*mut Job<'_>),
+            lateout("rcx") _,
+            lateout("r11") _,
+        );
+    }
+    // SAFETY: as above.
+    #[cfg(target_arch = "aarch64")]
+    unsafe {
+        std::arch::asm!(
+            "svc #0",
+            "cbnz x0, 2f",
+            "mov x29, xzr",
+            "mov x0, x3",
+            "blr x4",
+            "brk #1",
+            "2:",
+            inlateout("x0") wanted => result,
+            in("x1") size_of::<libc::clone_args>(),
+            in("x8") libc::SYS_clone3,
+            in("x3") job,
+            in("x4") begin as extern "C" fn(*mut Job<'_>),
+        );
+    }
+    match i32::try_from(result) {
+        Ok(pid @ 1..) => Ok(pid),
+        Ok(error) => Err(io::Error::from_raw_os_error(-error)),
+        Err(_) => Err(io::ErrorKind::Other.into()),
     }
 }
 
@@ -205,7 +253,9 @@ pub(super) fn become_user(uid: u32) -> io::Result<()> {
         done(libc::syscall(libc::SYS_setgroups, 0, ptr::null::<libc::gid_t>()))?;
         done(libc::syscall(libc::SYS_setresgid, id, id, id))?;
         // From root to another id: the kernel takes every capability away.
-        done(libc::syscall(libc::SYS_setresuid, id, id, id))
+        done(libc::syscall(libc::SYS_setresuid, id, id, id))?;
+        // The memory is still the daemon's: nobody of that id may look into it, whatever fs.suid_dumpable says.
+        done(libc::syscall(libc::SYS_prctl, libc::PR_SET_DUMPABLE, 0, 0, 0, 0))
     }
 }
 
