@@ -7,9 +7,8 @@ use common::*;
 use std::{
     io::{ErrorKind, Read as _, Write as _},
     net::{SocketAddr, TcpStream, UdpSocket},
-    time::{Duration, Instant},
 };
-use tapgate_datapath::{Attachment, Datapath, monotonic};
+use tapgate_datapath::{Attachment, Datapath};
 use tapgate_ebpf_common::Reason;
 use tapgate_model::{Mode, Verdict};
 use tapgate_netns::{Netns, nft};
@@ -360,80 +359,6 @@ fn a_daemon_that_dies_changes_nothing_and_the_next_one_adopts() {
 }
 
 #[test]
-fn a_flood_is_told_once_a_second_with_its_count_and_hides_nobody_else() {
-    in_world(|world| async move {
-        let datapath: Datapath = world.open().await;
-        let mut events = datapath.events().unwrap();
-        let a = guest(&datapath, 0, Mode::Enforce, &[]).await;
-        let b = guest(&datapath, 1, Mode::Enforce, &[]).await;
-        let flood = a.udp();
-        for _ in 0..5000 {
-            let _ = flood.send_to(b"x", "203.0.113.1:9");
-        }
-        let _ = b.udp().send_to(b"x", "203.0.113.1:9");
-        let dropped = || datapath.counters(0).unwrap().dropped(Reason::NoRule);
-        let (mut of_a, mut told, mut of_b) = (0, 0, 0);
-        let until = Instant::now() + PATIENCE;
-        while of_b == 0 || told == 0 || told != dropped() {
-            assert!(Instant::now() < until, "{told} of {} told in {of_a} events", dropped());
-            let wait = tokio::time::timeout(Duration::from_millis(500), events.next()).await;
-            let Ok(event) = wait.map(Result::unwrap) else { continue };
-            assert_eq!((event.destination, event.port), (ip(OTHER), Some(9)));
-            assert_eq!(event.verdict, Verdict::Deny { reason: Reason::NoRule });
-            match event.slot {
-                0 => (of_a, told) = (of_a + 1, told + u64::from(event.count)),
-                _ => of_b += 1,
-            }
-        }
-        assert_eq!(of_b, 1);
-        assert!(of_a < 60, "{of_a} events for one destination");
-        assert_eq!(datapath.counters(0).unwrap().events_lost, 0);
-
-        // Another reader takes over: nothing is told twice, and what was tried meanwhile is told.
-        drop(events);
-        for _ in 0..100 {
-            let _ = flood.send_to(b"x", "203.0.113.1:9");
-        }
-        let mut events = datapath.events().unwrap();
-        while told != dropped() {
-            assert!(Instant::now() < until + PATIENCE && told < dropped(), "{told} of {}", dropped());
-            let wait = tokio::time::timeout(Duration::from_millis(500), events.next()).await;
-            told += wait.map_or(0, |event| u64::from(event.unwrap().count));
-        }
-        datapath.teardown().await.unwrap();
-    });
-}
-
-#[test]
-fn a_flood_to_everywhere_is_told_as_far_as_it_goes_and_the_rest_is_counted() {
-    in_world(|world| async move {
-        let datapath: Datapath = world.open().await;
-        let mut events = datapath.events().unwrap();
-        let a = guest(&datapath, 0, Mode::Enforce, &[]).await;
-        let flood = a.udp();
-        // Until the gateway's MAC address is known, the guest's kernel keeps a few hundred frames and drops the rest.
-        flood.send_to(b"x", "203.0.113.1:999").unwrap();
-        eventually("the gateway is found", || datapath.counters(0).unwrap().dropped(Reason::NoRule) > 0);
-        for port in 1000..5000 {
-            let _ = flood.send_to(b"x", ("203.0.113.1", port));
-        }
-        let mut told = 0;
-        let all = |told: u64| {
-            let counters = datapath.counters(0).unwrap();
-            counters.dropped(Reason::NoRule) == told + counters.events_lost
-        };
-        let until = Instant::now() + PATIENCE;
-        while told < 1024 || !all(told) {
-            assert!(Instant::now() < until, "{told} told, {:?}", datapath.counters(0));
-            let wait = tokio::time::timeout(Duration::from_millis(500), events.next()).await;
-            told += wait.map_or(0, |event| u64::from(event.unwrap().count));
-        }
-        assert!(datapath.counters(0).unwrap().events_lost > 0, "{told}");
-        datapath.teardown().await.unwrap();
-    });
-}
-
-#[test]
 fn filters_of_clsact_hold_and_are_adopted_as_on_older_kernels() {
     in_world(|world| async move {
         let open = || Datapath::open_attaching(world.config.clone(), Attachment::Clsact);
@@ -578,29 +503,6 @@ fn settings_of_the_host_that_would_close_guests_are_not_taken_over() {
         let stream = a.connect("203.0.113.1:443").unwrap();
         listeners.tcp.accept().unwrap();
         drop(stream);
-        datapath.teardown().await.unwrap();
-    });
-}
-
-/// Everything that was tried can be told at once, before a VM's slot and its counts go.
-#[test]
-fn what_a_guest_tried_last_is_told_before_it_goes() {
-    in_world(|world| async move {
-        let datapath = world.open().await;
-        let mut events = datapath.events().unwrap();
-        let a = guest(&datapath, 0, Mode::Enforce, &[]).await;
-        events.rest(&mut Vec::new()).unwrap();
-        let before = monotonic();
-        let socket = a.udp();
-        for port in 10_000..10_700 {
-            socket.send_to(b"x", ("203.0.113.1", port)).unwrap();
-        }
-        let mut told = Vec::new();
-        events.rest(&mut told).unwrap();
-        let own = told.iter().filter(|event| event.ip_protocol == 17 && event.moment + 50_000_000 > before);
-        let told: u64 = own.map(|event| u64::from(event.count)).sum();
-        assert_eq!(told + datapath.counters(0).unwrap().events_lost, 700);
-        assert!(told > 512, "{told}");
         datapath.teardown().await.unwrap();
     });
 }

@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
 use aya::{
-    maps::MapData,
+    maps::{Map, MapData, MapError},
     programs::{ProgramInfo, SchedClassifier, TcAttachType, loaded_programs},
 };
 use socket2::{Domain, Protocol, Socket, Type};
@@ -456,4 +456,15 @@ impl Wire {
             }
         }
     }
+}
+
+/// A map as it is pinned, as whoever else is on the host has it.
+pub fn map(world: &World, name: &str) -> Map {
+    let path = world.pins().join(format!("maps-{VERSION}")).join(name);
+    Map::from_map_data(MapData::from_pin(path).unwrap()).unwrap()
+}
+
+/// Puts entries until there is no room for another; how many there were.
+pub fn fill(limit: u32, mut put: impl FnMut(u32) -> Result<(), MapError>) -> u32 {
+    (0..=limit).find(|number| put(*number).is_err()).expect("the table has a limit")
 }
