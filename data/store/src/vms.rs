@@ -216,8 +216,9 @@ impl Store {
                     crate::snapshots::follow(tx, &vm, to)?;
                 }
                 if to == StatusDetail::Destroyed {
-                    // Nothing needs its key any more.
-                    tx.execute("UPDATE vms SET handle = NULL, ca_key = x'' WHERE id = ?1", [vm.as_str()])?;
+                    // The record stays for good, so what nobody needs any more goes: it may be long, or not for keeping.
+                    let sql = "UPDATE vms SET handle = NULL, ca_key = x'', ca_cert = '', public_key = '' WHERE id = ?1";
+                    tx.execute(sql, [vm.as_str()])?;
                 }
                 find(tx, &vm)
             })

@@ -114,6 +114,9 @@ pub(crate) fn insert(store: &Store, tx: &Transaction<'_>, new: &NewVm) -> Result
     let living = "SELECT count(*) FROM vms WHERE user = ?1 AND detail <> 'destroyed'
                   AND (detail <> 'destroying' OR handle IS NOT NULL)";
     quota(tx, "VMs", living, user, new.quota)?;
+    // What is being destroyed holds its address and its disk until that is done: nobody has any number of these either.
+    let held = "SELECT count(*) FROM vms WHERE user = ?1 AND detail <> 'destroyed'";
+    quota(tx, "VMs, with those that are being destroyed", held, user, new.quota.saturating_mul(2))?;
     let mut clone = false;
     if let Some(snapshot) = &new.snapshot {
         let found: Option<(String, String)> = tx
