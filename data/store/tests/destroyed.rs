@@ -4,8 +4,8 @@
 mod common;
 
 use common::*;
-use tapgate_model::StatusDetail as S;
-use tapgate_model::lifecycle::Call;
+use tapgate_model::lifecycle::{Call, Refusal};
+use tapgate_model::{RuleTarget, StatusDetail as S};
 use tapgate_store::*;
 
 fn agent(vm: NewVm) -> NewAgent {
@@ -37,6 +37,25 @@ async fn vms_that_are_being_destroyed_are_counted_too() {
     store.vm_create(NewVm { quota: 2, ..new_vm(&other, "vm") }).await.unwrap();
     store.vm_advance(&going[0], S::Destroyed, None).await.unwrap();
     store.vm_create(NewVm { quota: 2, ..new_vm(&one, "vm") }).await.unwrap();
+}
+
+/// Its rules went with it; one that comes after that would keep its name taken.
+#[tokio::test]
+async fn a_vm_that_was_destroyed_gets_no_rule() {
+    let (_folder, store) = fresh();
+    let user = user(&store, "a@example.com").await;
+    let vm = store.vm_create(new_vm(&user, "vm")).await.unwrap().id;
+    let rule = || NewRule {
+        name: Some("name".into()),
+        target: RuleTarget::Host("example.com".parse().unwrap()),
+        comment: None,
+    };
+    store.rule_create(&user, Some(&vm), rule(), 10).await.unwrap();
+    store.vm_call(&user, &vm, Call::Stop).await.unwrap();
+    store.vm_call(&user, &vm, Call::Destroy).await.unwrap();
+    let late = store.rule_create(&user, Some(&vm), rule(), 10).await;
+    assert!(matches!(late, Err(StoreError::Conflict(Conflict::State(Refusal::Destroyed)))), "{late:?}");
+    store.rule_create(&user, None, rule(), 10).await.unwrap();
 }
 
 /// Their records are kept for good.
