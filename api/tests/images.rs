@@ -4,6 +4,7 @@
 use serde_json::Value;
 use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, UNIX_EPOCH};
 
 fn image(folder: &Path, args: &[&str]) -> (bool, String, String) {
     let output = Command::new(env!("CARGO_BIN_EXE_tapgate"))
@@ -98,20 +99,28 @@ fn doctor_looks_at_the_certificate_of_the_api() {
         std::fs::write(&path, text).unwrap();
         path
     };
-    let year: i32 = 2026;
-    let mint = |until: i32| {
+    let now = rcgen::date_time_ymd(1970, 1, 1) + UNIX_EPOCH.elapsed().unwrap();
+    let day = Duration::from_secs(24 * 3600);
+    let mint = |until| {
         let key = rcgen::KeyPair::generate().unwrap();
         let mut params = rcgen::CertificateParams::new(["api.example.com".to_owned()]).unwrap();
-        params.not_before = rcgen::date_time_ymd(year - 10, 1, 1);
-        params.not_after = rcgen::date_time_ymd(until, 1, 1);
+        params.not_before = now - 400 * day;
+        params.not_after = until;
         (params.self_signed(&key).unwrap().pem(), key.serialize_pem())
     };
-    let (good, key) = mint(9999);
-    let (over, of_over) = mint(year - 1);
+    let (good, key) = mint(rcgen::date_time_ymd(9999, 1, 1));
+    let (over, of_over) = mint(now - day);
+    let (soon, of_soon) = mint(now + 13 * day);
+    let (later, of_later) = mint(now + 15 * day);
     let (key, of_over) = (file("key.pem", &key), file("over.key", &of_over));
+    let (of_soon, of_later) = (file("soon.key", &of_soon), file("later.key", &of_later));
+    let gone = folder.path().join("gone.key");
     let cases = [
         (file("good.pem", &good), &key, "ok", "until 9999-01-01T00:00:00Z"),
         (file("over.pem", &over), &of_over, "warn", "which is over"),
+        (file("soon.pem", &soon), &of_soon, "warn", "which is soon"),
+        (file("later.pem", &later), &of_later, "ok", "until"),
+        (file("keyless.pem", &good), &gone, "fail", "gone.key"),
         (file("other.pem", &over), &key, "fail", "cannot use the certificate"),
         (file("empty.pem", ""), &key, "fail", "holds no certificate"),
         (folder.path().join("gone.pem"), &key, "fail", "gone.pem"),

@@ -230,6 +230,40 @@ async fn a_forgotten_password_is_replaced_once() {
     login("yet an0ther").await.is(201);
 }
 
+/// Who changes a password because another knows it is not to find the other's in its place.
+#[tokio::test]
+async fn a_password_that_was_changed_meanwhile_changes_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let app = TestApp::with(settings(folder.path()));
+    let key = app.user("alice@example.com").await;
+    let change = async |new: &str| {
+        let body = json!({ "current_password": "s3cureP@ssword", "new_password": new });
+        app.call(&key, "PUT", "/v1/auth/password", Some(body)).await.status.as_u16()
+    };
+    let login = async |password: &str| {
+        let body = json!({ "email": "alice@example.com", "password": password });
+        app.post("", "/v1/auth/login", body).await.status.as_u16()
+    };
+    let (one, other) = tokio::join!(change("the owner's own"), change("the other's own"));
+    assert_eq!([one.min(other), one.max(other)], [204, 403]);
+    assert_eq!(login("the owner's own").await, if one == 204 { 201 } else { 401 });
+
+    // A link of a mail, used twice at once.
+    let mut browser = Browser::new(&app);
+    browser.open("/reset").await.is(200);
+    browser.submit("/reset", &[("email", "alice@example.com")]).await.is(200);
+    let link = link(&mail(folder.path(), "A new password").await);
+    browser.open(&link).await.is(200);
+    let mut second = Browser::new(&app);
+    second.open(&link).await.is(200);
+    let (first, second) = tokio::join!(
+        browser.submit("/reset/choose", &[("password", "of the first")]),
+        second.submit("/reset/choose", &[("password", "of the second")])
+    );
+    let (first, second) = (first.status.as_u16(), second.status.as_u16());
+    assert_eq!([first.min(second), first.max(second)], [200, 404]);
+}
+
 /// A real mail server. `TAPGATE_AIOSMTPD` names another program.
 #[tokio::test]
 async fn mails_go_out_by_smtp() {

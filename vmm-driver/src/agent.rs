@@ -6,6 +6,7 @@ use crate::unix::connect_any_length;
 use serde_json::{Value, json};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::UnixStream;
@@ -23,9 +24,18 @@ const BECOME: Duration = Duration::from_secs(60);
 /// The port that the agent listens on where its channel is a vsock device; the guest agent's `channel.rs` has it too.
 pub const VSOCK_PORT: u32 = 777;
 
+/// Numbers that no answer of an earlier connection or question can carry.
+static NEXT: AtomicU64 = AtomicU64::new(1);
+
+fn fresh() -> u64 {
+    u64::from(std::process::id()) << 32 | NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
 /// A connection to a guest's agent that has answered.
 pub struct Agent {
     stream: BufReader<UnixStream>,
+    /// Whether a question was given up whose answer may still come.
+    late: bool,
 }
 
 impl Agent {
@@ -39,8 +49,8 @@ impl Agent {
     pub async fn through(stream: StdUnixStream, port: Option<u32>) -> Result<Self, VmmError> {
         stream.set_nonblocking(true).map_err(VmmError::io("agent channel"))?;
         let stream = UnixStream::from_std(stream).map_err(VmmError::io("agent channel"))?;
-        let mut agent = Self { stream: BufReader::new(stream) };
-        let id = u64::from(std::process::id());
+        let mut agent = Self { stream: BufReader::new(stream), late: false };
+        let id = fresh();
         let sync = async {
             if let Some(port) = port {
                 agent.send(format!("CONNECT {port}\n").as_bytes()).await?;
@@ -48,14 +58,8 @@ impl Agent {
                     return Err(VmmError::Control("the VMM finds no agent in the guest".into()));
                 }
             }
-            // 0xff makes the other side forget half a line of an earlier connection.
-            agent.send(b"\xff").await?;
-            agent.write(&json!({"execute": "guest-sync", "arguments": {"id": id}})).await?;
-            loop {
-                if agent.line().await?.get("return").and_then(Value::as_u64) == Some(id) {
-                    return Ok::<(), VmmError>(());
-                }
-            }
+            agent.sync(id).await?;
+            agent.synced(id).await
         };
         timeout(DEADLINE, sync)
             .await
@@ -83,11 +87,9 @@ impl Agent {
     pub async fn set_time(&mut self) -> Result<(), VmmError> {
         let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         let now = u64::try_from(since.as_nanos()).unwrap_or(u64::MAX);
-        self.write(&json!({"execute": "guest-set-time", "arguments": {"time": now}})).await?;
-        let answer = timeout(DEADLINE, self.line()).await;
-        match answer {
-            Ok(Ok(answer)) if answer.get("return").is_some() => Ok(()),
-            Ok(Err(error)) => Err(error),
+        let question = json!({"execute": "guest-set-time", "arguments": {"time": now}});
+        match self.ask(&question, DEADLINE).await? {
+            Some(answer) if answer.get("return").is_some() => Ok(()),
             _ => Err(VmmError::Control("the guest's agent does not set the clock".into())),
         }
     }
@@ -96,12 +98,9 @@ impl Agent {
     pub async fn become_another(&mut self, mut identity: Value) -> Result<(), VmmError> {
         let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         identity["time"] = u64::try_from(since.as_nanos()).unwrap_or(u64::MAX).into();
-        let exchange = async {
-            self.write(&json!({"execute": "guest-tapgate-become", "arguments": identity})).await?;
-            self.line().await
-        };
+        let question = json!({"execute": "guest-tapgate-become", "arguments": identity});
         let late = || VmmError::Memory("the clone's agent does not say that it is someone else".into());
-        let answer = timeout(BECOME, exchange).await.map_err(|_| late())??;
+        let answer = self.ask(&question, BECOME).await?.ok_or_else(late)?;
         if answer.get("return").is_some() {
             return Ok(());
         }
@@ -116,17 +115,44 @@ impl Agent {
     }
 
     async fn execute(&mut self, name: &str, deadline: Duration) -> Result<u64, VmmError> {
+        let late = || VmmError::Control(format!("the guest's agent does not answer {name}"));
+        let answer = self.ask(&json!({"execute": name}), deadline).await?.ok_or_else(late)?;
+        answer.get("return").and_then(Value::as_u64).ok_or_else(|| {
+            let said: String = answer.to_string().chars().filter(|c| !c.is_control()).take(200).collect();
+            VmmError::Control(format!("the guest's agent refuses {name}: {said}"))
+        })
+    }
+
+    /// The answer to a question, if it comes in time. One that comes later is not taken for the next question's.
+    async fn ask(&mut self, question: &Value, deadline: Duration) -> Result<Option<Value>, VmmError> {
+        let late = std::mem::replace(&mut self.late, true);
         let exchange = async {
-            self.write(&json!({"execute": name})).await?;
-            let answer = self.line().await?;
-            answer.get("return").and_then(Value::as_u64).ok_or_else(|| {
-                let said: String = answer.to_string().chars().filter(|c| !c.is_control()).take(200).collect();
-                VmmError::Control(format!("the guest's agent refuses {name}: {said}"))
-            })
+            if late {
+                // The question goes along: what holds the agent up may be for it to end.
+                let id = fresh();
+                self.sync(id).await?;
+                self.write(question).await?;
+                self.synced(id).await?;
+            } else {
+                self.write(question).await?;
+            }
+            self.line().await
         };
-        timeout(deadline, exchange)
-            .await
-            .map_err(|_| VmmError::Control(format!("the guest's agent does not answer {name}")))?
+        let Ok(answer) = timeout(deadline, exchange).await else { return Ok(None) };
+        self.late = false;
+        answer.map(Some)
+    }
+
+    /// Asks for a number back. 0xff makes the other side forget half a line of an earlier connection or question.
+    async fn sync(&mut self, id: u64) -> Result<(), VmmError> {
+        self.send(b"\xff").await?;
+        self.write(&json!({"execute": "guest-sync", "arguments": {"id": id}})).await
+    }
+
+    /// Comes back when it came.
+    async fn synced(&mut self, id: u64) -> Result<(), VmmError> {
+        while self.line().await?.get("return").and_then(Value::as_u64) != Some(id) {}
+        Ok(())
     }
 
     async fn write(&mut self, message: &Value) -> Result<(), VmmError> {
@@ -153,5 +179,63 @@ impl Agent {
             return Err(VmmError::Control("the guest's agent was cut off".into()));
         }
         Ok(line)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{BufRead as _, BufReader as StdReader, Write as _};
+
+    /// An agent that answers one line after the other; `held` of them, after the first, only when the next has come.
+    fn agent(held: usize) -> (StdUnixStream, std::thread::JoinHandle<Vec<Value>>) {
+        let (near, mut far) = StdUnixStream::pair().unwrap();
+        let answering = std::thread::spawn(move || {
+            let mut lines = StdReader::new(far.try_clone().unwrap()).split(b'\n').map_while(Result::ok);
+            let (mut asked, mut waiting) = (Vec::new(), Vec::new());
+            while let Some(line) = lines.next() {
+                let line: Vec<u8> = line.into_iter().filter(|octet| *octet != 0xff).collect();
+                let question: Value = serde_json::from_slice(&line).unwrap();
+                let number = question.pointer("/arguments/id").cloned().unwrap_or(json!(asked.len()));
+                waiting.push(json!({"return": number}));
+                asked.push(question);
+                if (2..2 + held).contains(&asked.len()) {
+                    continue;
+                }
+                for answer in waiting.drain(..) {
+                    if writeln!(far, "{answer}").is_err() {
+                        return asked;
+                    }
+                }
+            }
+            asked
+        });
+        (near, answering)
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_comes_late_is_not_taken_for_the_next() {
+        let (stream, answering) = agent(1);
+        let mut agent = Agent::through(stream, None).await.unwrap();
+        assert!(agent.execute("slow", Duration::from_millis(100)).await.is_err());
+        let second = agent.execute("second", DEADLINE).await.unwrap();
+        let third = agent.execute("third", DEADLINE).await.unwrap();
+        drop(agent);
+        let asked = answering.join().unwrap();
+        let place =
+            |name: &str| asked.iter().position(|question| question["execute"] == name).unwrap() as u64;
+        assert_eq!((second, third), (place("second"), place("third")));
+    }
+
+    /// An answer to an earlier connection's may still be on its way.
+    #[tokio::test]
+    async fn each_connection_asks_for_a_number_of_its_own() {
+        let mut numbers = Vec::new();
+        for _ in 0..2 {
+            let (stream, answering) = agent(0);
+            drop(Agent::through(stream, None).await.unwrap());
+            numbers.push(answering.join().unwrap()[0]["arguments"]["id"].as_u64().unwrap());
+        }
+        assert_ne!(numbers[0], numbers[1]);
     }
 }

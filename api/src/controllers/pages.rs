@@ -195,15 +195,17 @@ async fn set_password(state: &AppState, peer: &Peer, form: &Form) -> Result<(), 
     let gone = || ApiError::new(Code::LinkNotFound, "The link has expired or was used. Ask for a new one.");
     let content = state.store().redeem("reset", form.field("ticket")).ok_or_else(gone)?;
     let (print, email) = content.split_once(' ').ok_or_else(gone)?;
-    let (user, hash) = state.store().user_by_email(email).await?.ok_or_else(gone)?;
+    let (user, before) = state.store().user_by_email(email).await?.ok_or_else(gone)?;
     // Once it was used the password is another, and the link fits no more.
-    if fingerprint(&hash) != print {
+    if fingerprint(&before) != print {
         return Err(gone());
     }
     let password = Zeroizing::new(form.field("password").to_owned());
     check_password(&password)?;
     let hash = hash_password(password).await?;
-    state.store().user_set_password(&user.id, hash).await?;
+    if !state.store().user_set_password(&user.id, &before, hash).await? {
+        return Err(gone());
+    }
     // Who can read the address's mail has shown that it is theirs.
     state.store().user_verified(&user.id).await?;
     Ok(())

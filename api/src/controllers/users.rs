@@ -123,12 +123,16 @@ pub(crate) async fn change_password(
     check_password(&new)?;
     state.limits().password.take(&peer)?;
     let email = state.store().user(&account.user).await?.email;
-    let hash = state.store().user_by_email(&email).await?.map(|(_, hash)| hash);
-    if !verify_password(current, hash).await? {
-        return Err(ApiError::new(Code::PasswordWrong, "`current_password` is wrong"));
+    let before = state.store().user_by_email(&email).await?.map(|(_, hash)| hash).unwrap_or_default();
+    let wrong = || ApiError::new(Code::PasswordWrong, "`current_password` is wrong");
+    if !verify_password(current, Some(before.clone())).await? {
+        return Err(wrong());
     }
-    state.store().user_set_password(&account.user, hash_password(new).await?).await?;
-    Ok(StatusCode::NO_CONTENT)
+    // It may have been changed while this was being checked.
+    match state.store().user_set_password(&account.user, &before, hash_password(new).await?).await? {
+        true => Ok(StatusCode::NO_CONTENT),
+        false => Err(wrong()),
+    }
 }
 
 /// Another key for an account, by its password. An extension of the contract, whose only other way is a device code.

@@ -5,7 +5,7 @@
 //! apart any more it counts as lost. Must never block on the log, nor write what one VM tried into another's.
 
 use super::Shared;
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 use tapgate_datapath::{DatapathError, Event, Events};
 use tapgate_model::{AuditEvent, AuditSink as _};
 use tokio::sync::{mpsc, oneshot};
@@ -13,8 +13,12 @@ use tokio::sync::{mpsc, oneshot};
 /// After the events could not be read.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// Asks for all that was tried so far to be told, and hears when it was.
-pub(super) type Settle = oneshot::Sender<()>;
+/// Asks for all to be told that the VM of a slot has tried so far, and hears when it was.
+#[derive(Debug)]
+pub(super) struct Settle {
+    slot: u32,
+    done: oneshot::Sender<()>,
+}
 /// For that; it takes a few thousand system calls at worst.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -39,11 +43,11 @@ pub(super) async fn pump(shared: Arc<Shared>, mut settle: mpsc::Receiver<Settle>
     }
 }
 
-/// Comes back when everything that VMs have tried is told: before one's slot and its counts go.
-pub(super) async fn settle(shared: &Shared) {
+/// Comes back when everything that the VM of this slot has tried is told: before the slot and its counts go.
+pub(super) async fn settle(shared: &Shared, slot: u32) {
     let (done, heard) = oneshot::channel();
     let told = async {
-        let _ = shared.settle.send(done).await;
+        let _ = shared.settle.send(Settle { slot, done }).await;
         let _ = heard.await;
     };
     if tokio::time::timeout(PATIENCE, told).await.is_err() {
@@ -63,16 +67,17 @@ async fn read(
     };
     loop {
         // Who waited too long has gone on.
-        waiting.retain(|done| !done.is_closed());
+        waiting.retain(|settle| !settle.done.is_closed());
         if !waiting.is_empty() {
             // One look for all who wait by now: many VMs may end at a time.
             waiting.extend(std::iter::from_fn(|| settle.try_recv().ok()));
+            let ends: HashSet<u32> = waiting.iter().map(|settle| settle.slot).collect();
             let mut told = Vec::new();
-            let looked = events.rest(&mut told);
+            let looked = events.rest(|slot| ends.contains(&slot), &mut told);
             told.iter().for_each(|event| record(shared, event));
             looked?;
-            for done in waiting.drain(..) {
-                let _ = done.send(());
+            for settle in waiting.drain(..) {
+                let _ = settle.done.send(());
             }
         }
         tokio::select! {

@@ -410,7 +410,7 @@ pub(super) async fn release(shared: &Shared, record: &VmRecord, live: Option<Liv
     }
     point("release.ended");
     discard(shared, record).await.map_err(Left)?;
-    events::settle(shared).await;
+    events::settle(shared, record.slot).await;
     shared.table.remove(vm);
     shared.gates().remove(vm);
     if let Err(error) = shared.datapath.detach(shared.net(record)).await {

@@ -228,8 +228,10 @@ impl Store {
         self.db
             .write(move |tx| {
                 let found = find(tx, &user, &agent)?;
+                // Nobody sees it any more; its task may be long, and is not for keeping.
                 tx.execute(
-                    "UPDATE agents SET destroyed_at = ?2 WHERE id = ?1",
+                    "UPDATE agents SET destroyed_at = ?2, repo = '', branch = NULL, prompt = '', agent_args = NULL, failure = NULL
+                     WHERE id = ?1",
                     params![agent.as_str(), now_us()],
                 )?;
                 let mut vm = vms::owned(tx, &user, &found.vm)?;

@@ -9,7 +9,8 @@ use crate::users::id;
 use crate::vms;
 use rusqlite::types::Value;
 use rusqlite::{OptionalExtension as _, Row, params};
-use tapgate_model::{Rule, RuleId, RuleTarget, UserId, VmId};
+use tapgate_model::lifecycle::Refusal;
+use tapgate_model::{Rule, RuleId, RuleTarget, Status, UserId, VmId};
 
 /// A rule to be made.
 #[derive(Clone, Debug)]
@@ -96,8 +97,11 @@ impl Store {
         let (user, vm) = (user.clone(), vm.cloned());
         self.db
             .write(move |tx| {
-                if let Some(vm) = &vm {
-                    vms::owned(tx, &user, vm)?;
+                if let Some(vm) = &vm
+                    && vms::owned(tx, &user, vm)?.detail.status() == Status::Destroyed
+                {
+                    // Its rules went when it was destroyed: this one's name would be taken for good.
+                    return Err(Conflict::State(Refusal::Destroyed).into());
                 }
                 if let Some(name) = &new.name {
                     let taken: bool = tx.query_row(

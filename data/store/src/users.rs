@@ -151,9 +151,16 @@ impl Store {
         self.user_set(user, "UPDATE users SET email_verified = ?2 WHERE id = ?1", 1.into()).await
     }
 
-    /// Replaces the password hash.
-    pub async fn user_set_password(&self, user: &UserId, password: String) -> Result<()> {
-        self.user_set(user, "UPDATE users SET password = ?2 WHERE id = ?1", password.into()).await
+    /// Replaces the password hash, if it is still the one that the caller was checked against: of several at once one wins, and the
+    /// others are told that they did not.
+    pub async fn user_set_password(&self, user: &UserId, before: &str, password: String) -> Result<bool> {
+        let (user, before) = (user.clone(), before.to_owned());
+        self.db
+            .write(move |tx| {
+                let sql = "UPDATE users SET password = ?3 WHERE id = ?1 AND password = ?2";
+                Ok(tx.execute(sql, params![user.as_str(), before, password])? > 0)
+            })
+            .await
     }
 
     async fn user_set(&self, user: &UserId, sql: &'static str, value: rusqlite::types::Value) -> Result<()> {

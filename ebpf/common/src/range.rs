@@ -126,6 +126,13 @@ mod tests {
         assert_eq!(whole("0.0.0.0", "127.255.255.255"), None);
         assert_eq!(whole("0.0.0.0", "255.255.255.255"), None);
         assert_eq!(whole("10.0.0.0", "10.255.255.255"), None);
+        // Only the first address is denied, and only the last.
+        assert_eq!(whole("168.63.129.16", "168.63.129.17"), None);
+        assert_eq!(whole("100.100.100.200", "100.100.100.201"), None);
+        assert_eq!(whole("128.0.0.0", "255.255.255.255"), None);
+        assert_eq!(whole("192.88.98.0", "192.88.99.255"), None);
+        assert_eq!(whole("2000::", "3fff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"), None);
+        assert_eq!(whole("4000::", "7fff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"), Some(Reason::Reserved));
         // Between two ends that are denied: 2001:1:: to 2001:f::, and 2003:: onwards.
         assert_eq!(whole("2001::", "2001:1f:ffff:ffff:ffff:ffff:ffff:ffff"), None);
         assert_eq!(whole("2002::", "2003:ffff:ffff:ffff:ffff:ffff:ffff:ffff"), None);

@@ -7,7 +7,7 @@
 use crate::{DatapathError, bpffs, error::map_error, objects::absent};
 use aya::maps::{HashMap, Map, MapData, MapError, PerCpuHashMap};
 use std::{
-    collections::{self, VecDeque},
+    collections::{self, HashSet, VecDeque},
     path::Path,
 };
 use tapgate_ebpf_common::maps::{AttemptKey, Attempts};
@@ -54,9 +54,29 @@ impl Counts {
     /// Finds what was tried since the last look. An entry that fails keeps none of the others back, and what was found is
     /// in `found` whatever the answer is: it counts as told.
     pub(crate) fn look(&mut self, found: &mut VecDeque<Repeated>) -> Result<(), DatapathError> {
-        let keys: Vec<AttemptKey> = self.attempts.keys().filter_map(Result::ok).collect();
         let before = std::mem::take(&mut self.known);
-        let mut result = Ok(());
+        self.look_for(|_| true, &before, found)
+    }
+
+    /// The same of the VMs that end, and of no other. They are known no more afterwards: who has the slot next counts anew.
+    pub(crate) fn look_last(
+        &mut self,
+        ends: impl Fn(u32) -> bool,
+        found: &mut VecDeque<Repeated>,
+    ) -> Result<(), DatapathError> {
+        let looked = self.look_for(&ends, &collections::HashMap::new(), found);
+        self.known.retain(|key, _| !ends(key.slot));
+        looked
+    }
+
+    fn look_for(
+        &mut self,
+        of: impl Fn(u32) -> bool,
+        before: &collections::HashMap<AttemptKey, Known>,
+        found: &mut VecDeque<Repeated>,
+    ) -> Result<(), DatapathError> {
+        let (keys, result) = keys_of(self.attempts.keys(), of);
+        let mut result = result.map_err(map_error("read", "ATTEMPTS"));
         for key in keys {
             let looked = self.look_at(key, before.get(&key), found);
             result = result.and(looked);
@@ -126,11 +146,47 @@ impl Counts {
     }
 }
 
+/// Each key once: where an entry is removed meanwhile, as another VM's is that goes, the kernel begins anew and names those
+/// before it again. With the failure that ended it, if one did.
+fn keys_of(
+    all: impl Iterator<Item = Result<AttemptKey, MapError>>,
+    of: impl Fn(u32) -> bool,
+) -> (HashSet<AttemptKey>, Result<(), MapError>) {
+    let (mut keys, mut result) = (HashSet::new(), Ok(()));
+    for key in all {
+        match key {
+            Ok(key) if of(key.slot) => drop(keys.insert(key)),
+            Ok(_) => {}
+            Err(error) => result = Err(error),
+        }
+    }
+    (keys, result)
+}
+
 /// Whether it was there and is gone.
 fn gone(removed: Result<(), MapError>) -> Result<bool, MapError> {
     match removed {
         Ok(()) => Ok(true),
         Err(error) if absent(&error) => Ok(false),
         Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_kernel_names_twice_is_looked_at_once() {
+        let key = |slot, port| AttemptKey { slot, port, ..AttemptKey::default() };
+        // The entry after the second was removed while it was the last one named.
+        let named = [key(0, 1), key(1, 1), key(0, 2), key(0, 1), key(1, 1), key(0, 2), key(0, 3)];
+        let (keys, result) = keys_of(named.into_iter().map(Ok), |slot| slot == 0);
+        assert!(result.is_ok());
+        let mut keys: Vec<AttemptKey> = keys.into_iter().collect();
+        keys.sort_by_key(|key| key.port);
+        assert_eq!(keys, [key(0, 1), key(0, 2), key(0, 3)]);
+        let (keys, result) = keys_of([Ok(key(0, 1)), Err(MapError::KeyNotFound)].into_iter(), |_| true);
+        assert!(result.is_err() && keys.len() == 1);
     }
 }

@@ -113,9 +113,10 @@ impl Events {
         }
     }
 
-    /// Adds all that can be told by now, without waiting: what a VM tried before it ended. Where it fails, `told` has what
-    /// could be taken: that is not told again.
-    pub fn rest(&mut self, told: &mut Vec<Event>) -> Result<(), DatapathError> {
+    /// Adds all that can be told by now of the VMs that end, without waiting; `ends` knows them by their slots. Others' events
+    /// are among it, but nobody else's counts are gone through. Where it fails, `told` has what could be taken: that is not
+    /// told again.
+    pub fn rest(&mut self, ends: impl Fn(u32) -> bool, told: &mut Vec<Event>) -> Result<(), DatapathError> {
         // No more than the ring holds: a flood is not followed for ever.
         for _ in 0..RING_BYTES as usize / size_of::<Raw>() {
             let Some(item) = self.ring.get_mut().next() else { break };
@@ -123,7 +124,7 @@ impl Events {
             drop(item);
             told.extend(raw.map(|raw| self.of_ring(&raw)));
         }
-        let looked = self.counts.look(&mut self.repeated);
+        let looked = self.counts.look_last(ends, &mut self.repeated);
         let repeated = std::mem::take(&mut self.repeated);
         told.extend(repeated.iter().map(|repeated| self.of_repeated(repeated)));
         looked

@@ -5,27 +5,15 @@
 
 mod common;
 
-use aya::maps::{HashMap, Map, MapData, MapError, lpm_trie::LpmTrie};
+use aya::maps::{HashMap, lpm_trie::LpmTrie};
 use common::*;
 use std::{net::UdpSocket, time::Duration};
-use tapgate_datapath::{DatapathError, Event};
+use tapgate_datapath::DatapathError;
 use tapgate_ebpf_common::{
     Reason,
-    maps::{
-        Address, AttemptKey, Flow, FlowKey, MAX_ATTEMPTS, MAX_FLOWS, MAX_RULES, MAX_VMS, RuleKey, VERSION,
-    },
+    maps::{Address, Flow, FlowKey, MAX_FLOWS, MAX_RULES, MAX_VMS, RuleKey},
 };
 use tapgate_model::Mode;
-
-fn map(world: &World, name: &str) -> Map {
-    let path = world.pins().join(format!("maps-{VERSION}")).join(name);
-    Map::from_map_data(MapData::from_pin(path).unwrap()).unwrap()
-}
-
-/// Puts entries until there is no room for another; how many there were.
-fn fill(limit: u32, mut put: impl FnMut(u32) -> Result<(), MapError>) -> u32 {
-    (0..=limit).find(|number| put(*number).is_err()).expect("the table has a limit")
-}
 
 #[test]
 fn a_full_table_of_flows_refuses_new_flows_and_opens_nothing() {
@@ -108,49 +96,6 @@ fn a_full_table_of_rules_refuses_the_change_by_name_and_still_closes() {
             rules.remove(&foreign(number)).unwrap();
         }
         datapath.set_policy(a.net, &other).unwrap();
-        datapath.teardown().await.unwrap();
-    });
-}
-
-/// A look that fails in the middle: what it had taken by then is there only once.
-#[test]
-fn what_is_told_before_a_look_fails_is_neither_lost_nor_told_twice() {
-    in_world(|world| async move {
-        const PORTS: u16 = 20;
-        let datapath = world.open().await;
-        let mut events = datapath.events().unwrap();
-        let a = guest(&datapath, 0, Mode::Enforce, &[]).await;
-        let socket = a.udp();
-        // The first of each port is told by the ring, the two after it are counted.
-        for port in (0..PORTS).flat_map(|number| [9000 + number; 3]) {
-            socket.send_to(b"x", ("203.0.113.1", port)).unwrap();
-        }
-        let dropped = || datapath.counters(0).unwrap().dropped(Reason::NoRule);
-        eventually("all are dropped", || dropped() == u64::from(PORTS) * 3);
-        let mut notes: HashMap<_, AttemptKey, u64> = HashMap::try_from(map(&world, "ATTEMPTS_TOLD")).unwrap();
-        let foreign = |number: u32| AttemptKey {
-            slot: MAX_VMS - 1,
-            destination: Address([0, 0, 0, number]),
-            ..AttemptKey::default()
-        };
-        let filled = fill(MAX_ATTEMPTS, |number| notes.insert(foreign(number), 1, 0));
-        // There is room for some of the counts.
-        for number in 0..5 {
-            notes.remove(&foreign(number)).unwrap();
-        }
-        let count = |told: &[Event]| {
-            let own = told.iter().filter(|event| event.ip_protocol == 17);
-            own.map(|event| u64::from(event.count)).sum::<u64>()
-        };
-        let mut told = Vec::new();
-        assert!(matches!(events.rest(&mut told), Err(DatapathError::Map { .. })));
-        let first = count(&told);
-        assert!((u64::from(PORTS) + 2..dropped()).contains(&first), "{first}");
-        for number in 5..filled {
-            notes.remove(&foreign(number)).unwrap();
-        }
-        events.rest(&mut told).unwrap();
-        assert_eq!(count(&told), dropped());
         datapath.teardown().await.unwrap();
     });
 }

@@ -8,33 +8,33 @@ mod client;
 mod cloud_hypervisor;
 mod firecracker;
 mod judge;
+mod launch;
+mod running;
 mod snapshot;
 mod supervise;
 
+pub use running::ApiRunning;
+
 use crate::cgroup::{Cgroup, IoLimits};
 use crate::confine::scratch::Scratch;
-use crate::confine::view::View;
-use crate::confine::{self, Confined, Launch, Network, uid_of};
+use crate::confine::uid_of;
 use crate::disk;
 use crate::driver::{BoxFuture, Running, Vmm};
-use crate::image::{Image, unpacked};
-use crate::process::{Process, ProcessRef};
-use crate::qemu::{clean, file, fits, noted_handle, remember};
-use crate::spec::{Exit, Handle, Observed, Place, SnapshotInfo, TapFd, VmSpec, VmmError};
-use crate::turn::{self, Wanted};
+use crate::process::Process;
+use crate::qemu::{clean, file, fits, noted_handle};
+use crate::spec::{Handle, Place, VmSpec, VmmError};
+use crate::turn;
 use client::Request;
+use launch::Tap;
 use serde_json::Value;
 use std::fs;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::DirBuilderExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 use tapgate_datapath::Gate;
 use tapgate_model::{GuestNet, VmId};
-use tapgate_netns::tap;
-use tokio::sync::watch;
 use tokio::time::timeout;
 
 /// Names in the VMM's view.
@@ -154,17 +154,6 @@ impl Live {
     }
 }
 
-/// A tap's network namespace, and descriptors with the numbers they get.
-type Wiring = (Option<OwnedFd>, Vec<(OwnedFd, i32)>);
-
-/// How a new process comes to its tap.
-enum Tap {
-    /// The gate's descriptor.
-    New(TapFd),
-    /// It is lent already; here is its network namespace.
-    Lent(OwnedFd),
-}
-
 impl ApiDriver {
     /// The driver for a program.
     pub fn new(kind: Kind, program: PathBuf) -> Self {
@@ -197,117 +186,6 @@ impl ApiDriver {
             return Err(VmmError::Start(format!("{error} {last}").trim().to_owned()));
         }
         Ok((handle, live))
-    }
-
-    /// The VM's disk, made if it is not there, and the image that it was made with.
-    fn provide(spec: &VmSpec, wanted: &Wanted) -> Result<(Image, PathBuf), VmmError> {
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&spec.dir)
-            .map_err(VmmError::io(spec.dir.display().to_string()))?;
-        let image = spec.image.as_ref().ok_or_else(|| VmmError::Disk("the VM has no image".into()))?;
-        let image = disk::origin(&spec.dir, image)?;
-        let (snapshot, uid) = (spec.snapshot.as_deref(), uid_of(spec.net.slot));
-        let disk = disk::prepare_raw(&spec.dir, &image, snapshot, spec.disk_bytes, uid, wanted)?;
-        Ok((image, disk))
-    }
-
-    fn launch(&self, spec: &VmSpec, tap: Tap, wanted: &Wanted) -> Result<(Handle, Live), VmmError> {
-        let missing = |source| VmmError::NoProgram { program: self.program.display().to_string(), source };
-        self.program.metadata().map_err(missing)?;
-        let (image, disk) = &Self::provide(spec, wanted)?;
-        let uid = uid_of(spec.net.slot);
-        let seed = spec.dir.join(file::SEED);
-        spec.seed.write(&seed)?;
-        for file in [disk, &seed] {
-            std::os::unix::fs::chown(file, Some(uid), Some(uid)).map_err(VmmError::io("a disk's owner"))?;
-        }
-        let kernel = unpacked(image).map_err(|e| VmmError::Start(e.to_string()))?;
-        let scratch = Scratch::create(uid).map_err(VmmError::io("the VMM's scratch space"))?;
-        let view = || -> std::io::Result<View> {
-            let mut view = View::new(&spec.dir, uid)?;
-            view.program(&self.program)?;
-            view.read_only(&kernel, KERNEL)?;
-            view.read_only(&image.initrd(), INITRD)?;
-            view.writable(disk, DISK)?;
-            view.read_only(&seed, SEED)?;
-            view.scratch(&scratch)?;
-            view.device("/dev/kvm", 10, 232)?;
-            view.device("/dev/urandom", 1, 9)?;
-            view.device("/dev/null", 1, 3)?;
-            if self.kind == Kind::Firecracker {
-                view.device("/dev/net/tun", 10, 200)?;
-            }
-            Ok(view)
-        };
-        let view = view().map_err(VmmError::io("the VMM's own view of files"))?;
-        let (network, descriptors) = self.wire(spec, tap, uid)?;
-        let duplicate = |fd: &OwnedFd| fd.try_clone().map_err(VmmError::io("the tap's network namespace"));
-        let plan = Plan {
-            id: &spec.id,
-            vcpus: spec.vcpus,
-            memory_mib: spec.memory_mib,
-            net: spec.net,
-            cmdline: &image.manifest().cmdline,
-        };
-        let mut notes = Vec::new();
-        let cgroup = confine::enclose(self.cgroups.as_deref(), spec, self.io, &mut notes);
-        let output = |name: &str| scratch.append(name).map_err(VmmError::io("the VMM's scratch space"));
-        let stdout = if self.kind == Kind::Firecracker { "console" } else { "log" };
-        let inside = match &network {
-            Some(fd) => Network::Inside(duplicate(fd)?),
-            None => Network::None,
-        };
-        let pid = Launch {
-            program: &self.program,
-            args: self.kind.args(&plan),
-            stdout: output(stdout)?,
-            stderr: output("log")?,
-            confined: Some(Confined { uid, view, network: inside }),
-            descriptors,
-            cgroup: cgroup.and_then(|group| group.entrance().ok()),
-            ends_with_us: false,
-        }
-        .spawn()?;
-        self.noted(spec, pid, notes, scratch, network).inspect_err(|_| confine::end_child(pid))
-    }
-
-    /// The way to the tap, and the descriptors to be inherited.
-    fn wire(&self, spec: &VmSpec, tap: Tap, uid: u32) -> Result<Wiring, VmmError> {
-        match (self.kind, tap) {
-            (Kind::Firecracker, Tap::New(fd)) => {
-                let network =
-                    tap::lend(fd, uid).map_err(|e| VmmError::Gate(format!("its tap cannot be lent: {e}")))?;
-                Ok((Some(network), Vec::new()))
-            }
-            (Kind::Firecracker, Tap::Lent(network)) => Ok((Some(network), Vec::new())),
-            (Kind::CloudHypervisor, Tap::New(fd)) => {
-                let api = confine::control_socket(&spec.dir.join(file::CONTROL))?;
-                Ok((None, vec![(fd, cloud_hypervisor::fd::TAP), (api, cloud_hypervisor::fd::API)]))
-            }
-            (Kind::CloudHypervisor, Tap::Lent(_)) => {
-                Err(VmmError::Gate("Cloud Hypervisor takes its tap as a descriptor".into()))
-            }
-        }
-    }
-
-    fn noted(
-        &self,
-        spec: &VmSpec,
-        pid: i32,
-        notes: Vec<String>,
-        scratch: Scratch,
-        network: Option<OwnedFd>,
-    ) -> Result<(Handle, Live), VmmError> {
-        let process = ProcessRef::of(pid).map_err(|e| {
-            VmmError::Start(format!("it ended at once ({e}): {}", scratch.tail("log", 500).trim()))
-        })?;
-        let control = (self.kind == Kind::CloudHypervisor).then(|| spec.dir.join(file::CONTROL));
-        let handle = Handle { driver: self.kind.name().into(), process, control, notes };
-        remember(&spec.dir, &handle)?;
-        let process = Process::open(&handle.process).map_err(VmmError::io("pidfd"))?.ok_or(VmmError::Gone)?;
-        Ok((handle, Live { process: Arc::new(process), scratch, network }))
     }
 
     /// Waits for the API, says everything that has to be said, and comes back when the VM runs.
@@ -395,66 +273,6 @@ impl ApiDriver {
     }
 }
 
-/// A VM that one of them runs.
-pub struct ApiRunning {
-    driver: ApiDriver,
-    spec: VmSpec,
-    handle: Handle,
-    gate: Gate,
-    observed: watch::Receiver<Observed>,
-    live: Arc<Mutex<Arc<Live>>>,
-    intent: watch::Sender<supervise::Intent>,
-    /// One snapshot at a time: it holds and releases the guest.
-    snapshots: tokio::sync::Mutex<()>,
-}
-
-impl ApiRunning {
-    fn follow(driver: &ApiDriver, spec: &VmSpec, handle: Handle, live: Live, gate: Gate) -> Self {
-        let live = Arc::new(Mutex::new(Arc::new(live)));
-        let (observe, observed) = watch::channel(Observed::default());
-        let (intent, intended) = watch::channel(supervise::Intent::Run);
-        let supervisor = supervise::Supervisor {
-            driver: driver.clone(),
-            spec: spec.clone(),
-            live: live.clone(),
-            observed: observe,
-            intent: intended,
-        };
-        tokio::spawn(supervisor.run());
-        let snapshots = tokio::sync::Mutex::default();
-        Self { driver: driver.clone(), spec: spec.clone(), handle, gate, observed, live, intent, snapshots }
-    }
-
-    fn live(&self) -> Arc<Live> {
-        self.live.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    async fn ask(&self, request: &Request) -> Result<Value, VmmError> {
-        self.driver.ask(&self.spec, &self.live(), request).await
-    }
-
-    async fn end(&self) -> Result<Exit, VmmError> {
-        self.intent.send_replace(supervise::Intent::Kill);
-        self.live().process.signal(libc::SIGKILL).map_err(VmmError::io("signal"))?;
-        timeout(END, self.wait())
-            .await
-            .map_err(|_| VmmError::Control("it does not end, although it was killed".into()))
-    }
-
-    async fn shut_down(&self, grace: Duration) -> Result<Exit, VmmError> {
-        self.intent.send_replace(supervise::Intent::ShutDown);
-        let asked = match snapshot::agent(&self.live()).await {
-            Ok(mut agent) => agent.power_off().await.is_ok(),
-            Err(_) => false,
-        };
-        let asked = asked || self.ask(&self.driver.kind.end()).await.is_ok();
-        if asked && let Ok(exit) = timeout(grace, self.wait()).await {
-            return Ok(exit);
-        }
-        self.end().await
-    }
-}
-
 impl Vmm for ApiDriver {
     fn name(&self) -> &'static str {
         self.kind.name()
@@ -484,41 +302,5 @@ impl Vmm for ApiDriver {
 
     fn sweep<'a>(&'a self, place: &'a Place) -> BoxFuture<'a, Result<(), VmmError>> {
         Box::pin(crate::qemu::sweep(self.cgroups.as_deref(), place, place.id.to_string().replace('_', "-")))
-    }
-}
-
-impl Running for ApiRunning {
-    fn handle(&self) -> &Handle {
-        &self.handle
-    }
-
-    fn gate(&self) -> &Gate {
-        &self.gate
-    }
-
-    fn observed(&self) -> watch::Receiver<Observed> {
-        self.observed.clone()
-    }
-
-    fn shutdown(&self, grace: Duration) -> BoxFuture<'_, Result<Exit, VmmError>> {
-        Box::pin(self.shut_down(grace))
-    }
-
-    fn snapshot<'a>(&'a self, to: &'a Path) -> BoxFuture<'a, Result<SnapshotInfo, VmmError>> {
-        Box::pin(snapshot::take(self, to))
-    }
-
-    fn check(&self) -> BoxFuture<'_, Result<(), VmmError>> {
-        Box::pin(async {
-            let live = self.live();
-            if live.process.identity().is_stopped() {
-                return Err(VmmError::Control("its process was stopped by a signal".into()));
-            }
-            self.driver.state(&self.spec, &live).await.map(drop)
-        })
-    }
-
-    fn kill(&self) -> BoxFuture<'_, Result<Exit, VmmError>> {
-        Box::pin(self.end())
     }
 }

@@ -4,7 +4,8 @@
 //! behind the same gate.
 
 use super::judge::{LastWords, Outcome, judge, last_words};
-use super::{ApiDriver, Kind, Live, Tap};
+use super::launch::Tap;
+use super::{ApiDriver, Kind, Live};
 use crate::confine::scratch::Scratch;
 use crate::process::Ended;
 use crate::qemu::{append, clean, file};

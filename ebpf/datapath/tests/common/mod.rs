@@ -1,18 +1,20 @@
 //! A closed world for the datapath's tests: a host, an internet behind it, guests. All in namespaces of their own that go
 //! with the test, however it ends. Documentation addresses only. Needs root.
-#![allow(dead_code, reason = "each test file uses its own part")]
+#![allow(dead_code, unused_imports, reason = "each test file uses its own part")]
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
+mod ends;
+
+pub use ends::*;
+
 use aya::{
-    maps::MapData,
+    maps::{Map, MapData, MapError},
     programs::{ProgramInfo, SchedClassifier, TcAttachType, loaded_programs},
 };
-use socket2::{Domain, Protocol, Socket, Type};
 use std::{
     future::Future,
-    io::{self, Read as _, Write as _},
-    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
-    os::fd::{AsFd as _, OwnedFd},
+    io,
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, UdpSocket},
     path::PathBuf,
     process::Command,
     sync::{
@@ -22,7 +24,7 @@ use std::{
     time::Duration,
 };
 use tapgate_datapath::{Attachment, Datapath, DatapathConfig, Gate};
-use tapgate_ebpf_common::{maps::VERSION, net::port};
+use tapgate_ebpf_common::maps::VERSION;
 use tapgate_model::{GuestNet, Mode, Rule, RuleId, RuleSet, RuleTarget, UserId, VmId, VmPolicy};
 use tapgate_netns::{Netns, Route, RouteKind, Rtnl, Veth, nft};
 
@@ -329,131 +331,13 @@ impl Guest {
     }
 }
 
-/// Takes a connection and echoes until its end.
-pub fn echo(listener: TcpListener) -> std::thread::JoinHandle<SocketAddr> {
-    std::thread::spawn(move || {
-        let (mut stream, peer) = listener.accept().unwrap();
-        let mut buffer = [0; 4096];
-        while let Ok(n @ 1..) = stream.read(&mut buffer) {
-            if stream.write_all(&buffer[..n]).is_err() {
-                break;
-            }
-        }
-        peer
-    })
+/// A map as it is pinned, as whoever else is on the host has it.
+pub fn map(world: &World, name: &str) -> Map {
+    let path = world.pins().join(format!("maps-{VERSION}")).join(name);
+    Map::from_map_data(MapData::from_pin(path).unwrap()).unwrap()
 }
 
-pub fn listen(ns: &Netns, at: &str) -> TcpListener {
-    ns.run(|| TcpListener::bind(at).unwrap()).unwrap()
-}
-
-/// The proxy's listeners, as far as the datapath cares.
-pub struct Listeners {
-    pub tcp: TcpListener,
-    pub dns_udp: UdpSocket,
-    pub dns_tcp: TcpListener,
-    pub service: TcpListener,
-}
-
-pub fn listeners(datapath: &Datapath) -> Listeners {
-    listeners_of(datapath, Domain::IPV4)
-}
-
-/// With `Domain::IPV6` they serve both families.
-pub fn listeners_of(datapath: &Datapath, domain: Domain) -> Listeners {
-    let any = move |number: u16| match domain {
-        Domain::IPV6 => SocketAddr::from((std::net::Ipv6Addr::UNSPECIFIED, number)),
-        _ => SocketAddr::from((Ipv4Addr::UNSPECIFIED, number)),
-    };
-    let tcp = |number: u16| {
-        datapath
-            .egress()
-            .run(|| {
-                let socket = Socket::new(domain, Type::STREAM, Some(Protocol::TCP)).unwrap();
-                socket.set_ip_transparent_v4(true).unwrap();
-                socket.bind(&any(number).into()).unwrap();
-                socket.listen(64).unwrap();
-                TcpListener::from(socket)
-            })
-            .unwrap()
-    };
-    let dns_udp = datapath
-        .egress()
-        .run(|| {
-            let socket = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP)).unwrap();
-            socket.set_ip_transparent_v4(true).unwrap();
-            socket.bind(&any(port::DNS_UDP).into()).unwrap();
-            UdpSocket::from(socket)
-        })
-        .unwrap();
-    dns_udp.set_read_timeout(Some(PATIENCE)).unwrap();
-    let listeners =
-        Listeners { tcp: tcp(port::TCP), dns_udp, dns_tcp: tcp(port::DNS_TCP), service: tcp(port::SERVICE) };
-    hand_over(datapath, &listeners);
-    listeners
-}
-
-pub fn hand_over(datapath: &Datapath, listeners: &Listeners) {
-    // Sockets of IPv6 that take IPv4 too: one set for both families.
-    for v6 in [false, true] {
-        datapath
-            .set_listeners(
-                v6,
-                listeners.tcp.as_fd(),
-                listeners.dns_udp.as_fd(),
-                listeners.dns_tcp.as_fd(),
-                listeners.service.as_fd(),
-            )
-            .unwrap();
-    }
-}
-
-/// A tap as a VMM holds it: whole frames in and out.
-pub struct Wire(std::fs::File);
-
-impl Wire {
-    pub fn new(fd: OwnedFd) -> Self {
-        Self(fd.into())
-    }
-
-    pub fn send(&mut self, frame: &[u8]) {
-        self.send_with(&[0; tapgate_netns::tap::VNET_HEADER], frame);
-    }
-
-    /// With the header that says what is left to the host: checksum, segmentation.
-    pub fn send_with(&mut self, header: &[u8; tapgate_netns::tap::VNET_HEADER], frame: &[u8]) {
-        self.try_send_with(header, frame).unwrap();
-    }
-
-    /// The same where the kernel may refuse the header.
-    pub fn try_send_with(
-        &mut self,
-        header: &[u8; tapgate_netns::tap::VNET_HEADER],
-        frame: &[u8],
-    ) -> io::Result<()> {
-        self.0.write_all(&[header, frame].concat())
-    }
-
-    /// The next frame that the condition holds for, if one comes in time.
-    pub fn wait(&mut self, patience: Duration, wanted: impl Fn(&[u8]) -> bool) -> Option<Vec<u8>> {
-        let until = std::time::Instant::now() + patience;
-        let mut buffer = vec![0; 65600];
-        loop {
-            match self.0.read(&mut buffer) {
-                Ok(n) => {
-                    let frame = &buffer[tapgate_netns::tap::VNET_HEADER..n];
-                    if wanted(frame) {
-                        return Some(frame.to_vec());
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    if std::time::Instant::now() > until {
-                        return None;
-                    }
-                    std::thread::sleep(Duration::from_millis(5));
-                }
-                Err(error) => panic!("{error}"),
-            }
-        }
-    }
+/// Puts entries until there is no room for another; how many there were.
+pub fn fill(limit: u32, mut put: impl FnMut(u32) -> Result<(), MapError>) -> u32 {
+    (0..=limit).find(|number| put(*number).is_err()).expect("the table has a limit")
 }
