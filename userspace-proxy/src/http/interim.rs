@@ -155,7 +155,7 @@ impl Heard {
             response::clean_headers(fields, patterns);
         }
         let length: usize = fields.iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
-        if length <= LONGEST && self.entry.answers.take_head(fields) {
+        if length <= LONGEST && self.entry.heads.take_head(fields) {
             self.to.push(self.number, head);
         }
     }

@@ -108,6 +108,11 @@ async fn exchange(
     let interim = Interim::default();
     let (mut parts, stream) = request.into_parts();
     let (body, kept) = if parts.method == Method::CONNECT {
+        // It has no content (RFC 9110 §9.3.6), and what follows a request in its stead would be taken for some.
+        let announced = parts.headers.remove(header::CONTENT_LENGTH);
+        if announced.is_some_and(|length| length.as_bytes() != b"0") {
+            return respond.send_reset(Reason::PROTOCOL_ERROR);
+        }
         let (keep, promise) = Promise::new();
         parts.extensions.insert(promise);
         (Received::Nothing, Some(Kept { from: stream, keep, open }))
@@ -147,7 +152,7 @@ async fn answered(
             if head.headers().is_empty() {
                 // It has to carry what it takes, and a date may stand in any (RFC 9110 §6.6.1).
                 set_date(head.headers_mut());
-                if !conn.entry.answers.take_head(head.headers_mut()) {
+                if !conn.entry.heads.take_head(head.headers_mut()) {
                     continue;
                 }
             }
