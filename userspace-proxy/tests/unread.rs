@@ -134,6 +134,8 @@ fn ended(stream: u32, head: &[u8]) -> Vec<u8> {
 /// Where a server's long fields are.
 #[derive(Clone, Copy)]
 enum Where {
+    /// Before the answer, eight times.
+    Interim,
     Head,
     Trailers,
 }
@@ -156,6 +158,11 @@ async fn heads(mut stream: TcpStream, length: usize, at: Where, sent: Arc<Sent>)
                 let all = match at {
                     Where::Head => ended(id, &[&[0x88], &field[..]].concat()),
                     Where::Trailers => [frame(HEADERS, 4, id, &[0x88]), ended(id, &field)].concat(),
+                    Where::Interim => {
+                        // 103 as a literal value of an indexed name (RFC 7541 §6.2.2).
+                        let hint = frame(HEADERS, 4, id, &[&[0x08, 3][..], b"103", &field].concat());
+                        [hint.repeat(8), frame(HEADERS, 5, id, &[0x88])].concat()
+                    }
                 };
                 stream.write_all(&all).await?;
                 sent.streams.fetch_add(1, Ordering::Relaxed);
@@ -349,6 +356,8 @@ fn small_buffers() {
 /// What came on a connection until so many of its streams had ended.
 #[derive(Default)]
 struct Came {
+    /// Heads that are not an end.
+    heads: usize,
     /// Streams that ended with fields.
     whole: usize,
     reset: usize,
@@ -362,7 +371,8 @@ async fn ends(stream: &mut TcpStream, streams: usize, came: &mut Came) {
         let mut payload = vec![0; u32::from_be_bytes([0, start[0], start[1], start[2]]) as usize];
         stream.read_exact(&mut payload).await.unwrap();
         let count = match (start[3], start[4] & 1) {
-            (HEADERS, 1) => &mut came.whole,
+            (HEADERS, 0) => &mut came.heads,
+            (HEADERS, _) => &mut came.whole,
             (RST_STREAM, _) => &mut came.reset,
             _ => continue,
         };
@@ -371,26 +381,35 @@ async fn ends(stream: &mut TcpStream, streams: usize, came: &mut Came) {
     }
 }
 
-/// What comes to so many guests with 128 requests each that read nothing before all is decided on.
-async fn came_late(w: &World, guests: usize) -> Came {
+/// What comes to so many guests with 128 requests each that read nothing before all was answered, and taken.
+async fn came_late(w: &World, guests: usize, sent: &Sent) -> Came {
     let (mut streams, mut came) = (Vec::new(), Came::default());
     for n in 0..guests {
         streams.push(guest_of(w, 8080, n, 128, 1 << 30).await);
     }
-    w.events(guests * 128).await;
+    let answered = async {
+        while sent.streams.load(Ordering::Relaxed) < guests * 128 {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        tokio::time::sleep(Duration::from_secs(3)).await;
+    };
+    timeout(Duration::from_secs(30), answered).await.expect("all are answered");
     for stream in &mut streams {
         timeout(Duration::from_secs(20), ends(stream, 128, &mut came)).await.expect("all end");
     }
     came
 }
 
-async fn serve_heads(length: usize, at: Where) {
+async fn serve_heads(length: usize, at: Where) -> Arc<Sent> {
     let listener = TcpListener::bind((SERVER, 8080)).await.unwrap();
+    let sent = Arc::<Sent>::default();
+    let counted = sent.clone();
     tokio::spawn(async move {
         while let Ok((stream, _)) = listener.accept().await {
-            tokio::spawn(heads(stream, length, at, Arc::default()));
+            tokio::spawn(heads(stream, length, at, counted.clone()));
         }
     });
+    sent
 }
 
 #[test]
@@ -399,11 +418,26 @@ fn trailers_that_a_vm_does_not_read_are_bounded_for_all_its_connections() {
         const LENGTH: usize = 200 << 10;
         small_buffers();
         start(&mut w).await;
-        serve_heads(LENGTH, Where::Trailers).await;
-        let came = came_late(&w, 4).await;
+        let sent = serve_heads(LENGTH, Where::Trailers).await;
+        let came = came_late(&w, 4, &sent).await;
         assert_eq!(came.whole + came.reset, 4 * 128);
         let room = usize::try_from(ON_ITS_WAY).unwrap() / LENGTH;
         assert!((room - 2..=room + 4 * 6).contains(&came.whole), "{} where {room} have room", came.whole);
+    });
+}
+
+#[test]
+fn heads_before_answers_that_a_vm_does_not_read_are_bounded_for_all_its_connections() {
+    world(|mut w| async move {
+        const LENGTH: usize = 16_000;
+        small_buffers();
+        start(&mut w).await;
+        let sent = serve_heads(LENGTH, Where::Interim).await;
+        let came = came_late(&w, 5, &sent).await;
+        // The answers come all the same.
+        assert_eq!((came.whole, came.reset), (5 * 128, 0));
+        let room = usize::try_from(ON_ITS_WAY).unwrap() / LENGTH;
+        assert!((room - 200..=room + 5 * 60).contains(&came.heads), "{} where {room} have room", came.heads);
     });
 }
 
@@ -447,7 +481,7 @@ fn trailers_that_upstreams_do_not_read_are_bounded_for_all_of_a_vms_connections(
             guests.push(guest);
         }
         // Those for which there is no room are given up; the others wait on.
-        let room = usize::try_from(ON_ITS_WAY).unwrap() / LENGTH;
+        let room = usize::try_from(ON_ITS_WAY).unwrap() / (LENGTH + 512 + 128 + 1);
         let refused = GUESTS * 127 - room;
         let events = w.events(refused - GUESTS * 6).await;
         assert!(events.iter().all(|event| event.verdict.reason() == Reason::Unreachable));

@@ -2,14 +2,18 @@
 
 use super::{
     MAX_FRAME, Streamed,
+    outbox::Outbox,
     ping::{Activity, KeepAlive, Patience},
     pipe::Pipe,
     set_content_length, strip_connection,
 };
 use crate::{http::body::Body, window::Size};
 use bytes::Bytes;
-use h2::client::{Builder, ResponseFuture, SendRequest};
-use http::{HeaderMap, Method, Request, Response, StatusCode};
+use h2::{
+    Reason,
+    client::{Builder, ResponseFuture, SendRequest},
+};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body::Body as _;
 use std::{
     future::poll_fn,
@@ -40,6 +44,7 @@ const PATIENCE: Patience =
 #[derive(Clone)]
 pub(crate) struct Sender {
     requests: Arc<Mutex<SendRequest<Bytes>>>,
+    outbox: Outbox,
     activity: Activity,
 }
 
@@ -48,6 +53,7 @@ pub(crate) async fn begin<S>(stream: S, size: Size) -> Result<Sender, h2::Error>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
+    let outbox = Outbox::new();
     let (requests, mut connection) = Builder::new()
         .initial_window_size(size.of_stream())
         .initial_connection_window_size(size.of_connection())
@@ -57,10 +63,11 @@ where
         .initial_max_send_streams(FIRST_STREAMS)
         .max_local_error_reset_streams(Some(RESETS))
         .enable_push(false)
-        .handshake(stream)
+        .handshake(outbox.of(stream))
         .await?;
     let mut alive = KeepAlive::new(connection.ping_pong(), PATIENCE);
     let activity = alive.activity();
+    let ours = outbox.clone();
     tokio::spawn(async move {
         let ended = poll_fn(|cx| match alive.poll(cx) {
             Poll::Ready(()) => Poll::Ready(Ok(())),
@@ -69,8 +76,9 @@ where
         if let Err(error) = ended.await {
             tracing::debug!(%error, "an upstream's HTTP/2 connection ended");
         }
+        ours.close();
     });
-    Ok(Sender { requests: Arc::new(Mutex::new(requests)), activity })
+    Ok(Sender { requests: Arc::new(Mutex::new(requests)), outbox, activity })
 }
 
 /// Ends a body's task with the wait for the answer; dropped with the stream's other handles, it resets the stream.
@@ -110,12 +118,24 @@ impl Sender {
             if let Some(length) = body.size_hint().exact().filter(|length| *length > 0 || !no_body) {
                 set_content_length(&mut parts.headers, length);
             }
+            let path = parts.uri.path_and_query().map_or(0, |path| path.as_str().len());
+            // It has to carry its place, and without one any type would be taken too (RFC 9110 §12.5.1).
+            if parts.headers.is_empty() {
+                parts.headers.insert(header::ACCEPT, HeaderValue::from_static("*/*"));
+            }
+            if self.outbox.head(&mut parts.headers, path).await.is_none() {
+                return Err((Reason::CANCEL.into(), Some(Request::from_parts(parts, body))));
+            }
             let ended = body.is_end_stream();
             let head = Request::from_parts(parts, ());
             let (answer, to) = requests.send_request(head, ended).map_err(|error| (error, None))?;
             // Where the server takes no more at a time, this waits until it takes this one.
             poll_fn(|cx| requests.poll_ready(cx)).await.map_err(|error| (error, None))?;
-            let rest = if ended { None } else { begun(Pipe::new(body, to, self.activity.open())).await };
+            let rest = if ended {
+                None
+            } else {
+                begun(Pipe::new(body, to, self.outbox.clone(), self.activity.open())).await
+            };
             (answer, Sending(rest))
         };
         let answer = heads(answer, heard).await.map_err(|error| (error, None))?;

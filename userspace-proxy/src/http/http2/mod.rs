@@ -5,6 +5,7 @@
 
 mod body;
 pub(super) mod client;
+mod outbox;
 mod ping;
 mod pipe;
 pub(super) mod server;

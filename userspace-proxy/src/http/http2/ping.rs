@@ -120,3 +120,51 @@ impl KeepAlive {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::future::poll_fn;
+    use tokio::time::timeout;
+
+    const PATIENCE: Patience =
+        Patience { interval: Duration::from_millis(50), answer: Duration::from_millis(250), idle: true };
+
+    #[tokio::test]
+    async fn only_who_does_not_answer_is_given_up() {
+        for there in [true, false] {
+            let (ours, theirs) = tokio::io::duplex(4096);
+            let (_requests, mut connection) = h2::client::handshake(ours).await.unwrap();
+            let mut alive = KeepAlive::new(connection.ping_pong(), PATIENCE);
+            let other = tokio::spawn(async move {
+                let mut served = h2::server::handshake(theirs).await.unwrap();
+                match there {
+                    true => drop(served.accept().await),
+                    false => std::future::pending().await,
+                }
+            });
+            let given_up = poll_fn(|cx| {
+                assert!(Pin::new(&mut connection).poll(cx).is_pending());
+                alive.poll(cx)
+            });
+            let limit = Duration::from_secs(if there { 1 } else { 20 });
+            assert_eq!(timeout(limit, given_up).await.is_ok(), !there);
+            other.abort();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_connection_at_rest_is_asked_only_where_that_is_wanted() {
+        let (ours, _theirs) = tokio::io::duplex(4096);
+        let (_requests, mut connection) = h2::client::handshake(ours).await.unwrap();
+        let mut alive = KeepAlive::new(connection.ping_pong(), Patience { idle: false, ..PATIENCE });
+        let activity = alive.activity();
+        let mut given_up = poll_fn(|cx| {
+            let _ = Pin::new(&mut connection).poll(cx);
+            alive.poll(cx)
+        });
+        assert!(timeout(Duration::from_secs(1), &mut given_up).await.is_err());
+        let _open = activity.open();
+        timeout(Duration::from_secs(20), given_up).await.unwrap();
+    }
+}

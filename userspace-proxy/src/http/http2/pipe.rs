@@ -1,10 +1,11 @@
 //! Writes a body to a stream, as far as the other side's window lets it. The next piece is asked for when the one before is on
 //! its way; window is claimed for a piece that is there, and never ahead.
 
-use super::ping::Open;
+use super::{outbox::Outbox, ping::Open};
 use crate::http::body::{Body, BoxError};
 use bytes::Bytes;
 use h2::{Reason, SendStream};
+use http::HeaderMap;
 use http_body::Body as _;
 use std::{
     error::Error,
@@ -15,18 +16,24 @@ use std::{
 /// Largest piece that window is claimed for at once: a stream that waits claims no more than a frame of its connection's.
 const CLAIM: usize = 16 * 1024;
 
+/// Trailers that wait for room.
+type Trailers = Pin<Box<dyn Future<Output = Option<HeaderMap>> + Send>>;
+
 /// Ends when all is written, the body broke off, or the other side reset the stream; the body is gone then.
 pub(super) struct Pipe {
-    body: Body,
+    /// Gone when nothing more comes of it.
+    body: Option<Body>,
     to: SendStream<Bytes>,
     /// What of a piece is not written yet, and whether it is the last one.
     piece: Option<(Bytes, bool)>,
+    trailers: Option<Trailers>,
+    outbox: Outbox,
     _open: Open,
 }
 
 impl Pipe {
-    pub(super) fn new(body: Body, to: SendStream<Bytes>, open: Open) -> Self {
-        Self { body, to, piece: None, _open: open }
+    pub(super) fn new(body: Body, to: SendStream<Bytes>, outbox: Outbox, open: Open) -> Self {
+        Self { body: Some(body), to, piece: None, trailers: None, outbox, _open: open }
     }
 
     fn poll_all(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), h2::Error>> {
@@ -48,18 +55,24 @@ impl Pipe {
                 }
                 continue;
             }
-            match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
+            if let Some(waiting) = &mut self.trailers {
+                let trailers = ready!(waiting.as_mut().poll(cx)).ok_or(Reason::STREAM_CLOSED)?;
+                return Poll::Ready(self.to.send_trailers(trailers));
+            }
+            let Some(body) = &mut self.body else { return Poll::Ready(Ok(())) };
+            match ready!(Pin::new(&mut *body).poll_frame(cx)) {
                 Some(Ok(frame)) => match frame.into_data() {
                     // It needs no window.
                     Ok(data) if data.is_empty() => {
-                        if self.body.is_end_stream() {
+                        if body.is_end_stream() {
                             return Poll::Ready(self.to.send_data(data, true));
                         }
                     }
-                    Ok(data) => self.piece = Some((data, self.body.is_end_stream())),
+                    Ok(data) => self.piece = Some((data, body.is_end_stream())),
                     Err(other) => {
                         if let Ok(trailers) = other.into_trailers() {
-                            return Poll::Ready(self.to.send_trailers(trailers));
+                            self.trailers = Some(Box::pin(self.outbox.clone().trailers(trailers)));
+                            self.body = None;
                         }
                     }
                 },

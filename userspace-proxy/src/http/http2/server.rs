@@ -2,6 +2,7 @@
 
 use super::{
     MAX_FRAME, Promise, Streamed, Tunnel,
+    outbox::Outbox,
     ping::{Activity, KeepAlive, Open, Patience},
     pipe::Pipe,
     set_content_length, strip_connection,
@@ -20,7 +21,7 @@ use http_body::Body as _;
 use jiff::{Timestamp, fmt::rfc2822::DateTimePrinter};
 use std::{
     future::poll_fn,
-    pin::pin,
+    pin::{Pin, pin},
     sync::Arc,
     task::{Poll, ready},
     time::Duration,
@@ -50,6 +51,7 @@ pub(crate) async fn serve<S>(
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
+    let outbox = Outbox::new();
     let mut connection = Builder::new()
         .enable_connect_protocol()
         .max_concurrent_streams(STREAMS)
@@ -60,7 +62,7 @@ where
         .max_send_buffer_size(MAX_SEND)
         .initial_window_size(size.of_stream())
         .initial_connection_window_size(size.of_connection())
-        .handshake(stream)
+        .handshake(outbox.of(stream))
         .await?;
     let mut alive = KeepAlive::new(connection.ping_pong(), PATIENCE);
     let activity = alive.activity();
@@ -80,7 +82,8 @@ where
                 Some(Ok((request, respond))) => {
                     let open = activity.open();
                     open.note();
-                    tokio::spawn(exchange(conn.clone(), request, respond, activity.clone(), open));
+                    let ours = (outbox.clone(), activity.clone());
+                    tokio::spawn(exchange(conn.clone(), request, respond, ours, open));
                 }
                 Some(Err(error)) => return Poll::Ready(Err(error)),
                 None => return Poll::Ready(Ok(())),
@@ -102,7 +105,7 @@ async fn exchange(
     conn: Arc<HttpConn>,
     request: Request<RecvStream>,
     mut respond: SendResponse<Bytes>,
-    activity: Activity,
+    (outbox, activity): (Outbox, Activity),
     open: Open,
 ) {
     let interim = Interim::default();
@@ -126,8 +129,8 @@ async fn exchange(
         (Received::Http2(body), None)
     };
     let request = Request::from_parts(parts, body);
-    let Some(answer) = answered(&conn, request, &interim, &mut respond).await else { return };
-    if let Err(error) = reply(answer, respond, kept, &activity).await {
+    let Some(answer) = answered(&conn, request, &interim, &mut respond, &outbox).await else { return };
+    if let Err(error) = reply(answer, respond, kept, outbox, &activity).await {
         tracing::debug!(%error, "a guest did not take an answer whole");
     }
 }
@@ -138,56 +141,91 @@ async fn answered(
     request: Request<Received>,
     interim: &Interim,
     respond: &mut SendResponse<Bytes>,
+    outbox: &Outbox,
 ) -> Option<Response<Body>> {
     let mut handling = pin!(conn.clone().handle(request, interim.clone()));
+    let (mut answer, mut waiting) = (None, None::<Pin<Box<dyn Future<Output = _> + Send>>>);
     poll_fn(|cx| {
-        if let Poll::Ready(answer) = handling.as_mut().poll(cx) {
-            return Poll::Ready(Some(answer));
+        if answer.is_none()
+            && let Poll::Ready(now) = handling.as_mut().poll(cx)
+        {
+            answer = Some(now);
         }
         if respond.poll_reset(cx).is_ready() {
             return Poll::Ready(None);
         }
-        while let Some(mut head) = interim.next(cx) {
-            strip_connection(head.headers_mut());
-            if head.headers().is_empty() {
-                // It has to carry what it takes, and a date may stand in any (RFC 9110 §6.6.1).
-                set_date(head.headers_mut());
-                if !conn.entry.heads.take_head(head.headers_mut()) {
-                    continue;
+        loop {
+            if let Some(head) = &mut waiting {
+                if let Some(head) = ready!(head.as_mut().poll(cx))
+                    && let Err(error) = respond.send_informational(head)
+                {
+                    tracing::debug!(%error, "a head before an answer was left out");
                 }
+                waiting = None;
             }
-            if let Err(error) = respond.send_informational(head) {
-                tracing::debug!(%error, "a head before an answer was left out");
+            match interim.next(cx) {
+                Some(head) => waiting = Some(Box::pin(admitted(conn.clone(), outbox.clone(), head))),
+                None => break,
             }
         }
-        Poll::Pending
+        answer.take().map_or(Poll::Pending, |answer| Poll::Ready(Some(answer)))
     })
     .await
+}
+
+/// A head before an answer, once there is room for it.
+async fn admitted(conn: Arc<HttpConn>, outbox: Outbox, mut head: Response<()>) -> Option<Response<()>> {
+    let fields = head.headers_mut();
+    strip_connection(fields);
+    if fields.is_empty() {
+        // It has to carry its share, and a date may stand in any (RFC 9110 §6.6.1).
+        set_date(fields);
+        if !conn.entry.heads.take_head(fields) {
+            return None;
+        }
+    }
+    outbox.head(fields, 0).await.map(|()| head)
 }
 
 async fn reply(
     answer: Response<Body>,
     mut respond: SendResponse<Bytes>,
     kept: Option<Kept>,
+    outbox: Outbox,
     activity: &Activity,
 ) -> Result<(), h2::Error> {
     let (mut parts, body) = answer.into_parts();
     strip_connection(&mut parts.headers);
     parts.headers.remove(header::TE);
     set_date(&mut parts.headers);
-    if let Some(kept) = kept.filter(|_| parts.status.is_success()) {
+    let kept = kept.filter(|_| parts.status.is_success());
+    if kept.is_some() {
         // What follows is a tunnel's, without a length (RFC 9110 §9.3.6).
         parts.headers.remove(header::CONTENT_LENGTH);
-        let to = begin(&mut respond, Response::from_parts(parts, ()), false)?;
-        let _ = kept.keep.send(Tunnel::new(kept.from, to, kept.open));
-        return Ok(());
     }
-    let ended = body.is_end_stream();
-    if let Some(length) = body.size_hint().exact().filter(|_| !ended) {
+    // One that is nothing but a head is done with here, however long it waits.
+    let body = Some(body).filter(|body| kept.is_none() && !body.is_end_stream());
+    if let Some(length) = body.as_ref().and_then(|body| body.size_hint().exact()) {
         set_content_length(&mut parts.headers, length);
     }
+    {
+        let mut room = pin!(outbox.head(&mut parts.headers, 0));
+        let room = poll_fn(|cx| match room.as_mut().poll(cx) {
+            Poll::Pending => respond.poll_reset(cx).map(|_| None),
+            room => room,
+        });
+        if room.await.is_none() {
+            return Ok(());
+        }
+    }
+    let ended = body.is_none() && kept.is_none();
     let to = begin(&mut respond, Response::from_parts(parts, ()), ended)?;
-    if ended { Ok(()) } else { Pipe::new(body, to, activity.open()).await }
+    if let Some(kept) = kept {
+        let _ = kept.keep.send(Tunnel::new(kept.from, to, kept.open));
+    } else if let Some(body) = body {
+        Pipe::new(body, to, outbox, activity.open()).await?;
+    }
+    Ok(())
 }
 
 fn begin(
