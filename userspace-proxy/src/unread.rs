@@ -18,6 +18,8 @@ const MOST: u32 = 64 * 1024 * 1024;
 
 /// What a field takes in a map besides its text: at most so much, in octets.
 const FIELD: usize = 128;
+/// What a head takes besides its fields while it waits.
+const HEAD: usize = 512;
 
 /// How much of it a VM has left.
 pub(crate) struct Unread(Arc<Semaphore>);
@@ -47,24 +49,19 @@ pub(crate) struct Next {
 }
 
 impl Unread {
-    /// This piece, if there is room for it right now.
-    pub(crate) fn take(&self, data: Bytes) -> Option<Bytes> {
-        let octets = data.len();
-        self.take_as(data, octets)
-    }
-
-    fn take_as(&self, data: Bytes, octets: usize) -> Option<Bytes> {
-        let octets = u32::try_from(octets).ok()?;
-        let taken = self.0.clone().try_acquire_many_owned(octets).ok()?;
-        Some(Bytes::from_owner(Piece { data, _taken: taken }))
-    }
-
     /// Whether there is room for a head, or for trailers, right now. Its longest value carries what it takes.
     pub(crate) fn take_head(&self, head: &mut HeaderMap) -> bool {
-        let octets = head.iter().map(|(name, value)| name.as_str().len() + value.len() + FIELD).sum();
+        let fields = head.iter().map(|(name, value)| name.as_str().len() + value.len() + FIELD);
+        let octets = fields.fold(HEAD, usize::saturating_add);
         let Some(longest) = head.values_mut().max_by_key(|value| value.len()) else { return true };
-        let taken = self.take_as(Bytes::copy_from_slice(longest.as_bytes()), octets);
-        let Some(Ok(mut carrying)) = taken.map(HeaderValue::from_maybe_shared) else { return false };
+        let Some(taken) =
+            u32::try_from(octets).ok().and_then(|n| self.0.clone().try_acquire_many_owned(n).ok())
+        else {
+            return false;
+        };
+        let data = Bytes::copy_from_slice(longest.as_bytes());
+        let carrying = Bytes::from_owner(Piece { data, _taken: taken });
+        let Ok(mut carrying) = HeaderValue::from_maybe_shared(carrying) else { return false };
         carrying.set_sensitive(longest.is_sensitive());
         *longest = carrying;
         true

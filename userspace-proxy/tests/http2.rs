@@ -227,6 +227,33 @@ fn websockets_pass_by_extended_connect_and_are_cut_with_the_rule() {
     });
 }
 
+#[test]
+fn a_wish_for_websocket_that_announces_content_reaches_nobody() {
+    world(|mut w| async move {
+        start(&mut w, &["h2", "http/1.1"]).await;
+        // By hand: a client of the other library does not let it out.
+        let stream = w.tls((SERVER, 443), "api.example", &["h2"]).await.unwrap();
+        let (mut sender, connection) = h2::client::handshake(stream).await.unwrap();
+        tokio::spawn(connection);
+        let first = get("https://api.example/1").map(|_| ());
+        assert_eq!(sender.send_request(first, true).unwrap().0.await.unwrap().status(), 200);
+        let wish = Request::connect("https://api.example/chat")
+            .header("content-length", "30")
+            .header("sec-websocket-version", "13")
+            .extension(h2::ext::Protocol::from_static("websocket"))
+            .body(())
+            .unwrap();
+        let (answer, mut body) = sender.send_request(wish, false).unwrap();
+        body.send_data(Bytes::from_static(b"GET /own HTTP/1.1\r\nHost: a\r\n\r\n"), true).unwrap();
+        let refused = tokio::time::timeout(std::time::Duration::from_secs(20), answer).await.unwrap();
+        assert_eq!(refused.unwrap_err().reason(), Some(h2::Reason::PROTOCOL_ERROR));
+        // The connection goes on.
+        let next = get("https://api.example/2").map(|_| ());
+        assert_eq!(sender.send_request(next, true).unwrap().0.await.unwrap().status(), 200);
+        assert!(w.log.seen().iter().all(|seen| !seen.line.contains("chat") && !seen.line.contains("own")));
+    });
+}
+
 /// A frame of HTTP/2 (RFC 9113 §4.1).
 fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     let length = u32::try_from(payload.len()).unwrap().to_be_bytes();

@@ -3,6 +3,8 @@
 
 mod support;
 
+use aws_lc_rs::digest;
+use base64::{Engine as _, engine::general_purpose::STANDARD};
 use std::{
     collections::HashMap,
     sync::{
@@ -25,6 +27,7 @@ use tokio::{
 // Frame types (RFC 9113 §6).
 const DATA: u8 = 0;
 const HEADERS: u8 = 1;
+const RST_STREAM: u8 = 3;
 const SETTINGS: u8 = 4;
 const PING: u8 = 6;
 const WINDOW_UPDATE: u8 = 8;
@@ -102,19 +105,46 @@ async fn endless(mut stream: TcpStream, sent: Arc<Sent>, still: UnboundedSender<
     }
 }
 
-/// Answers every request with a head of `length` octets and nothing else, over HTTP/2.
-async fn heads(mut stream: TcpStream, length: usize, sent: Arc<Sent>) -> std::io::Result<()> {
-    stream.read_exact(&mut [0; 24]).await?;
-    stream.write_all(&frame(SETTINGS, 0, 0, b"")).await?;
-    // 200, and a literal field `x` without indexing (RFC 7541 §6.2.2), its length an integer of seven bits (§5.1).
-    let mut head = vec![0x88, 0, 1, b'x', 127];
+/// A literal field `x` without indexing (RFC 7541 §6.2.2), its length an integer of seven bits (§5.1).
+fn long(length: usize) -> Vec<u8> {
+    let mut field = vec![0, 1, b'x', 127];
     let mut rest = length - 127;
     while rest >= 128 {
-        head.push(u8::try_from(rest % 128 + 128).unwrap());
+        field.push(u8::try_from(rest % 128 + 128).unwrap());
         rest /= 128;
     }
-    head.push(u8::try_from(rest).unwrap());
-    head.resize(head.len() + length, b'y');
+    field.push(u8::try_from(rest).unwrap());
+    field.resize(field.len() + length, b'y');
+    field
+}
+
+/// A head, or trailers, and the end of the stream, in as many frames as that takes.
+fn ended(stream: u32, head: &[u8]) -> Vec<u8> {
+    let mut frames = Vec::new();
+    let mut pieces = head.chunks(16_384).peekable();
+    let mut kind = HEADERS;
+    while let Some(piece) = pieces.next() {
+        let end = if pieces.peek().is_none() { 4 } else { 0 };
+        frames.extend(frame(kind, end | u8::from(kind == HEADERS), stream, piece));
+        kind = CONTINUATION;
+    }
+    frames
+}
+
+/// Where a server's long fields are.
+#[derive(Clone, Copy)]
+enum Where {
+    /// Before the answer, eight times.
+    Interim,
+    Head,
+    Trailers,
+}
+
+/// Answers every request with 200 and a field of `length` octets over HTTP/2.
+async fn heads(mut stream: TcpStream, length: usize, at: Where, sent: Arc<Sent>) -> std::io::Result<()> {
+    stream.read_exact(&mut [0; 24]).await?;
+    stream.write_all(&frame(SETTINGS, 0, 0, b"")).await?;
+    let field = long(length);
     loop {
         let mut start = [0; 9];
         stream.read_exact(&mut start).await?;
@@ -125,14 +155,16 @@ async fn heads(mut stream: TcpStream, length: usize, sent: Arc<Sent>) -> std::io
             (PING, 0) => stream.write_all(&frame(PING, 1, 0, &payload)).await?,
             (HEADERS, _) => {
                 let id = u32::try_from(number(&start[5..])).unwrap();
-                let mut pieces = head.chunks(16_384).peekable();
-                let mut kind = HEADERS;
-                while let Some(piece) = pieces.next() {
-                    let end = if pieces.peek().is_none() { 4 } else { 0 };
-                    let flags = end | u8::from(kind == HEADERS);
-                    stream.write_all(&frame(kind, flags, id, piece)).await?;
-                    kind = CONTINUATION;
-                }
+                let all = match at {
+                    Where::Head => ended(id, &[&[0x88], &field[..]].concat()),
+                    Where::Trailers => [frame(HEADERS, 4, id, &[0x88]), ended(id, &field)].concat(),
+                    Where::Interim => {
+                        // 103 as a literal value of an indexed name (RFC 7541 §6.2.2).
+                        let hint = frame(HEADERS, 4, id, &[&[0x08, 3][..], b"103", &field].concat());
+                        [hint.repeat(8), frame(HEADERS, 5, id, &[0x88])].concat()
+                    }
+                };
+                stream.write_all(&all).await?;
                 sent.streams.fetch_add(1, Ordering::Relaxed);
             }
             _ => {}
@@ -241,10 +273,7 @@ fn a_vm_that_reads_nothing_holds_up_its_upstreams_within_its_bound() {
 #[test]
 fn what_is_on_its_way_to_a_vm_is_bounded_for_all_its_connections() {
     world(|mut w| async move {
-        // What the kernel holds is small, and no part of it.
-        sh(
-            "echo 4096 16384 65536 > /proc/sys/net/ipv4/tcp_wmem; echo 4096 16384 65536 > /proc/sys/net/ipv4/tcp_rmem",
-        );
+        small_buffers();
         let (sent, _servers) = start(&mut w).await;
         let mut guests = Vec::new();
         for n in 0..4 {
@@ -283,7 +312,7 @@ fn heads_that_a_vm_does_not_read_are_bounded_for_all_its_connections() {
         let counted = sent.clone();
         tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
-                tokio::spawn(heads(stream, LENGTH, counted.clone()));
+                tokio::spawn(heads(stream, LENGTH, Where::Head, counted.clone()));
             }
         });
         let mut guests = Vec::new();
@@ -314,5 +343,219 @@ fn heads_that_a_vm_does_not_read_are_bounded_for_all_its_connections() {
             }
         };
         timeout(Duration::from_secs(20), again).await.expect("there is room again");
+    });
+}
+
+/// What the kernel holds is small then, and no part of what is bounded.
+fn small_buffers() {
+    sh(
+        "echo 4096 16384 65536 > /proc/sys/net/ipv4/tcp_wmem; echo 4096 16384 65536 > /proc/sys/net/ipv4/tcp_rmem",
+    );
+}
+
+/// What came on a connection until so many of its streams had ended.
+#[derive(Default)]
+struct Came {
+    /// Heads that are not an end.
+    heads: usize,
+    /// Streams that ended with fields.
+    whole: usize,
+    reset: usize,
+}
+
+async fn ends(stream: &mut TcpStream, streams: usize, came: &mut Came) {
+    let mut ended = 0;
+    while ended < streams {
+        let mut start = [0; 9];
+        stream.read_exact(&mut start).await.unwrap();
+        let mut payload = vec![0; u32::from_be_bytes([0, start[0], start[1], start[2]]) as usize];
+        stream.read_exact(&mut payload).await.unwrap();
+        let count = match (start[3], start[4] & 1) {
+            (HEADERS, 0) => &mut came.heads,
+            (HEADERS, _) => &mut came.whole,
+            (RST_STREAM, _) => &mut came.reset,
+            _ => continue,
+        };
+        *count += 1;
+        ended += usize::from(start[3] == RST_STREAM || start[4] & 1 == 1);
+    }
+}
+
+/// What comes to so many guests with 128 requests each that read nothing before all was answered, and taken.
+async fn came_late(w: &World, guests: usize, sent: &Sent) -> Came {
+    let (mut streams, mut came) = (Vec::new(), Came::default());
+    for n in 0..guests {
+        streams.push(guest_of(w, 8080, n, 128, 1 << 30).await);
+    }
+    let answered = async {
+        while sent.streams.load(Ordering::Relaxed) < guests * 128 {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        tokio::time::sleep(Duration::from_secs(3)).await;
+    };
+    timeout(Duration::from_secs(30), answered).await.expect("all are answered");
+    for stream in &mut streams {
+        timeout(Duration::from_secs(20), ends(stream, 128, &mut came)).await.expect("all end");
+    }
+    came
+}
+
+async fn serve_heads(length: usize, at: Where) -> Arc<Sent> {
+    let listener = TcpListener::bind((SERVER, 8080)).await.unwrap();
+    let sent = Arc::<Sent>::default();
+    let counted = sent.clone();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            tokio::spawn(heads(stream, length, at, counted.clone()));
+        }
+    });
+    sent
+}
+
+#[test]
+fn trailers_that_a_vm_does_not_read_are_bounded_for_all_its_connections() {
+    world(|mut w| async move {
+        const LENGTH: usize = 200 << 10;
+        small_buffers();
+        start(&mut w).await;
+        let sent = serve_heads(LENGTH, Where::Trailers).await;
+        let came = came_late(&w, 4, &sent).await;
+        assert_eq!(came.whole + came.reset, 4 * 128);
+        let room = usize::try_from(ON_ITS_WAY).unwrap() / LENGTH;
+        assert!((room - 2..=room + 4 * 6).contains(&came.whole), "{} where {room} have room", came.whole);
+    });
+}
+
+#[test]
+fn heads_before_answers_that_a_vm_does_not_read_are_bounded_for_all_its_connections() {
+    world(|mut w| async move {
+        const LENGTH: usize = 16_000;
+        small_buffers();
+        start(&mut w).await;
+        let sent = serve_heads(LENGTH, Where::Interim).await;
+        let came = came_late(&w, 5, &sent).await;
+        // The answers come all the same.
+        assert_eq!((came.whole, came.reset), (5 * 128, 0));
+        let room = usize::try_from(ON_ITS_WAY).unwrap() / LENGTH;
+        assert!((room - 200..=room + 5 * 60).contains(&came.heads), "{} where {room} have room", came.heads);
+    });
+}
+
+#[test]
+fn trailers_that_upstreams_do_not_read_are_bounded_for_all_of_a_vms_connections() {
+    world(|mut w| async move {
+        const LENGTH: usize = 60_000;
+        const GUESTS: usize = 12;
+        small_buffers();
+        start(&mut w).await;
+        let listener = TcpListener::bind((SERVER, 8080)).await.unwrap();
+        let (begun, mut begins) = unbounded_channel();
+        tokio::spawn(async move {
+            let mut servers = Vec::new();
+            while let Ok((mut stream, _)) = listener.accept().await {
+                stream.write_all(&frame(SETTINGS, 0, 0, b"")).await.unwrap();
+                stream.read_exact(&mut [0; 24]).await.unwrap();
+                let mut start = [0; 9];
+                while start[3] != HEADERS {
+                    stream.read_exact(&mut start).await.unwrap();
+                    let mut payload = vec![0; u32::from_be_bytes([0, start[0], start[1], start[2]]) as usize];
+                    stream.read_exact(&mut payload).await.unwrap();
+                }
+                begun.send(()).unwrap();
+                servers.push(stream);
+            }
+        });
+        let mut guests = Vec::new();
+        for n in 0..GUESTS {
+            let mut guest = guest_of(&w, 8080, n, 0, 1 << 30).await;
+            let name = format!("api{}.example:8080", 100 + n);
+            let length = u8::try_from(name.len()).unwrap();
+            let head = [&[0x83, 0x86, 0x84, 0x41, length][..], name.as_bytes()].concat();
+            let begin = |n: u32| frame(HEADERS, 4, 2 * n + 1, &head);
+            // The first of them makes the connection that the others share.
+            guest.write_all(&begin(0)).await.unwrap();
+            timeout(Duration::from_secs(20), begins.recv()).await.expect("it comes").unwrap();
+            let trailers = long(LENGTH);
+            let all = (1..128).flat_map(|n| [begin(n), ended(2 * n + 1, &trailers)]);
+            guest.write_all(&all.flatten().collect::<Vec<_>>()).await.unwrap();
+            guests.push(guest);
+        }
+        // Those for which there is no room are given up; the others wait on.
+        let room = usize::try_from(ON_ITS_WAY).unwrap() / (LENGTH + 512 + 128 + 1);
+        let refused = GUESTS * 127 - room;
+        let events = w.events(refused - GUESTS * 6).await;
+        assert!(events.iter().all(|event| event.verdict.reason() == Reason::Unreachable));
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let given_up = w.events(0).await.len();
+        assert!(given_up <= refused + 2, "{given_up} given up where {refused} have no room");
+    });
+}
+
+/// Grants every wish for WebSocket, with a field of so many octets beside.
+async fn websockets(mut stream: TcpStream, length: usize) -> std::io::Result<()> {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        head.push(stream.read_u8().await?);
+    }
+    let head = String::from_utf8(head).unwrap();
+    let key = head.lines().find_map(|line| line.strip_prefix("sec-websocket-key: ")).unwrap();
+    let accept = format!("{key}258EAFA5-E914-47DA-95CA-C5AB0DC85B11");
+    let accept = digest::digest(&digest::SHA1_FOR_LEGACY_USE_ONLY, accept.as_bytes());
+    let answer = format!(
+        "HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: {}\r\nX: {}\r\n\r\n",
+        STANDARD.encode(accept),
+        "y".repeat(length)
+    );
+    stream.write_all(answer.as_bytes()).await?;
+    let _ = stream.read_u8().await;
+    Ok(())
+}
+
+#[test]
+fn the_head_of_a_websocket_has_its_share_of_those_that_a_vm_does_not_read() {
+    world(|mut w| async move {
+        const GUESTS: usize = 5;
+        small_buffers();
+        start(&mut w).await;
+        let listener = TcpListener::bind((SERVER, 8080)).await.unwrap();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                tokio::spawn(async move {
+                    let mut first = [0; 3];
+                    match stream.peek(&mut first).await? {
+                        3 if first == *b"PRI" => heads(stream, 200 << 10, Where::Head, Arc::default()).await,
+                        _ => websockets(stream, 60_000).await,
+                    }
+                });
+            }
+        });
+        let mut guests = Vec::new();
+        for n in 0..GUESTS {
+            guests.push(guest_of(&w, 8080, n, 100, 1 << 30).await);
+        }
+        w.events(GUESTS * 100).await;
+        // All the room is taken but for less than one of those heads.
+        let name = format!("api{}.example:8080", 100);
+        let length = u8::try_from(name.len()).unwrap();
+        let connect = [
+            &[0x02, 7][..],
+            b"CONNECT",
+            &[0, 9],
+            b":protocol",
+            &[9],
+            b"websocket",
+            &[0x86, 0x84, 0x41, length],
+            name.as_bytes(),
+            &[0, 21],
+            b"sec-websocket-version",
+            &[2],
+            b"13",
+        ];
+        let connect = connect.concat();
+        let all = (100..120).flat_map(|n| frame(HEADERS, 4, 2 * n + 1, &connect));
+        guests[0].write_all(&all.collect::<Vec<_>>()).await.unwrap();
+        let events = w.events(GUESTS * 100 + 12).await;
+        let refused = &events[GUESTS * 100..];
+        assert!(refused.iter().all(|event| event.verdict.reason() == Reason::Limit), "{refused:?}");
     });
 }

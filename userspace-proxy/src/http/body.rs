@@ -1,6 +1,6 @@
 //! Bodies on their way through: counted, cut when the rules change, cleaned. Nothing is gathered: frames go on as they come.
 
-use super::headers::strip_trailers;
+use super::{headers::strip_trailers, received::Received};
 use crate::{
     audit::Record,
     registry::Ticket,
@@ -43,7 +43,7 @@ pub(crate) fn full(bytes: Bytes) -> Body {
 /// A request's body: counted as it goes out, broken off when the rules no longer allow the request (its answer may be at a
 /// standstill then), its trailers kept to what trailers may say.
 pub(crate) struct Outgoing {
-    inner: hyper::body::Incoming,
+    inner: Received,
     revoked: Option<Revoked>,
     count: Arc<crate::audit::Counters>,
     entry: Arc<VmEntry>,
@@ -53,7 +53,7 @@ pub(crate) struct Outgoing {
 
 impl Outgoing {
     pub(crate) fn wrap(
-        inner: hyper::body::Incoming,
+        inner: Received,
         ticket: &Ticket,
         count: Arc<crate::audit::Counters>,
         entry: Arc<VmEntry>,
@@ -114,7 +114,7 @@ impl http_body::Body for Outgoing {
                 }
             }
         }
-        Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
+        Poll::Ready(frame)
     }
 
     fn is_end_stream(&self) -> bool {

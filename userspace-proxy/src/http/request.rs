@@ -8,7 +8,8 @@ use super::{
     body::{self, Body, Incoming, Outgoing},
     guard::{Refusal, Switch},
     headers::strip_hop_by_hop,
-    interim::Interim,
+    interim::{Interim, Turn},
+    received::Received,
     response,
     target::{Refused, address, name_in, repeatable, who},
     under_way::UnderWay,
@@ -62,8 +63,6 @@ pub(crate) struct HttpConn {
     started: Instant,
     refusal: Option<Refusal>,
     switch: Switch,
-    /// Where heads before an answer go, if the guest may be sent any.
-    interim: Option<Interim>,
     pub(super) requests: AtomicU64,
     pub(super) under_way: UnderWay,
     parked: Mutex<Option<Upstream>>,
@@ -74,8 +73,9 @@ struct Passed {
     policy: Arc<VmPolicy>,
     decision: Decision,
     parts: Parts,
-    body: hyper::body::Incoming,
+    body: Received,
     record: Record,
+    interim: Interim,
 }
 
 impl HttpConn {
@@ -99,18 +99,16 @@ impl HttpConn {
             started: Instant::now(),
             refusal: None,
             switch: Switch::default(),
-            interim: None,
             requests: AtomicU64::new(0),
             under_way: UnderWay::default(),
             parked: Mutex::default(),
         }
     }
 
-    /// Where refusals of heads are found, another protocol is granted, and heads before an answer go.
-    pub(super) fn guarded(mut self, refusal: Refusal, switch: Switch, interim: Interim) -> Self {
+    /// Where refusals of heads are found, and another protocol is granted.
+    pub(super) fn guarded(mut self, refusal: Refusal, switch: Switch) -> Self {
         self.refusal = Some(refusal);
         self.switch = switch;
-        self.interim = Some(interim);
         self
     }
 
@@ -127,12 +125,16 @@ impl HttpConn {
         Some(upstream)
     }
 
-    /// Answers one request.
-    pub(crate) async fn handle(self: Arc<Self>, request: Request<hyper::body::Incoming>) -> Response<Body> {
+    /// Answers one request. What comes before its answer goes to `interim`.
+    pub(super) async fn handle(
+        self: Arc<Self>,
+        request: Request<Received>,
+        interim: Interim,
+    ) -> Response<Body> {
         let number = self.requests.fetch_add(1, Ordering::Relaxed);
         let (parts, body) = request.into_parts();
         let asks = upgrade::asks(&parts);
-        let mut response = self.answer(number, parts, body).await;
+        let mut response = self.answer(number, parts, body, interim).await;
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
             self.switch.grant();
         } else if asks {
@@ -146,7 +148,8 @@ impl HttpConn {
         self: &Arc<Self>,
         number: u64,
         parts: Parts,
-        body: hyper::body::Incoming,
+        body: Received,
+        interim: Interim,
     ) -> Response<Body> {
         let started = Instant::now();
         let policy = self.entry.policy.load_full();
@@ -165,7 +168,7 @@ impl HttpConn {
             Ok(decision) if decision.verdict.passes() => {
                 let mut record = begin(decision.verdict.clone(), decision.name.as_ref());
                 record.request(parts.method.as_str(), parts.uri.path());
-                let passed = Passed { policy: policy.clone(), decision, parts, body, record };
+                let passed = Passed { policy: policy.clone(), decision, parts, body, record, interim };
                 return self.forward(passed).await;
             }
             Ok(decision) => {
@@ -224,7 +227,7 @@ impl HttpConn {
     }
 
     async fn forward(self: &Arc<Self>, passed: Passed) -> Response<Body> {
-        let Passed { policy, decision, mut parts, body, mut record } = passed;
+        let Passed { policy, decision, mut parts, body, mut record, interim } = passed;
         let host = decision.name.as_ref();
         let asked = deny::accept(&parts.headers);
         let ticket = Arc::new(self.entry.enter(decision.subject.clone()));
@@ -255,10 +258,10 @@ impl HttpConn {
         record.secrets(outcome.injected.into_iter().collect(), outcome.withheld.into_iter().collect());
         let method = parts.method.clone();
         // HTTP/1.0 knows of none.
-        let interim = self.interim.as_ref().filter(|_| parts.version == Version::HTTP_11);
+        let turn = parts.version >= Version::HTTP_11;
+        let turn = turn.then(|| interim.pass_on(patterns.clone(), self.entry.clone()));
         let body = Outgoing::wrap(body, &ticket, record.counters.clone(), self.entry.clone());
-        let mut request = Request::from_parts(parts, body);
-        let turn = interim.map(|interim| interim.pass_on(&mut request, patterns.clone(), self.entry.clone()));
+        let request = Request::from_parts(parts, body);
         // Another protocol can follow on HTTP/1.1 alone.
         let offer = if wish.is_some() { Alpn::Http1 } else { self.offer };
         let key = Key::new(self.tls.clone(), decision.route.clone(), self.to, offer);
@@ -272,7 +275,7 @@ impl HttpConn {
                 return self.deny(record, reason, host, detail, &asked);
             }
             sent = async {
-                let sent = self.send(&ticket, key, request, wish.is_some()).await;
+                let sent = self.send(&ticket, key, request, wish.is_some(), turn.as_ref()).await;
                 if let Some(turn) = turn {
                     turn.written().await;
                 }
@@ -302,7 +305,7 @@ impl HttpConn {
             return refuse(record, "the upstream does not speak WebSocket here");
         }
         self.keep(upstream);
-        let response = response.map(|body| body.map_err(Into::into).boxed_unsync());
+        let response = response.map(|body| body.boxed_unsync());
         match response::fit(response, &method, patterns) {
             Ok(mut response) => {
                 if !self.has_room_for(response.headers_mut()) {
@@ -395,7 +398,8 @@ impl HttpConn {
         key: Key,
         mut request: Request<Body>,
         upgrade: bool,
-    ) -> Result<(Response<hyper::body::Incoming>, Upstream), UpstreamError> {
+        turn: Option<&Turn>,
+    ) -> Result<(Response<Received>, Upstream), UpstreamError> {
         let mut again = repeatable(&request);
         let mut fresh = upgrade;
         loop {
@@ -404,16 +408,16 @@ impl HttpConn {
                 self.park(shared);
             }
             address(&mut request, &upstream.sender, key.tls.is_some());
-            match upstream.send(request).await {
+            match upstream.send(request, turn).await {
                 Ok(response) => return Ok((response, upstream)),
                 // It was closed while at rest, and nothing was sent.
                 Err((_, Some(back))) if used => request = back,
                 // It ended between two requests (GOAWAY, a keep-alive that ran out), or on the way to this one.
                 Err((error, None)) if used => match again.take() {
                     Some(copy) => (request, fresh) = (copy, true),
-                    None => return Err(error.into()),
+                    None => return Err(error),
                 },
-                Err((error, _)) => return Err(error.into()),
+                Err((error, _)) => return Err(error),
             }
         }
     }
@@ -471,7 +475,7 @@ impl Drop for HttpConn {
 }
 
 /// Reads what little of a refused request's body is on its way, so that the answer is not lost in a reset.
-async fn drain(mut body: hyper::body::Incoming, record: &Record) {
+async fn drain(mut body: Received, record: &Record) {
     let _ = tokio::time::timeout(Duration::from_secs(1), async {
         let mut left = 64 * 1024usize;
         while let Some(Ok(frame)) = body.frame().await {

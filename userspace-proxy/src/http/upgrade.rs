@@ -5,37 +5,42 @@
 
 use super::{
     body::{self, Body},
+    http2::Promise,
+    received::Received,
     request::{HttpConn, TOO_MANY_HEADS},
 };
 use crate::{audit::Record, io::Prefixed, registry::Ticket, secret::patterns::Patterns};
 use aws_lc_rs::{digest, rand};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bytes::Bytes;
+use h2::ext::Protocol;
 use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, Version, header, request::Parts};
-use hyper::{
-    ext::{Protocol, ReasonPhrase},
-    upgrade::OnUpgrade,
-};
+use hyper::{ext::ReasonPhrase, upgrade::OnUpgrade};
 use hyper_util::rt::TokioIo;
 use std::sync::Arc;
 use tapgate_model::{Reason, Verdict};
+use tokio::io::{AsyncRead, AsyncWrite};
 
 /// What a server mixes into a client's key (RFC 6455 §1.3).
 const MIX: &[u8] = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
 
 /// A guest's wish to speak WebSocket.
-pub(super) struct Wish {
-    on: OnUpgrade,
-    /// Over HTTP/2: the key that the upstream was given in the guest's stead, and has to answer to.
-    key: Option<HeaderValue>,
+pub(super) enum Wish {
+    Http1(OnUpgrade),
+    /// With the key that the upstream was given in the guest's stead, and has to answer to.
+    Http2(Promise, HeaderValue),
 }
+
+trait Talk: AsyncRead + AsyncWrite + Unpin + Send {}
+
+impl<S: AsyncRead + AsyncWrite + Unpin + Send> Talk for S {}
 
 /// Whether the request is an extended CONNECT for WebSocket; every other CONNECT wants a tunnel.
 pub(super) fn is_extended(parts: &Parts) -> bool {
     let protocol = parts.extensions.get::<Protocol>();
     parts.version == Version::HTTP_2
         && parts.method == Method::CONNECT
-        && protocol.is_some_and(|protocol| protocol.as_ref().eq_ignore_ascii_case(b"websocket"))
+        && protocol.is_some_and(|protocol| protocol.as_str().eq_ignore_ascii_case("websocket"))
 }
 
 /// Whether the request asks for WebSocket by `Upgrade`: what follows it on the connection is then no request.
@@ -47,7 +52,7 @@ pub(super) fn asks(parts: &Parts) -> bool {
 
 /// The guest's side of the switch, if it asks for one that may be; the request is then one that asks by `Upgrade`.
 pub(super) fn take(parts: &mut Parts) -> Option<Wish> {
-    let on = parts.extensions.remove::<OnUpgrade>();
+    let (on, promise) = (parts.extensions.remove::<OnUpgrade>(), parts.extensions.remove::<Promise>());
     if is_extended(parts) {
         let mut nonce = [0u8; 16];
         rand::fill(&mut nonce).ok()?;
@@ -55,9 +60,9 @@ pub(super) fn take(parts: &mut Parts) -> Option<Wish> {
         parts.extensions.remove::<Protocol>();
         parts.method = Method::GET;
         parts.headers.insert(header::SEC_WEBSOCKET_KEY, key.clone());
-        return on.map(|on| Wish { on, key: Some(key) });
+        return promise.map(|promise| Wish::Http2(promise, key));
     }
-    on.filter(|_| asks(parts)).map(|on| Wish { on, key: None })
+    on.filter(|_| asks(parts)).map(Wish::Http1)
 }
 
 /// Writes the wish on a request that goes out on HTTP/1.1.
@@ -77,21 +82,29 @@ fn accept_of(key: &HeaderValue) -> String {
 impl Wish {
     /// Whether it came over HTTP/2, where success is said by a 2xx.
     pub(super) fn is_extended(&self) -> bool {
-        self.key.is_some()
+        matches!(self, Self::Http2(..))
     }
 
     /// Whether what the upstream says is the answer to what it was asked.
     pub(super) fn is_answered(&self, response: &HeaderMap) -> bool {
-        let Some(key) = &self.key else { return true };
+        let Self::Http2(_, key) = self else { return true };
         let accept = response.get(header::SEC_WEBSOCKET_ACCEPT);
         accept.is_some_and(|accept| accept.as_bytes() == accept_of(key).as_bytes())
+    }
+
+    /// The guest's side, once it is told of the switch.
+    async fn guest(self) -> Option<Box<dyn Talk>> {
+        Some(match self {
+            Self::Http1(on) => Box::new(TokioIo::new(on.await.ok()?)),
+            Self::Http2(promise, _) => Box::new(promise.kept().await?),
+        })
     }
 
     /// Lets both sides speak from here on, until one ends or the rules cut it.
     pub(super) fn grant(
         self,
         conn: &HttpConn,
-        mut response: Response<hyper::body::Incoming>,
+        mut response: Response<Received>,
         mut record: Record,
         ticket: Arc<Ticket>,
         patterns: Option<Arc<Patterns>>,
@@ -115,13 +128,13 @@ impl Wish {
             ask(&mut parts.headers);
         }
         record.status(parts.status.as_u16());
-        let guest = self.on;
         let (shared, entry, slot) = (conn.shared.clone(), conn.entry.clone(), conn.slot.clone());
         conn.shared.tasks.spawn(async move {
             let counters = record.counters.clone();
             let talk = async {
-                let (guest, upstream) = tokio::try_join!(guest, upstream).ok()?;
-                let mut guest = Prefixed::new(Bytes::new(), TokioIo::new(guest))
+                let (guest, upstream) = tokio::join!(self.guest(), upstream);
+                let (guest, upstream) = (guest?, upstream.ok()?);
+                let mut guest = Prefixed::new(Bytes::new(), guest)
                     .counted(record.counters.clone())
                     .throttled(entry.clone());
                 let mut upstream = Prefixed::new(Bytes::new(), TokioIo::new(upstream)).throttled(entry);

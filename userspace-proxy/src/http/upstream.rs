@@ -1,6 +1,6 @@
 //! A connection to an upstream that speaks HTTP: dialled, and over TLS verified for the one name that was decided on.
 
-use super::body::Body;
+use super::{body::Body, http2::client, interim::Turn, received::Received};
 use crate::{
     decide::Route,
     dial::{DialError, Dialer},
@@ -10,9 +10,9 @@ use crate::{
     trust::Trust,
     window::Size,
 };
-use http::{Request, Response};
-use hyper::client::conn::{http1, http2};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use http::{HeaderMap, Request, Response};
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
@@ -48,6 +48,9 @@ pub(crate) enum UpstreamError {
     /// HTTP did not come about, or broke.
     #[error("the upstream broke the connection: {0}")]
     Http(#[from] hyper::Error),
+    /// The same of HTTP/2.
+    #[error("the upstream broke the connection: {0}")]
+    Http2(#[from] h2::Error),
 }
 
 impl UpstreamError {
@@ -55,7 +58,7 @@ impl UpstreamError {
     pub(crate) fn reason(&self) -> Reason {
         match self {
             Self::Dial(error) => error.reason(),
-            Self::Http(_) => Reason::Unreachable,
+            Self::Http(_) | Self::Http2(_) => Reason::Unreachable,
             Self::Tls(error) => {
                 let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
                 match inner {
@@ -70,7 +73,7 @@ impl UpstreamError {
 /// Sends requests on one connection.
 pub(crate) enum Sender {
     Http1(http1::SendRequest<Body>),
-    Http2(http2::SendRequest<Body>),
+    Http2(client::Sender),
 }
 
 /// A connection with what it is for.
@@ -85,7 +88,7 @@ impl Upstream {
     pub(crate) async fn ready(&mut self) -> bool {
         match &mut self.sender {
             Sender::Http1(sender) => sender.ready().await.is_ok(),
-            Sender::Http2(sender) => sender.ready().await.is_ok(),
+            Sender::Http2(sender) => sender.is_open(),
         }
     }
 
@@ -93,7 +96,7 @@ impl Upstream {
     pub(crate) fn at_rest(&self) -> bool {
         match &self.sender {
             Sender::Http1(sender) => sender.is_ready(),
-            Sender::Http2(sender) => sender.is_ready(),
+            Sender::Http2(sender) => sender.is_open(),
         }
     }
 
@@ -117,19 +120,37 @@ impl Upstream {
         }
     }
 
-    /// Sends; gives the request back if none of it was sent.
-    pub(crate) async fn send(
+    /// Sends; gives the request back if none of it was sent. What comes before the answer goes out in its turn, if it has one.
+    pub(super) async fn send(
         &mut self,
-        request: Request<Body>,
-    ) -> Result<Response<hyper::body::Incoming>, (hyper::Error, Option<Request<Body>>)> {
-        let sent = match &mut self.sender {
-            Sender::Http1(sender) => sender.try_send_request(request).await,
-            Sender::Http2(sender) => sender.try_send_request(request).await,
-        };
-        sent.map_err(|mut error| {
-            let message = error.take_message();
-            (error.into_error(), message)
-        })
+        mut request: Request<Body>,
+        turn: Option<&Turn>,
+    ) -> Result<Response<Received>, (UpstreamError, Option<Request<Body>>)> {
+        match &mut self.sender {
+            Sender::Http1(sender) => {
+                if let Some(heard) = turn.map(Turn::heard) {
+                    hyper::ext::on_informational(&mut request, move |head| {
+                        heard.hear(head.status(), head.headers());
+                    });
+                }
+                let sent = sender.try_send_request(request).await;
+                sent.map(|answer| answer.map(Received::Http1)).map_err(|mut error| {
+                    let message = error.take_message();
+                    (error.into_error().into(), message)
+                })
+            }
+            Sender::Http2(sender) => {
+                let heard = turn.map(Turn::heard);
+                let hear = |status, fields: &HeaderMap| {
+                    if let Some(heard) = &heard {
+                        heard.hear(status, fields);
+                    }
+                };
+                let sent = sender.send(request, hear).await;
+                sent.map(|answer| answer.map(Received::Http2))
+                    .map_err(|(error, message)| (error.into(), message))
+            }
+        }
     }
 }
 
@@ -195,33 +216,21 @@ impl Connector {
     }
 }
 
-async fn begin<S>(stream: S, size: Size, alpn: Alpn) -> Result<Sender, hyper::Error>
+async fn begin<S>(stream: S, size: Size, alpn: Alpn) -> Result<Sender, UpstreamError>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let io = TokioIo::new(stream);
     match alpn {
         Alpn::Http1 => {
             let (sender, connection) = http1::Builder::new()
                 .preserve_header_case(true)
                 .max_buf_size(size.of_buffer(LEAST_HEAD))
-                .handshake(io)
+                .handshake(TokioIo::new(stream))
                 .await?;
             tokio::spawn(connection.with_upgrades());
             Ok(Sender::Http1(sender))
         }
-        Alpn::Http2 => {
-            let (sender, connection) = http2::Builder::new(TokioExecutor::new())
-                .timer(TokioTimer::new())
-                .initial_stream_window_size(size.of_stream())
-                .initial_connection_window_size(size.of_connection())
-                .max_header_list_size(256 * 1024)
-                .keep_alive_interval(Duration::from_secs(30))
-                .handshake(io)
-                .await?;
-            tokio::spawn(connection);
-            Ok(Sender::Http2(sender))
-        }
+        Alpn::Http2 => Ok(Sender::Http2(client::begin(stream, size).await?)),
     }
 }
 

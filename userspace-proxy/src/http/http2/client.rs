@@ -1,0 +1,180 @@
+//! The side of a client: many requests at a time on one connection, each with what comes before its answer.
+
+use super::{
+    MAX_FRAME, Streamed,
+    outbox::Outbox,
+    ping::{Activity, KeepAlive, Patience},
+    pipe::Pipe,
+    set_content_length, strip_connection,
+};
+use crate::{http::body::Body, window::Size};
+use bytes::Bytes;
+use h2::{
+    Reason,
+    client::{Builder, ResponseFuture, SendRequest},
+};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
+use http_body::Body as _;
+use std::{
+    future::poll_fn,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, Waker, ready},
+    time::Duration,
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::Mutex,
+    task::AbortHandle,
+};
+
+/// Longest head of an answer.
+const MAX_HEAD: u32 = 256 * 1024;
+/// Streams that are begun before the server has said how many it takes.
+const FIRST_STREAMS: usize = 100;
+/// Streams that may be reset for the server's errors before the connection is given up.
+const RESETS: usize = 1024;
+/// What of a stream may wait for the connection's task.
+const MAX_SEND: usize = 1024 * 1024;
+const PATIENCE: Patience =
+    Patience { interval: Duration::from_secs(30), answer: Duration::from_secs(20), idle: false };
+
+/// A handle on one connection; it ends when all are dropped and no stream is open. A request waits its turn where the server
+/// takes no more at a time, so that it is given back if the connection ends before.
+#[derive(Clone)]
+pub(crate) struct Sender {
+    requests: Arc<Mutex<SendRequest<Bytes>>>,
+    outbox: Outbox,
+    activity: Activity,
+}
+
+/// Begins HTTP/2 on a stream.
+pub(crate) async fn begin<S>(stream: S, size: Size) -> Result<Sender, h2::Error>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let outbox = Outbox::new();
+    let (requests, mut connection) = Builder::new()
+        .initial_window_size(size.of_stream())
+        .initial_connection_window_size(size.of_connection())
+        .max_frame_size(MAX_FRAME)
+        .max_header_list_size(MAX_HEAD)
+        .max_send_buffer_size(MAX_SEND)
+        .initial_max_send_streams(FIRST_STREAMS)
+        .max_local_error_reset_streams(Some(RESETS))
+        .enable_push(false)
+        .handshake(outbox.of(stream))
+        .await?;
+    let mut alive = KeepAlive::new(connection.ping_pong(), PATIENCE);
+    let activity = alive.activity();
+    let ours = outbox.clone();
+    tokio::spawn(async move {
+        let ended = poll_fn(|cx| match alive.poll(cx) {
+            Poll::Ready(()) => Poll::Ready(Ok(())),
+            Poll::Pending => Pin::new(&mut connection).poll(cx),
+        });
+        if let Err(error) = ended.await {
+            tracing::debug!(%error, "an upstream's HTTP/2 connection ended");
+        }
+        ours.close();
+    });
+    Ok(Sender { requests: Arc::new(Mutex::new(requests)), outbox, activity })
+}
+
+/// Ends a body's task with the wait for the answer; dropped with the stream's other handles, it resets the stream.
+struct Sending(Option<AbortHandle>);
+
+impl Drop for Sending {
+    fn drop(&mut self) {
+        if let Some(task) = &self.0 {
+            task.abort();
+        }
+    }
+}
+
+impl Sender {
+    /// Whether it takes requests still. One that is being sent now is no hindrance.
+    pub(crate) fn is_open(&self) -> bool {
+        let Ok(mut requests) = self.requests.try_lock() else { return true };
+        !matches!(requests.poll_ready(&mut Context::from_waker(Waker::noop())), Poll::Ready(Err(_)))
+    }
+
+    /// Sends; gives the request back if none of it was sent. `heard` is called with each head that comes before the answer.
+    pub(crate) async fn send(
+        &self,
+        request: Request<Body>,
+        heard: impl Fn(StatusCode, &HeaderMap),
+    ) -> Result<Response<Streamed>, (h2::Error, Option<Request<Body>>)> {
+        let open = self.activity.open();
+        let (answer, mut sending) = {
+            let mut requests = self.requests.lock().await;
+            if let Err(error) = poll_fn(|cx| requests.poll_ready(cx)).await {
+                return Err((error, Some(request)));
+            }
+            let (mut parts, body) = request.into_parts();
+            strip_connection(&mut parts.headers);
+            let no_body =
+                matches!(parts.method, Method::GET | Method::HEAD | Method::DELETE | Method::CONNECT);
+            if let Some(length) = body.size_hint().exact().filter(|length| *length > 0 || !no_body) {
+                set_content_length(&mut parts.headers, length);
+            }
+            let path = parts.uri.path_and_query().map_or(0, |path| path.as_str().len());
+            // It has to carry its place, and without one any type would be taken too (RFC 9110 §12.5.1).
+            if parts.headers.is_empty() {
+                parts.headers.insert(header::ACCEPT, HeaderValue::from_static("*/*"));
+            }
+            if self.outbox.head(&mut parts.headers, path).await.is_none() {
+                return Err((Reason::CANCEL.into(), Some(Request::from_parts(parts, body))));
+            }
+            let ended = body.is_end_stream();
+            let head = Request::from_parts(parts, ());
+            let (answer, to) = requests.send_request(head, ended).map_err(|error| (error, None))?;
+            // Where the server takes no more at a time, this waits until it takes this one.
+            poll_fn(|cx| requests.poll_ready(cx)).await.map_err(|error| (error, None))?;
+            let rest = if ended {
+                None
+            } else {
+                begun(Pipe::new(body, to, self.outbox.clone(), self.activity.open())).await
+            };
+            (answer, Sending(rest))
+        };
+        let answer = heads(answer, heard).await.map_err(|error| (error, None))?;
+        // The rest of the body may come after the answer.
+        sending.0 = None;
+        open.note();
+        let (parts, stream) = answer.into_parts();
+        let body = Streamed::new(stream, &parts.headers, open);
+        Ok(Response::from_parts(parts, body))
+    }
+}
+
+/// Writes as much of a body as goes at once, and the rest by a task of its own.
+async fn begun(mut pipe: Pipe) -> Option<AbortHandle> {
+    let log = |ended: Result<(), h2::Error>| {
+        if let Err(error) = ended {
+            tracing::debug!(%error, "a request's body was not taken whole");
+        }
+    };
+    match poll_fn(|cx| Poll::Ready(Pin::new(&mut pipe).poll(cx))).await {
+        Poll::Ready(ended) => {
+            log(ended);
+            None
+        }
+        Poll::Pending => Some(tokio::spawn(async move { log(pipe.await) }).abort_handle()),
+    }
+}
+
+/// The answer. One is only asked for when nothing can come before it any more: the library leaves out what it finds on its way.
+async fn heads(
+    mut answer: ResponseFuture,
+    heard: impl Fn(StatusCode, &HeaderMap),
+) -> Result<Response<h2::RecvStream>, h2::Error> {
+    poll_fn(|cx| {
+        while let Some(Ok(head)) = ready!(answer.poll_informational(cx)) {
+            let (parts, ()) = head.into_parts();
+            heard(parts.status, &parts.headers);
+        }
+        Pin::new(&mut answer).poll(cx)
+    })
+    .await
+}
