@@ -1,6 +1,5 @@
 //! What VMs tried comes to the audit log whole, though the look at it fails on the way: the kernel's tables are full, by whoever
 //! else is on the host. The namespace driver stands in for a VM.
-#![expect(clippy::unwrap_used, reason = "a test's helper fails by panicking")]
 
 use aya::maps::{HashMap, Map, MapData};
 use std::{path::Path, thread, time::Duration};
