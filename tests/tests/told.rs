@@ -1,5 +1,6 @@
-//! What VMs tried comes to the audit log whole, though the look at it fails on the way: the kernel's tables are full, by whoever
-//! else is on the host. The namespace driver stands in for a VM.
+//! What VMs tried comes to the audit log whole, though a look at it fails on the way, or there is no daemon for a while. The
+//! namespace driver stands in for a VM.
+#![expect(clippy::unwrap_used, reason = "a test's helper fails by panicking")]
 
 use aya::maps::{HashMap, Map, MapData};
 use std::{path::Path, thread, time::Duration};
@@ -7,6 +8,7 @@ use tapgate_e2e::{
     World,
     daemon::{self, Daemon, Driver, Settings},
     demo::Stage,
+    net, sh,
 };
 use tapgate_ebpf_common::maps::{Address, AttemptKey, MAX_ATTEMPTS, MAX_VMS, VERSION};
 
@@ -15,6 +17,43 @@ fn foreign(number: u32) -> AttemptKey {
     AttemptKey { slot: MAX_VMS - 1, destination: Address([0, 0, 0, number]), ..AttemptKey::default() }
 }
 
+/// What UDP to refused ports the VM's events stand for.
+fn told(stage: &Stage<'_>, vm: &str) -> u64 {
+    let events = stage.api().audit(vm, "&protocol=udp").unwrap();
+    events.iter().map(|event| event["count"].as_u64().unwrap_or(1)).sum()
+}
+
+fn comes_to(stage: &Stage<'_>, vm: &str, wanted: u64) {
+    for _ in 0..50 {
+        if told(stage, vm) >= wanted {
+            break;
+        }
+        thread::sleep(Duration::from_millis(100));
+    }
+    assert_eq!(told(stage, vm), wanted, "{}", stage.daemon().log());
+}
+
+#[test]
+fn what_a_vm_tries_while_there_is_no_daemon_is_on_record() {
+    const PORTS: u64 = 100;
+    let world = World::new().unwrap();
+    let images = "/var/cache/tapgate/images".into();
+    let settings = Settings { binary: daemon::binary().unwrap(), driver: Driver::Netns, images };
+    let daemon = Daemon::start(&world, settings).unwrap();
+    let mut stage = Stage::new(&world, daemon).unwrap();
+    stage.boot("box").unwrap();
+    let vm = stage.vm().unwrap().to_owned();
+    stage.daemon_mut().kill().unwrap();
+    let send = format!(
+        "import socket; s = socket.socket(2, 2)\nfor p in range({PORTS} * 3): s.sendto(b'x', ('203.0.113.9', 20000 + p % {PORTS}))"
+    );
+    let guest = format!("{}-0", world.names().egress());
+    sh::expect(net::inside(&guest, "python3").args(["-c", &send]), b"").unwrap();
+    stage.daemon_mut().start_again().unwrap();
+    comes_to(&stage, &vm, PORTS * 3);
+}
+
+/// The kernel's tables are full, by whoever else is on the host.
 #[test]
 fn a_look_that_fails_loses_nothing_and_tells_nothing_twice() {
     const PORTS: u64 = 20;
@@ -62,16 +101,6 @@ fn a_look_that_fails_loses_nothing_and_tells_nothing_twice() {
     });
     stage.api().wait_for(&vm, "stopped").unwrap();
     assert!(failures() > before, "no look at its end failed");
-    let told = || -> u64 {
-        let events = stage.api().audit(&vm, "&protocol=udp").unwrap();
-        events.iter().map(|event| event["count"].as_u64().unwrap_or(1)).sum()
-    };
-    for _ in 0..50 {
-        if told() >= PORTS * 6 {
-            break;
-        }
-        thread::sleep(Duration::from_millis(100));
-    }
-    assert_eq!(told(), PORTS * 6, "{}", stage.daemon().log());
+    comes_to(&stage, &vm, PORTS * 6);
     stage.api().delete(&format!("/v1/vms/{vm}")).unwrap().expect(204).unwrap();
 }

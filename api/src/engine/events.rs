@@ -13,6 +13,9 @@ use tokio::sync::{mpsc, oneshot};
 /// After the events could not be read.
 const RETRY: Duration = Duration::from_secs(1);
 
+/// For the VMs that ran under a former daemon to be taken up; one that hangs takes a quarter of a minute.
+const FIRST_LOOK: Duration = Duration::from_secs(60);
+
 /// Asks for all to be told that the VM of a slot has tried so far, and hears when it was.
 #[derive(Debug)]
 pub(super) struct Settle {
@@ -24,6 +27,11 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Runs until the daemon stops, on a thread that may be held up: a look goes through every VM's counts.
 pub(super) async fn pump(shared: Arc<Shared>, mut settle: mpsc::Receiver<Settle>) {
+    // Until then the kernel keeps what they tried: it would be told of slots that are nobody's yet.
+    tokio::select! {
+        () = shared.stop.cancelled() => return,
+        _ = tokio::time::timeout(FIRST_LOOK, shared.adopting.over()) => {}
+    }
     // Both outlive a failure: what was taken of the kernel is there only once, and who waits is answered when all is told.
     let (mut events, mut waiting) = (None, Vec::new());
     loop {

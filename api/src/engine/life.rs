@@ -54,7 +54,7 @@ pub(super) async fn drive(
     loop {
         let record = match shared.store.vm_any(&vm).await {
             Ok(record) => record,
-            Err(StoreError::NotFound(_)) => return,
+            Err(StoreError::NotFound(_)) => return shared.adopting.done(&vm),
             Err(error) => {
                 tracing::error!(%vm, %error, "vm.record_unreadable");
                 tokio::time::sleep(RETRY).await;
@@ -78,7 +78,7 @@ pub(super) async fn drive(
                 advance(&shared, &vm, state, None).await;
                 None
             }
-            Ok(Next::End) => return,
+            Ok(Next::End) => return shared.adopting.done(&vm),
             Err(Halt::Left(what)) => Some(what),
             Err(Halt::Failed(reason)) => {
                 tracing::error!(%vm, state = record.detail.word(), %reason, "vm.failed");
@@ -95,6 +95,7 @@ pub(super) async fn drive(
             }
         };
         drop(looking.take());
+        shared.adopting.done(&vm);
         let Some(reason) = left else {
             backoff = Backoff::new();
             continue;
@@ -334,8 +335,15 @@ fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// Takes up a machine that a former daemon started. Its gate is checked before anything is served.
+/// Takes up a machine that a former daemon started, or says why not: either way what it tried meanwhile can be told.
 async fn adopt(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> {
+    let adopted = take_up(shared, record).await;
+    shared.adopting.done(&record.id);
+    adopted
+}
+
+/// Its gate is checked before anything is served.
+async fn take_up(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> {
     let handle = record.handle.as_deref().ok_or("the records have no VMM for it")?;
     let handle: Handle = serde_json::from_str(handle).map_err(|error| error.to_string())?;
     // It runs: what cannot be read of its account now is no reason to end it. It has the less until it can be.

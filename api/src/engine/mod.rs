@@ -4,6 +4,7 @@
 //! It acts on what the store says and on nothing else: whoever wants something writes it there first and wakes the
 //! engine. Must never boot a VM without its gate, nor hold a policy of its own.
 
+mod adopting;
 pub(crate) mod agents;
 mod backoff;
 mod enforcer;
@@ -28,6 +29,7 @@ pub use handle::{Command, Handle, Notifier, Scope};
 pub use meters::VmCounters;
 
 use crate::{config::Config, storage::Storage};
+use adopting::Adopting;
 use gates::Gates;
 use round::Round;
 use std::{
@@ -60,6 +62,8 @@ pub(crate) struct Shared {
     pub stop: CancellationToken,
     /// The VMs that have a gate now.
     gates: Mutex<Gates>,
+    /// Those that a former daemon left and that have none yet.
+    adopting: Adopting,
     /// Where it is asked that all that VMs tried be told.
     settle: mpsc::Sender<events::Settle>,
     /// Held while policies are read and installed: of two changes the newer one stays.
@@ -148,6 +152,7 @@ impl Engine {
             notifier,
             stop,
             gates: Mutex::default(),
+            adopting: Adopting::default(),
             installing: tokio::sync::Mutex::default(),
             changes: enforcer::Changes::default(),
             taking: Taking::default(),
@@ -180,6 +185,9 @@ impl Engine {
             Ok(gone) => tracing::warn!(slots = ?gone, "engine.leftovers_removed"),
             Err(error) => tracing::error!(%error, "engine.leftovers_not_removed"),
         }
+        let ran = |detail| matches!(detail, StatusDetail::Running | StatusDetail::Ready);
+        let left = living.iter().filter(|one| ran(one.detail) || one.detail == StatusDetail::Stopping);
+        self.shared.adopting.begin(left.map(|one| one.id.clone()));
         if let Some(settle) = self.settle.take() {
             let (pump, runtime) = (events::pump(self.shared.clone(), settle), Runtime::current());
             self.tasks.spawn_blocking(move || runtime.block_on(pump));
@@ -189,8 +197,7 @@ impl Engine {
         self.tasks.spawn(enforcer::reopen(self.shared.clone()));
         let looking = self.looking.take();
         for record in living {
-            let ran = matches!(record.detail, StatusDetail::Running | StatusDetail::Ready);
-            self.wake(record.id, looking.clone().filter(|_| ran));
+            self.wake(record.id, looking.clone().filter(|_| ran(record.detail)));
         }
         drop(looking);
         let stop = self.shared.stop.clone();
