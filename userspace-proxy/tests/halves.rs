@@ -91,6 +91,14 @@ fn a_guest_that_gives_up_is_followed_by_its_upload_and_its_answer() {
             assert!(soon(upload.data()).await.unwrap().is_err());
         }
         assert_eq!(w.events(2).await.len(), 2);
+        // An answer that has stopped, to a request that was whole.
+        let (answer, mut body) = sender.send_request(post(), true).unwrap();
+        let (_, (_, mut respond)) = soon(requests.recv()).await.unwrap();
+        let mut sent = respond.send_response(Response::new(()), false).unwrap();
+        let _got = soon(answer).await.unwrap();
+        body.send_reset(Reason::CANCEL);
+        assert_eq!(soon(poll_fn(|cx| sent.poll_reset(cx))).await.unwrap(), Reason::CANCEL);
+        assert_eq!(w.events(3).await.len(), 3);
     });
 }
 
@@ -140,20 +148,36 @@ fn what_a_server_does_not_take_is_not_taken_from_the_guest() {
     world(|mut w| async move {
         let mut requests = serve(&mut w, usize::MAX).await;
         let mut sender = begin(&w).await;
-        let (_answer, mut body) = sender.send_request(post(), false).unwrap();
-        let (_, asked) = soon(requests.recv()).await.unwrap();
-        // The server reads nothing of it: the windows of both sides are what may be on the way.
-        let mut taken = 0;
-        body.reserve_capacity(64 << 20);
-        while let Ok(Some(room)) = timeout(Duration::from_secs(1), poll_fn(|cx| body.poll_capacity(cx))).await
-        {
-            let room = room.unwrap();
-            body.send_data(vec![0; room].into(), false).unwrap();
-            taken += room;
+        for answered in [false, true] {
+            let (answer, mut body) = sender.send_request(post(), false).unwrap();
+            let (_, (_upload, mut respond)) = soon(requests.recv()).await.unwrap();
+            let mut sent = None;
+            let mut got = None;
+            if answered {
+                sent = Some(respond.send_response(Response::new(()), false).unwrap());
+                got = Some(soon(answer).await.unwrap());
+            }
+            // The server reads nothing of it: the windows of both sides are what may be on the way.
+            let mut taken = 0;
             body.reserve_capacity(64 << 20);
+            while let Ok(Some(room)) =
+                timeout(Duration::from_secs(1), poll_fn(|cx| body.poll_capacity(cx))).await
+            {
+                let room = room.unwrap();
+                body.send_data(vec![0; room].into(), false).unwrap();
+                taken += room;
+                body.reserve_capacity(64 << 20);
+            }
+            assert!((65_535..4 << 20).contains(&taken), "{taken}");
+            // Whoever gives up is followed all the same.
+            body.send_reset(Reason::CANCEL);
+            let reset = poll_fn(|cx| match &mut sent {
+                Some(sent) => sent.poll_reset(cx),
+                None => respond.poll_reset(cx),
+            });
+            assert_eq!(soon(reset).await.unwrap(), Reason::CANCEL);
+            drop(got);
         }
-        assert!((65_535..4 << 20).contains(&taken), "{taken}");
-        drop(asked);
     });
 }
 

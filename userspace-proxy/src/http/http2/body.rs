@@ -1,7 +1,7 @@
 //! A body that comes on a stream. What is taken of it is given back to the sender's window at once: how much may wait elsewhere
 //! is bounded there.
 
-use super::{content_length, ping::Open};
+use super::{client::Sending, content_length, ping::Open};
 use bytes::Bytes;
 use h2::{Reason, RecvStream};
 use http::HeaderMap;
@@ -20,18 +20,44 @@ pub(crate) struct Streamed {
     open: Open,
     /// Asks for the body, where its sender waits to be asked.
     ask: Option<Box<dyn FnOnce() + Send + Sync>>,
+    /// The body of the request that this is the answer's of.
+    sending: Option<Sending>,
 }
 
 impl Streamed {
     pub(super) fn new(stream: RecvStream, headers: &HeaderMap, open: Open) -> Self {
         let none = stream.is_end_stream().then_some(0);
-        Self { left: content_length(headers).or(none), stream, data_done: false, open, ask: None }
+        Self {
+            left: content_length(headers).or(none),
+            stream,
+            data_done: false,
+            open,
+            ask: None,
+            sending: None,
+        }
+    }
+
+    /// Ends the request's body with this one, if it is dropped before its end.
+    pub(super) fn answering(mut self, sending: Sending) -> Self {
+        self.sending = Some(sending);
+        self
     }
 
     /// Calls this when the body is wanted and has not come.
     pub(super) fn asking(mut self, ask: impl FnOnce() + Send + Sync + 'static) -> Self {
         self.ask = Some(Box::new(ask));
         self
+    }
+}
+
+impl Drop for Streamed {
+    fn drop(&mut self) {
+        // Its end may come after all that was announced, and is not always waited for.
+        if (self.stream.is_end_stream() || self.left == Some(0))
+            && let Some(sending) = &mut self.sending
+        {
+            sending.let_go();
+        }
     }
 }
 

@@ -81,14 +81,22 @@ where
     Ok(Sender { requests: Arc::new(Mutex::new(requests)), outbox, activity })
 }
 
-/// Ends a body's task with the wait for the answer; dropped with the stream's other handles, it resets the stream.
-struct Sending(Option<AbortHandle>);
+/// Ends a body's task with the wait for the answer, or with an answer that is dropped before its end. With the last of its
+/// handles the stream is reset.
+pub(super) struct Sending(Option<AbortHandle>);
 
 impl Drop for Sending {
     fn drop(&mut self) {
         if let Some(task) = &self.0 {
             task.abort();
         }
+    }
+}
+
+impl Sending {
+    /// The answer was whole: the rest of the body may come after it.
+    pub(super) fn let_go(&mut self) {
+        self.0 = None;
     }
 }
 
@@ -106,7 +114,7 @@ impl Sender {
         heard: impl Fn(StatusCode, &HeaderMap),
     ) -> Result<Response<Streamed>, (h2::Error, Option<Request<Body>>)> {
         let open = self.activity.open();
-        let (answer, mut sending) = {
+        let (answer, sending) = {
             let mut requests = self.requests.lock().await;
             if let Err(error) = poll_fn(|cx| requests.poll_ready(cx)).await {
                 return Err((error, Some(request)));
@@ -139,11 +147,9 @@ impl Sender {
             (answer, Sending(rest))
         };
         let answer = heads(answer, heard).await.map_err(|error| (error, None))?;
-        // The rest of the body may come after the answer.
-        sending.0 = None;
         open.note();
         let (parts, stream) = answer.into_parts();
-        let body = Streamed::new(stream, &parts.headers, open);
+        let body = Streamed::new(stream, &parts.headers, open).answering(sending);
         Ok(Response::from_parts(parts, body))
     }
 }
