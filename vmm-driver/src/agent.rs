@@ -191,9 +191,9 @@ mod tests {
     fn agent(held: usize) -> (StdUnixStream, std::thread::JoinHandle<Vec<Value>>) {
         let (near, mut far) = StdUnixStream::pair().unwrap();
         let answering = std::thread::spawn(move || {
-            let mut lines = StdReader::new(far.try_clone().unwrap()).split(b'\n').map_while(Result::ok);
+            let lines = StdReader::new(far.try_clone().unwrap()).split(b'\n').map_while(Result::ok);
             let (mut asked, mut waiting) = (Vec::new(), Vec::new());
-            while let Some(line) = lines.next() {
+            for line in lines {
                 let line: Vec<u8> = line.into_iter().filter(|octet| *octet != 0xff).collect();
                 let question: Value = serde_json::from_slice(&line).unwrap();
                 let number = question.pointer("/arguments/id").cloned().unwrap_or(json!(asked.len()));
