@@ -2,6 +2,7 @@
 //! that whoever started it (systemd) starts it again; an API without an engine, or taps without a proxy, would look alive.
 
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::fmt::Display;
 use std::future::Future;
 use std::time::Duration;
@@ -59,6 +60,12 @@ impl RunningParts {
         let all = async { while self.tasks.join_next().await.is_some() {} };
         tokio::time::timeout(within, all).await.is_ok()
     }
+}
+
+/// A part that can only end.
+pub(crate) async fn never_fails(part: impl Future<Output = ()>) -> Result<(), Infallible> {
+    part.await;
+    Ok(())
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use crate::{
     guest_service,
     http::{AppState, Settings, metrics::Token, router, server, tls::Tls},
     images,
-    parts::RunningParts,
+    parts::{RunningParts, never_fails},
     storage::Storage,
 };
 use anyhow::{Context as _, bail};
@@ -184,11 +184,6 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         tracing::warn!("serve.drain_timed_out");
     }
     ended
-}
-
-async fn never_fails(part: impl Future<Output = ()>) -> Result<(), std::convert::Infallible> {
-    part.await;
-    Ok(())
 }
 
 /// Ends when the thread that writes audit events has.

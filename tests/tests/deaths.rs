@@ -226,3 +226,23 @@ fn real_vm_a_daemon_that_dies_during_a_snapshot_finishes_it() {
         assert!(!stored.exists());
     });
 }
+
+/// Without what puts policies in force it would only look alive: it ends, and whoever started it starts it again.
+#[test]
+fn a_daemon_that_lost_a_part_of_its_engine_ends() {
+    let world = World::new().unwrap();
+    let fault = world.folder().join("fault");
+    let images = "/var/cache/tapgate/images".into();
+    let settings = Settings { binary: daemon::binary().unwrap(), driver: Driver::Netns, images };
+    let environment = [("TAPGATE_FAULT", fault.to_str().unwrap())];
+    let mut daemon = Daemon::start_with(&world, settings, "", &environment).unwrap();
+    let api = daemon.client().sign_up("ada").unwrap();
+    std::fs::write(&fault, "policy.enforced").unwrap();
+    // Whether it is still answered is no matter.
+    let _ = api.rule("cidr", "198.51.100.0/24");
+    daemon.wait_for_death().unwrap();
+    assert!(daemon.log().contains("the engine ended: the enforcer of policies panicked"), "{}", daemon.log());
+    std::fs::remove_file(&fault).unwrap();
+    daemon.start_again().unwrap();
+    api.rule("cidr", "203.0.113.0/24").unwrap();
+}

@@ -15,14 +15,15 @@ use tapgate_e2e::{
 };
 
 /// The datapath's test binaries, but for the one whose tables take more memory than the box has.
-const BINARIES: [&str; 7] = ["matrix", "attacks", "namespaces", "ipv6", "offload", "policy", "faults"];
+const BINARIES: [&str; 9] =
+    ["matrix", "attacks", "namespaces", "lives", "told", "ipv6", "offload", "policy", "faults"];
 /// What the ordinary run takes of them.
 const SHORT: [(&str, &str); 7] = [
     ("matrix", "the_programs_judge_every_crafted_frame_as_the_table_does"),
     ("matrix", "only_answers_to_the_guests_own_flows_come_back"),
     ("attacks", "no_crafted_frame_of_a_closed_guest_arrives_anywhere"),
     ("namespaces", "guests_never_reach_each_other_nor_the_host_with_or_without_programs"),
-    ("namespaces", "a_daemon_that_dies_changes_nothing_and_the_next_one_adopts"),
+    ("lives", "a_daemon_that_dies_changes_nothing_and_the_next_one_adopts"),
     ("policy", "no_frame_is_judged_by_half_a_change"),
     ("ipv6", "both_families_are_forwarded_refused_and_handed_over"),
 ];

@@ -54,6 +54,7 @@ pub(super) async fn enforce(shared: Arc<Shared>) {
             () = shared.stop.cancelled() => return,
             () = shared.changes.told.notified() => {}
         }
+        tapgate_fault::mistake("policy.enforced");
         let Pending { scopes, count } = shared.changes.take();
         for scope in &scopes {
             policy::refresh(&shared, scope).await;

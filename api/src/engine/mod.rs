@@ -28,14 +28,18 @@ pub(crate) use guests::Guests;
 pub use handle::{Command, Handle, Notifier, Scope};
 pub use meters::VmCounters;
 
-use crate::{config::Config, storage::Storage};
+use crate::{
+    config::Config,
+    parts::{self, RunningParts},
+    storage::Storage,
+};
 use adopting::Adopting;
 use gates::Gates;
 use round::Round;
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Instant,
+    time::{Duration, Instant},
 };
 use taking::Taking;
 use tapgate_datapath::Datapath;
@@ -48,6 +52,9 @@ use tokio::{
     sync::{Notify, Semaphore, mpsc, watch},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+/// For the engine's parts, once the VMs' tasks have ended.
+const DRAIN: Duration = Duration::from_secs(5);
 
 /// Everything that a VM's task needs.
 pub(crate) struct Shared {
@@ -122,9 +129,24 @@ pub struct Parts {
     pub stop: CancellationToken,
 }
 
+/// Why the engine ended that was not told to.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EngineError {
+    /// The records cannot be read at start.
+    #[error(transparent)]
+    Records(#[from] StoreError),
+    /// What it does beside the VMs has stopped.
+    #[error("{0}")]
+    Ended(String),
+}
+
 /// The running engine.
 pub struct Engine {
     shared: Arc<Shared>,
+    /// What runs as long as the engine.
+    parts: RunningParts,
+    /// The VMs'.
     tasks: TaskTracker,
     wakers: HashMap<VmId, Arc<Notify>>,
     /// Until the events are read.
@@ -165,6 +187,7 @@ impl Engine {
         let shared = Arc::new(shared);
         shared.notifier.meters.connect(&shared);
         Self {
+            parts: RunningParts::new(shared.stop.clone()),
             shared,
             tasks: TaskTracker::new(),
             wakers: HashMap::new(),
@@ -176,8 +199,8 @@ impl Engine {
     /// Adopts what a former daemon left, then serves commands until told to stop. VMs keep running afterwards.
     ///
     /// # Errors
-    /// The records cannot be read at start.
-    pub async fn run(mut self, mut commands: mpsc::UnboundedReceiver<Command>) -> Result<(), StoreError> {
+    /// The records cannot be read at start; or a part of the engine ended, without which it would only look alive.
+    pub async fn run(mut self, mut commands: mpsc::UnboundedReceiver<Command>) -> Result<(), EngineError> {
         let living = self.shared.store.vms_living().await?;
         let keep: Vec<GuestNet> = living.iter().map(|record| self.shared.net(record)).collect();
         match self.shared.datapath.detach_others(&keep).await {
@@ -190,11 +213,12 @@ impl Engine {
         self.shared.adopting.begin(left.map(|one| one.id.clone()));
         if let Some(settle) = self.settle.take() {
             let (pump, runtime) = (events::pump(self.shared.clone(), settle), Runtime::current());
-            self.tasks.spawn_blocking(move || runtime.block_on(pump));
+            self.parts.spawn("pump of events", tokio::task::spawn_blocking(move || runtime.block_on(pump)));
         }
-        self.tasks.spawn(snapshots::keep_store(self.shared.clone()));
-        self.tasks.spawn(enforcer::enforce(self.shared.clone()));
-        self.tasks.spawn(enforcer::reopen(self.shared.clone()));
+        self.parts
+            .spawn("keeper of snapshots", parts::never_fails(snapshots::keep_store(self.shared.clone())));
+        self.parts.spawn("enforcer of policies", parts::never_fails(enforcer::enforce(self.shared.clone())));
+        self.parts.spawn("opener of closed VMs", parts::never_fails(enforcer::reopen(self.shared.clone())));
         let looking = self.looking.take();
         for record in living {
             self.wake(record.id, looking.clone().filter(|_| ran(record.detail)));
@@ -205,6 +229,10 @@ impl Engine {
         loop {
             let told = tokio::select! {
                 () = stop.cancelled() => break,
+                why = self.parts.ended() => match stop.is_cancelled() {
+                    true => break,
+                    false => return Err(EngineError::Ended(why)),
+                },
                 told = commands.recv_many(&mut told_of, round::MOST) => told,
             };
             if told == 0 {
@@ -226,6 +254,7 @@ impl Engine {
         }
         self.tasks.close();
         self.tasks.wait().await;
+        self.parts.end(DRAIN).await;
         Ok(())
     }
 
@@ -238,9 +267,10 @@ impl Engine {
     ///
     /// # Errors
     /// The addresses cannot be read or handed over.
-    pub async fn watch_host_addresses(&self) -> Result<(), host::HostError> {
+    pub async fn watch_host_addresses(&mut self) -> Result<(), host::HostError> {
         let known = host::hand_over(&self.shared).await?;
-        self.tasks.spawn(host::watch(self.shared.clone(), known));
+        let watch = host::watch(self.shared.clone(), known);
+        self.parts.spawn("watch over the host's addresses", parts::never_fails(watch));
         Ok(())
     }
 
