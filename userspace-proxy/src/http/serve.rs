@@ -64,8 +64,9 @@ where
     let conn = Arc::new(conn.guarded(stream.refusal(), stream.switch()));
     let watched = conn.clone();
     let service = service_fn(move |request: Request<hyper::body::Incoming>| {
-        let handling = conn.clone().handle(request.map(Received::Http1), interim.clone());
-        async move { Ok::<_, Infallible>(handling.await) }
+        let (conn, interim) = (conn.clone(), interim.clone());
+        // Made where it stays: it is large, and would be copied to there.
+        async move { Ok::<_, Infallible>(conn.handle(request.map(Received::Http1), interim).await) }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())

@@ -146,7 +146,8 @@ impl Upstream {
                         heard.hear(status, fields);
                     }
                 };
-                let sent = sender.send(request, hear).await;
+                // Apart, so that a request over HTTP/1 has no room for it.
+                let sent = Box::pin(sender.send(request, hear)).await;
                 sent.map(|answer| answer.map(Received::Http2))
                     .map_err(|(error, message)| (error.into(), message))
             }
