@@ -24,9 +24,21 @@ impl Readable for Bytes {
 
 /// The layout in the running kernel.
 pub(crate) fn skb() -> Result<SkbLayout, DatapathError> {
-    read(Path::new(BTF)).ok_or_else(|| {
+    let layout = read(Path::new(BTF));
+    give_back();
+    layout.ok_or_else(|| {
         DatapathError::Kernel(format!("type information of struct sk_buff in {BTF} (CONFIG_DEBUG_INFO_BTF)"))
     })
+}
+
+/// All types of a kernel take some 50 MiB in small pieces, which the C library would keep for as long as the daemon runs.
+fn give_back() {
+    #[cfg(target_env = "gnu")]
+    #[expect(unsafe_code, reason = "malloc_trim has no safe form")]
+    // SAFETY: it only gives back what nobody has (malloc_trim(3)).
+    unsafe {
+        libc::malloc_trim(0);
+    }
 }
 
 /// The object with the number of the kernel's function in each call of it. With number 0 the calls are none, which the kernel
