@@ -8,10 +8,7 @@ use crate::{
     intercept::ca::VmCa,
     place::{Place, Places},
     registry::{Registry, Subject, Ticket},
-    secret::{
-        known::{Known, Made, Shelf},
-        patterns::Patterns,
-    },
+    secret::known::{Known, Made, Scope, Shelf},
     throttle::Throttle,
     unread::Unread,
     window::Windows,
@@ -23,9 +20,8 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
     time::Instant,
 };
-use tapgate_model::{Cidr, GuestNet, Reason, VmId, VmPolicy};
+use tapgate_model::{Cidr, GuestNet, HostName, Reason, VmId, VmPolicy};
 use tokio::sync::Semaphore;
-use zeroize::Zeroizing;
 
 /// A range of addresses that guests have.
 pub type HostPrefix = Cidr;
@@ -80,19 +76,16 @@ impl VmEntry {
         ticket
     }
 
-    /// What to look for in an answer under this policy, where these credentials were put in.
-    pub(crate) async fn patterns(
-        &self,
-        policy: &VmPolicy,
-        credentials: Vec<(Zeroizing<Vec<u8>>, Vec<u8>)>,
-    ) -> Made {
+    /// What to look for under this policy in an answer of this host, if it is one that can have been sent a value.
+    pub(crate) async fn patterns(&self, policy: &VmPolicy, sought: Option<(&HostName, Scope)>) -> Made {
+        let Some((host, scope)) = sought.filter(|_| !policy.secrets.is_empty()) else { return Ok(None) };
         let known = self.known.load_full().filter(|known| known.is_of(&policy.secrets));
         let known = known.unwrap_or_else(|| {
             let known = self.shelf.of(&policy.user, &policy.secrets);
             self.known.store(Some(known.clone()));
             known
         });
-        Patterns::with(known.patterns().await?, credentials)
+        known.patterns(host, scope).await
     }
 
     /// A place for a new connection, unless the VM has too many or opens them too fast.
@@ -311,7 +304,8 @@ mod tests {
         let net = GuestNet::new(0, Ipv4Addr::new(10, 214, 0, 0), None);
         table.insert(net, Arc::new(VmCa::generate(&first.vm).unwrap()), first.clone());
         let entry = table.by_address(net.v4.into()).unwrap();
-        let patterns = entry.patterns(&first, Vec::new()).await.unwrap();
+        let patterns =
+            entry.patterns(&first, Some((&"a.example".parse().unwrap(), Scope::Applying))).await.unwrap();
         let known = Arc::downgrade(&entry.known.load_full().unwrap());
         let rules = VmPolicy { generation: first.generation + 1, ..VmPolicy::clone(&first) };
         table.update(Arc::new(rules));

@@ -135,7 +135,7 @@ proptest! {
         sizes in vec(1usize..9, 1..20),
     ) {
         let named: Vec<_> = values.iter().enumerate().map(|(n, value)| (format!("s{n}"), value.clone())).collect();
-        let patterns = Patterns::new(&secrets(&named)).unwrap().unwrap();
+        let patterns = Patterns::new(secrets(&named).iter()).unwrap().unwrap();
         let mut cleaner = Cleaner::new(patterns.clone());
         let (mut out, mut rest) = (Vec::new(), text.as_bytes());
         let mut impatient = Cleaner::new(patterns.clone());

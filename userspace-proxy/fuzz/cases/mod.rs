@@ -36,7 +36,7 @@ pub fn authority(bytes: &[u8]) {
 pub fn clean(input: &[u8]) {
     // The first octet says how the rest is split.
     let Some((size, bytes)) = input.split_first() else { return };
-    let patterns = Patterns::new(&policy::secrets()).expect("few secrets").expect("secrets");
+    let patterns = Patterns::new(policy::secrets().iter()).expect("few secrets").expect("secrets");
     let mut cleaner = Cleaner::new(patterns.clone());
     let mut out = Vec::new();
     for chunk in bytes.chunks(usize::from(*size).max(1)) {

@@ -24,7 +24,7 @@ use std::{
 use tapgate_model::{Reason, Verdict};
 use tokio_util::sync::WaitForCancellationFutureOwned;
 
-/// How long the end of a message may be held back because it could be the beginning of a value.
+/// How long the end of a message may be held back because values could be made of it and what follows.
 const HELD_BACK: Duration = Duration::from_millis(50);
 
 /// What goes wrong in a body.
@@ -265,8 +265,9 @@ impl http_body::Body for Cleaned {
             match frame {
                 Some(Ok(frame)) => match frame.into_data() {
                     Ok(data) => {
+                        let last = self.inner.is_end_stream();
                         let Some(cleaner) = &mut self.cleaner else { continue };
-                        let data = cleaner.feed_bytes(data);
+                        let data = if last { cleaner.end_with(data) } else { cleaner.feed_bytes(data) };
                         if !data.is_empty() {
                             return Poll::Ready(Some(Ok(Frame::data(data))));
                         }
@@ -310,7 +311,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_cleaned_body_keeps_its_trailers_and_cleans_them() {
-        let patterns = Patterns::new(&policy(&[("s", "VALUE", &["*"])]).secrets).unwrap().unwrap();
+        let patterns = Patterns::new(policy(&[("s", "VALUE", &["*"])]).secrets.iter()).unwrap().unwrap();
         let mut trailers = HeaderMap::new();
         trailers.insert("x-sum", "VALUE".parse().unwrap());
         let frames = ["a VA", "LUE b VAL"].map(|text| Ok::<_, BoxError>(Frame::data(Bytes::from(text))));

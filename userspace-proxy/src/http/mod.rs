@@ -11,6 +11,7 @@ pub(crate) mod pool;
 mod received;
 pub(crate) mod request;
 pub(crate) mod response;
+mod rewrite;
 pub(crate) mod serve;
 pub(crate) mod target;
 pub(crate) mod under_way;

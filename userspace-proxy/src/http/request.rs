@@ -7,7 +7,6 @@ use super::{
     authority::{Authority, Named},
     body::{self, Body, Incoming, Outgoing},
     guard::{Refusal, Switch},
-    headers::strip_hop_by_hop,
     interim::{Interim, Turn},
     received::Received,
     response,
@@ -18,16 +17,13 @@ use super::{
 };
 use crate::{
     audit::Record,
-    decide::{self, Decision, Route},
+    decide::{self, Decision},
     deny::{self, Denial},
     intercept::leaf::Alpn,
     place::Place,
     proxy::Shared,
     registry::Ticket,
-    secret::{
-        decode,
-        substitute::{Channel, Outcome, substitute_headers},
-    },
+    secret::{patterns::Patterns, substitute::Channel},
     table::VmEntry,
 };
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Version, header, request::Parts};
@@ -203,29 +199,6 @@ impl HttpConn {
         }
     }
 
-    /// How the request will go out, as far as secrets are concerned.
-    async fn channel(&self, policy: &VmPolicy, decision: &Decision) -> Channel {
-        let Some(name) = decision.name.as_ref().filter(|_| decision.verdict.is_allowed()) else {
-            return Channel::Nowhere;
-        };
-        match (&self.tls, &decision.route) {
-            (Some(_), _) => Channel::Verified,
-            (None, Route::Name(_)) => Channel::Clear,
-            (None, Route::Address)
-                if decision.verdict.reason() == Reason::Pin || !policy.could_inject(name) =>
-            {
-                Channel::Nowhere
-            }
-            // The guest chose this address and wrote this name: a secret goes there only if they belong together.
-            (None, Route::Address) => {
-                match self.shared.connector.dialer.leads_to(&self.entry, name, self.to.ip()).await {
-                    true => Channel::Clear,
-                    false => Channel::Nowhere,
-                }
-            }
-        }
-    }
-
     async fn forward(self: &Arc<Self>, passed: Passed) -> Response<Body> {
         let Passed { policy, decision, mut parts, body, mut record, interim } = passed;
         let host = decision.name.as_ref();
@@ -233,8 +206,19 @@ impl HttpConn {
         let ticket = Arc::new(self.entry.enter(decision.subject.clone()));
         self.under_way.add(&ticket, record.counters.clone());
         let wish = upgrade::take(&mut parts);
-        let channel = self.channel(&policy, &decision).await;
-        let outcome = match self.rewrite(&policy, &decision, &mut parts, channel, wish.is_some()) {
+        let (channel, scope) = match host {
+            Some(name) => self.channel(&policy, &decision, name).await,
+            None => (Channel::Nowhere, None),
+        };
+        let patterns = match self.entry.patterns(&policy, host.zip(scope)).await {
+            Ok(patterns) => patterns,
+            Err(error) => {
+                drop(ticket);
+                return self.deny(record, Reason::Fault, host, Some(&error.to_string()), &asked);
+            }
+        };
+        let outcome = self.rewrite(&policy, host, &mut parts, channel, patterns.is_some(), wish.is_some());
+        let outcome = match outcome {
             Ok(outcome) => outcome,
             Err(error) => {
                 drop(ticket);
@@ -248,7 +232,7 @@ impl HttpConn {
                 return self.deny(record, Reason::Limit, host, Some(&error.to_string()), &asked);
             }
         }
-        let patterns = match self.entry.patterns(&policy, outcome.credentials).await {
+        let patterns = match Patterns::with(patterns, outcome.credentials) {
             Ok(patterns) => patterns,
             Err(error) => {
                 drop(ticket);
@@ -324,43 +308,6 @@ impl HttpConn {
     /// Whether an answer's head may wait to be read. Over HTTP/1 there is one of them to a connection.
     pub(super) fn has_room_for(&self, head: &mut HeaderMap) -> bool {
         self.alpn == Alpn::Http1 || self.entry.heads.take_head(head)
-    }
-
-    /// Makes the guest's request the daemon's own.
-    fn rewrite(
-        &self,
-        policy: &VmPolicy,
-        decision: &Decision,
-        parts: &mut Parts,
-        channel: Channel,
-        upgrade: bool,
-    ) -> Result<Outcome, crate::secret::substitute::TooLarge> {
-        let headers = &mut parts.headers;
-        strip_hop_by_hop(headers);
-        headers.remove(header::EXPECT);
-        headers.remove(header::PROXY_AUTHORIZATION);
-        if upgrade {
-            upgrade::ask(headers);
-        }
-        if !policy.secrets.is_empty() {
-            decode::restrict(headers);
-        }
-        let Some(name) = &decision.name else { return Ok(Outcome::default()) };
-        let default_port = if self.tls.is_some() { 443 } else { 80 };
-        let host = match self.to.port() {
-            port if port == default_port => name.to_string(),
-            port => format!("{name}:{port}"),
-        };
-        if let Ok(host) = HeaderValue::from_str(&host) {
-            headers.insert(header::HOST, host);
-        }
-        let outcome = substitute_headers(headers, policy, name, channel)?;
-        if !outcome.injected.is_empty() {
-            // In pieces, a value that comes back could not be told.
-            headers.remove(header::RANGE);
-            headers.remove(header::IF_RANGE);
-        }
-        Ok(outcome)
     }
 
     /// A connection for the key: the one used before, one at rest, or a new one. True if it was used before.

@@ -1,21 +1,94 @@
 //! Patterns, made once for each set of secrets, however many requests and VMs of an account ask for them.
+//!
+//! Only what a host can know is looked for in its answers. Were all of an account's secrets looked for everywhere, a guest
+//! and a server of its own could find out by what is replaced what those are that neither of them may have.
 
-use super::patterns::{Patterns, Unsearchable};
+use super::patterns::{self, Patterns, Unsearchable};
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     sync::{Arc, Mutex, OnceLock, PoisonError, Weak},
 };
-use tapgate_model::{SecretBinding, UserId};
+use tapgate_model::{HostName, SecretBinding, UserId};
+
+/// Most hosts that are remembered of a set of secrets; guests choose their names.
+const HOSTS: usize = 1024;
 
 /// Patterns, if there is something to look for.
 pub(crate) type Made = Result<Option<Arc<Patterns>>, Unsearchable>;
 
-/// A set of secrets, and what was made of it when it was first asked for.
-pub(crate) struct Known {
-    secrets: Arc<[SecretBinding]>,
+/// Which secrets a host can have been sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Scope {
+    /// All that apply to it.
+    Applying,
+    /// Those that name it, otherwise than through `*`.
+    Naming,
+}
+
+impl Scope {
+    fn has(self, secret: &SecretBinding, host: &HostName) -> bool {
+        match self {
+            Self::Applying => secret.applies_to(host),
+            Self::Naming => secret.names(host),
+        }
+    }
+}
+
+/// Some of the secrets, and what was made of them when they were first asked for.
+struct Part {
+    /// Which of the set, in order.
+    of: Box<[usize]>,
     made: OnceLock<Made>,
     /// Held by the one request that has it made, so that the others wait without a thread.
     making: tokio::sync::Mutex<()>,
+}
+
+#[derive(Default)]
+struct Parts {
+    /// What was found of a host, for each scope.
+    hosts: HashMap<HostName, [Option<Arc<Part>>; 2]>,
+    /// Oldest first.
+    all: VecDeque<Arc<Part>>,
+}
+
+impl Parts {
+    fn of(&mut self, secrets: &[SecretBinding], host: &HostName, scope: Scope) -> Arc<Part> {
+        if let Some(part) = self.hosts.get(host).and_then(|parts| parts[scope as usize].as_ref()) {
+            return part.clone();
+        }
+        let of = (0..secrets.len()).filter(|at| scope.has(&secrets[*at], host)).collect();
+        let part = self.all.iter().find(|part| part.of == of).cloned().unwrap_or_else(|| {
+            self.make_room();
+            let part = Arc::new(Part { of, made: OnceLock::new(), making: tokio::sync::Mutex::default() });
+            self.all.push_back(part.clone());
+            part
+        });
+        if self.hosts.len() >= HOSTS {
+            self.hosts.clear();
+        }
+        self.hosts.entry(host.clone()).or_default()[scope as usize] = Some(part.clone());
+        part
+    }
+
+    /// Keeps what overlapping lists of hosts make of the same secrets within the bound of them all together.
+    fn make_room(&mut self) {
+        let octets = |part: &Arc<Part>| match part.made.get() {
+            Some(Ok(Some(made))) => made.octets(),
+            _ => 0,
+        };
+        let mut held: usize = self.all.iter().map(octets).sum();
+        while held > patterns::MOST || self.all.len() >= HOSTS {
+            let Some(oldest) = self.all.pop_front() else { break };
+            held = held.saturating_sub(octets(&oldest));
+            self.hosts.clear();
+        }
+    }
+}
+
+/// A set of secrets.
+pub(crate) struct Known {
+    secrets: Arc<[SecretBinding]>,
+    parts: Mutex<Parts>,
 }
 
 impl Known {
@@ -24,14 +97,22 @@ impl Known {
         Arc::ptr_eq(&self.secrets, secrets)
     }
 
-    /// What to look for. Made apart from the threads that serve: that takes half a second where an account has the most.
-    pub(crate) async fn patterns(self: Arc<Self>) -> Made {
-        if let Some(made) = self.made.get() {
+    /// What to look for in a host's answers. Made apart from the threads that serve: that takes half a second where an account
+    /// has the most.
+    pub(crate) async fn patterns(self: Arc<Self>, host: &HostName, scope: Scope) -> Made {
+        let part = self.parts.lock().unwrap_or_else(PoisonError::into_inner).of(&self.secrets, host, scope);
+        if part.of.is_empty() {
+            return Ok(None);
+        }
+        if let Some(made) = part.made.get() {
             return made.clone();
         }
-        let _making = self.making.lock().await;
-        let known = self.clone();
-        let make = move || known.made.get_or_init(|| Patterns::new(&known.secrets)).clone();
+        let _making = part.making.lock().await;
+        let (known, making) = (self.clone(), part.clone());
+        let make = move || {
+            let secrets = making.of.iter().map(|at| &known.secrets[*at]);
+            making.made.get_or_init(|| Patterns::new(secrets)).clone()
+        };
         tokio::task::spawn_blocking(make).await.unwrap_or(Err(Unsearchable))
     }
 }
@@ -48,11 +129,7 @@ impl Shelf {
             return known;
         }
         shelf.retain(|_, known| known.strong_count() > 0);
-        let known = Arc::new(Known {
-            secrets: secrets.clone(),
-            made: OnceLock::new(),
-            making: tokio::sync::Mutex::default(),
-        });
+        let known = Arc::new(Known { secrets: secrets.clone(), parts: Mutex::default() });
         shelf.insert(user.clone(), Arc::downgrade(&known));
         known
     }
@@ -60,9 +137,9 @@ impl Shelf {
 
 #[cfg(test)]
 mod tests {
-    use super::super::substitute::tests::policy;
+    use super::{super::substitute::tests::policy, *};
     use crate::{intercept::ca::VmCa, table::PolicyTable};
-    use std::{net::Ipv4Addr, sync::Arc};
+    use std::net::Ipv4Addr;
     use tapgate_model::{GuestNet, VmId, VmPolicy};
     use zeroize::Zeroizing;
 
@@ -78,9 +155,12 @@ mod tests {
         };
         let (of_one, of_two) = (entry(0, &one), entry(1, &two));
         let basic = |encoded: &str| vec![(Zeroizing::new(encoded.as_bytes().to_vec()), b"sent".to_vec())];
-        let first = of_one.patterns(&one, basic("ZmlyczpyZWFs")).await.unwrap().unwrap();
-        let second = of_one.patterns(&one, basic("c2Vjb25kOnJlYWw=")).await.unwrap().unwrap();
-        let third = of_two.patterns(&two, Vec::new()).await.unwrap().unwrap();
+        let with = |base, credentials| Patterns::with(base, credentials).unwrap().unwrap();
+        let host = "a.example".parse().unwrap();
+        let sought = Some((&host, Scope::Applying));
+        let first = with(of_one.patterns(&one, sought).await.unwrap(), basic("ZmlyczpyZWFs"));
+        let second = with(of_one.patterns(&one, sought).await.unwrap(), basic("c2Vjb25kOnJlYWw="));
+        let third = of_two.patterns(&two, sought).await.unwrap().unwrap();
         assert!(first.shares_with(&second) && first.shares_with(&third));
         assert_eq!(first.clean_whole(b"ZmlyczpyZWFs a-real-value").unwrap(), b"sent IRONSH_PROXY_s");
         assert!(second.clean_whole(b"ZmlyczpyZWFs").is_none(), "another request's are not looked for");
@@ -89,7 +169,67 @@ mod tests {
             secrets: policy(&[("s", "another-value", &["*"])]).secrets,
             ..VmPolicy::clone(&one)
         });
-        let other = of_one.patterns(&other, Vec::new()).await.unwrap().unwrap();
+        let other = of_one.patterns(&other, sought).await.unwrap().unwrap();
         assert!(!first.shares_with(&other) && other.clean_whole(b"a-real-value").is_none());
+    }
+
+    #[tokio::test]
+    async fn only_what_a_host_can_have_been_sent_is_looked_for() {
+        let policy = policy(&[
+            ("a", "value-of-a", &["a.example"]),
+            ("wide", "value-of-wide", &["*.example"]),
+            ("any", "value-of-any", &["*"]),
+        ]);
+        let known = Shelf::default().of(&policy.user, &policy.secrets);
+        let all = b"value-of-a value-of-wide value-of-any";
+        for (host, scope, clean) in [
+            ("a.example", Scope::Applying, "IRONSH_PROXY_a IRONSH_PROXY_wide IRONSH_PROXY_any"),
+            ("b.example", Scope::Applying, "value-of-a IRONSH_PROXY_wide IRONSH_PROXY_any"),
+            ("b.example", Scope::Naming, "value-of-a IRONSH_PROXY_wide value-of-any"),
+            ("c.invalid", Scope::Applying, "value-of-a value-of-wide IRONSH_PROXY_any"),
+        ] {
+            let patterns = known.clone().patterns(&host.parse().unwrap(), scope).await.unwrap().unwrap();
+            let cleaned = patterns.clean_whole(all).unwrap();
+            assert_eq!(String::from_utf8(cleaned).unwrap(), clean, "{host} {scope:?}");
+        }
+        assert!(known.patterns(&"c.invalid".parse().unwrap(), Scope::Naming).await.unwrap().is_none());
+    }
+
+    #[tokio::test]
+    async fn names_that_a_guest_invents_make_nothing_new() {
+        let policy = policy(&[("wide", "value-of-wide", &["*.example"])]);
+        let known = Shelf::default().of(&policy.user, &policy.secrets);
+        let mut first: Option<Arc<Patterns>> = None;
+        for n in 0..3 * HOSTS {
+            let host = format!("n{n}.example").parse().unwrap();
+            let made = known.clone().patterns(&host, Scope::Applying).await.unwrap().unwrap();
+            assert!(Arc::ptr_eq(first.get_or_insert_with(|| made.clone()), &made));
+        }
+        let parts = known.parts.lock().unwrap();
+        assert!(parts.hosts.len() <= HOSTS && parts.all.len() == 1);
+    }
+
+    #[tokio::test]
+    async fn lists_of_hosts_that_overlap_hold_no_more_than_all_secrets_may() {
+        let value = "\"".repeat(4096);
+        let hosts: Vec<Vec<String>> =
+            (0..64).map(|n| (n..64).map(|of| format!("h{of}.example")).collect()).collect();
+        let names: Vec<String> = (0..64).map(|n| format!("s{n}")).collect();
+        let values: Vec<String> = (0..64).map(|n| format!("{n}{}", &value[2..])).collect();
+        let lists: Vec<Vec<&str>> =
+            hosts.iter().map(|list| list.iter().map(String::as_str).collect()).collect();
+        let all: Vec<(&str, &str, &[&str])> =
+            (0..64).map(|n| (names[n].as_str(), values[n].as_str(), lists[n].as_slice())).collect();
+        let policy = policy(&all);
+        let known = Shelf::default().of(&policy.user, &policy.secrets);
+        for n in (40..64).chain([63, 40]) {
+            let host = format!("h{n}.example").parse().unwrap();
+            assert!(known.clone().patterns(&host, Scope::Applying).await.unwrap().is_some(), "{n}");
+        }
+        let parts = known.parts.lock().unwrap();
+        let held: usize =
+            parts.all.iter().map(|part| part.made.get().unwrap().clone().unwrap().unwrap().octets()).sum();
+        assert!(held <= 2 * patterns::MOST, "{held}");
+        assert!(parts.all.len() < 24, "{}", parts.all.len());
     }
 }

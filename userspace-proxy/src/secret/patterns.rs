@@ -4,14 +4,26 @@
 //! are bounded; what cannot be looked for is an error, and never "nothing to look for".
 
 use aho_corasick::{AhoCorasick, AhoCorasickKind, Input, Match, MatchKind};
+use base64::{
+    Engine as _,
+    engine::general_purpose::{GeneralPurpose, STANDARD, URL_SAFE},
+};
 use std::{cmp::Reverse, fmt, ops::Range, sync::Arc};
 use tapgate_model::SecretBinding;
 use zeroize::Zeroizing;
 
 /// Shorter values would turn up by chance in any text, and are guessed as fast as read.
-pub(super) const SHORTEST: usize = 4;
+const SHORTEST: usize = 4;
+/// The same in Base64, where fewer characters stand for less.
+const SHORTEST_BASE64: usize = 8;
 /// Most octets that are looked for, all spellings together: what an account may have, each octet at its longest.
-const MOST: usize = 4 * 1024 * 1024;
+pub(super) const MOST: usize = 7 * 1024 * 1024;
+/// The beginning of a value is known by pieces of so many octets. Who tries to find out what the next one is, by whether
+/// something is held back, has to guess all of it at once: 2⁴⁸ tries for the digits of a hash. As little of a value can come
+/// through where it is torn in two by a pause.
+const PIECE: usize = 12;
+/// How much is held back is a multiple of this, so that it says little of how long a value is.
+const REACH: usize = 64;
 
 /// Values that are too many or too long to look for. Nothing may pass that could hold one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -28,9 +40,47 @@ struct Set {
     /// In the order of the values.
     pairs: Vec<Pair>,
     automaton: AhoCorasick,
-    longest: usize,
-    /// The octets that values begin with.
-    first: [bool; 256],
+    /// How much of an end is held back at most.
+    reach: usize,
+    /// What an end is made of that is held back.
+    held: Kinds,
+}
+
+/// Kinds of octets. An end is held back by the kinds in it alone, so that it says nothing of a value but which kinds it has.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+struct Kinds(u8);
+
+impl Kinds {
+    /// The kind of an octet: what tokens are made of, other graphic characters, spaces, controls, and the rest.
+    const fn of(octet: u8) -> Self {
+        Self(match octet {
+            b'A'..=b'Z'
+            | b'a'..=b'z'
+            | b'0'..=b'9'
+            | b'-'
+            | b'_'
+            | b'.'
+            | b'~'
+            | b'+'
+            | b'/'
+            | b'='
+            | b'%' => 1,
+            b'!'..=b'~' => 2,
+            b' ' | b'\t' => 4,
+            0..=31 | 127 => 8,
+            128.. => 16,
+        })
+    }
+
+    /// All of both.
+    const fn and(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    /// Whether the kind is one of these.
+    const fn have(self, kind: Self) -> bool {
+        self.0 & kind.0 != 0
+    }
 }
 
 impl Set {
@@ -44,31 +94,38 @@ impl Set {
         if octets(&pairs) > MOST {
             return Err(Unsearchable);
         }
-        let mut first = [false; 256];
-        pairs.iter().for_each(|pair| first[usize::from(pair.value[0])] = true);
+        let all = pairs.iter().flat_map(|pair| pair.value.iter());
+        let held = all.fold(Kinds::default(), |kinds, octet| kinds.and(Kinds::of(*octet)));
+        let reach = (longest - 1).next_multiple_of(REACH);
         // A DFA, which few patterns would get otherwise, takes a kilobyte for each octet of them.
         let automaton = AhoCorasick::builder()
             .match_kind(MatchKind::LeftmostLongest)
             .kind(Some(AhoCorasickKind::ContiguousNFA))
             .build(pairs.iter().map(|pair| pair.value.as_slice()))
             .map_err(|_| Unsearchable)?;
-        Ok(Some(Arc::new(Self { pairs, automaton, longest, first })))
+        Ok(Some(Arc::new(Self { pairs, automaton, reach, held })))
     }
 
-    /// Where the longest tail begins that could grow into a value.
+    /// Where the end begins that is held back.
     fn held_from(&self, text: &[u8]) -> usize {
-        let from = text.len().saturating_sub(self.longest - 1);
-        (from..text.len()).find(|at| self.grows(&text[*at..])).unwrap_or(text.len())
+        let from = text.len().saturating_sub(self.reach);
+        let other = text[from..].iter().rposition(|octet| !self.held.have(Kinds::of(*octet)));
+        other.map_or(from, |other| from + other + 1)
     }
 
-    /// Whether a value begins with this and is longer.
-    fn grows(&self, tail: &[u8]) -> bool {
-        if !tail.first().is_some_and(|first| self.first[usize::from(*first)]) {
-            return false;
-        }
-        // In their order, the values that begin with the tail come right after it.
-        let next = self.pairs.partition_point(|pair| pair.value.as_slice() <= tail);
-        self.pairs.get(next).is_some_and(|pair| pair.value.starts_with(tail))
+    /// Where the longest end begins that is a value's beginning, as far as whole pieces of it tell.
+    fn kept_from(&self, text: &[u8]) -> usize {
+        let last = (text.len() + 1).saturating_sub(PIECE);
+        (self.held_from(text)..last).find(|at| self.begins(&text[*at..])).unwrap_or(text.len())
+    }
+
+    /// Whether a value is longer than this and has its whole pieces.
+    fn begins(&self, end: &[u8]) -> bool {
+        let known = &end[..end.len() / PIECE * PIECE];
+        // In their order, the values that begin with it come one after the other.
+        let from = self.pairs.partition_point(|pair| pair.value.as_slice() < known);
+        let like = self.pairs[from..].iter().take_while(|pair| pair.value.starts_with(known));
+        like.into_iter().any(|pair| pair.value.len() > end.len())
     }
 }
 
@@ -89,7 +146,9 @@ impl fmt::Debug for Patterns {
 
 impl Patterns {
     /// The values of all these secrets. `None` if there is nothing to look for.
-    pub fn new(secrets: &[SecretBinding]) -> Result<Option<Arc<Self>>, Unsearchable> {
+    pub fn new<'a>(
+        secrets: impl IntoIterator<Item = &'a SecretBinding>,
+    ) -> Result<Option<Arc<Self>>, Unsearchable> {
         let mut pairs: Vec<Pair> = Vec::new();
         let mut left = MOST;
         for secret in secrets {
@@ -143,9 +202,19 @@ impl Patterns {
         })
     }
 
-    /// Where the longest tail begins that could grow into a value.
+    /// Where the end begins that is held back for a moment: of what follows, values could be made.
     pub(super) fn held_from(&self, text: &[u8]) -> usize {
         self.sets.iter().map(|set| set.held_from(text)).min().unwrap_or(text.len())
+    }
+
+    /// Where the end begins that is held back for as long as nothing follows.
+    pub(super) fn kept_from(&self, text: &[u8]) -> usize {
+        self.sets.iter().map(|set| set.kept_from(text)).min().unwrap_or(text.len())
+    }
+
+    /// How much is looked for, in octets.
+    pub(super) fn octets(&self) -> usize {
+        self.sets.iter().map(|set| octets(&set.pairs)).sum()
     }
 
     /// Whether the secrets' part is the very same.
@@ -185,5 +254,19 @@ fn spellings(value: &[u8]) -> Vec<Zeroizing<Vec<u8>>> {
         _ => out.push(b),
     });
     all.extend([json(false), json(true), url(b"0123456789ABCDEF"), url(b"0123456789abcdef"), html]);
+    all.extend(
+        (0..3).flat_map(|before| [base64(value, before, &STANDARD), base64(value, before, &URL_SAFE)]),
+    );
+    all.retain(|spelling| !spelling.is_empty());
     all
+}
+
+/// What Base64 makes of a value with so many octets before it, but for the characters that it shares with what is before and
+/// after. Empty if it is too short to be looked for.
+fn base64(value: &[u8], before: usize, engine: &GeneralPurpose) -> Zeroizing<Vec<u8>> {
+    let text = Zeroizing::new([&[0; 3][..before], value].concat());
+    let encoded = Zeroizing::new(engine.encode(&text));
+    let whole = (before * 8).div_ceil(6)..text.len() * 8 / 6;
+    let own = encoded.as_bytes().get(whole).filter(|own| own.len() >= SHORTEST_BASE64);
+    Zeroizing::new(own.unwrap_or_default().to_vec())
 }
