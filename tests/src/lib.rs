@@ -12,6 +12,7 @@ pub mod demo;
 pub mod journal;
 pub mod kvm_box;
 pub mod net;
+pub mod power;
 pub mod raw;
 pub mod reaper;
 pub mod server;

@@ -3,6 +3,7 @@
 //! Where the file system can share blocks the layer is a reflinked raw file; elsewhere a qcow2 overlay. Which one is
 //! read from the file's name, never guessed from its content: a guest writes that.
 
+use crate::durable;
 use crate::image::Image;
 use crate::spec::VmmError;
 use crate::turn::Wanted;
@@ -60,10 +61,8 @@ pub fn origin(dir: &Path, newest: &Image) -> Result<Image, VmmError> {
         }
         None => {
             let text = serde_json::to_vec(newest.dir()).map_err(|e| VmmError::Disk(e.to_string()))?;
-            let new = note.with_extension("new");
-            fs::write(&new, text)
-                .and_then(|()| fs::rename(&new, &note))
-                .map_err(VmmError::io("noting the image"))?;
+            // The disk is synced after it, and would be there without it.
+            durable::write(&note, &text).map_err(VmmError::io("noting the image"))?;
             Ok(newest.clone())
         }
     }
@@ -255,7 +254,7 @@ fn copy_snapshot(dir: &Path, snapshot: &Path) -> Result<Disk, VmmError> {
         let new = dir.join("disk.new");
         fs::copy(snapshot, &new).map_err(VmmError::io(snapshot.display().to_string()))?;
         private(&new)?;
-        fs::rename(&new, &disk.path).map_err(VmmError::io("naming the disk"))?;
+        durable::name(&new, &disk.path).map_err(VmmError::io("naming the disk"))?;
     }
     Ok(disk)
 }

@@ -11,6 +11,7 @@ pub mod cgroup;
 pub mod confine;
 pub mod disk;
 mod driver;
+mod durable;
 pub mod image;
 mod netns_driver;
 pub mod process;

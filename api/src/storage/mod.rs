@@ -85,7 +85,9 @@ impl Storage {
                 use std::os::unix::fs::DirBuilderExt as _;
                 let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(folder.join(FOLDER));
                 made.map_err(failed("cannot make the snapshots' folder"))?;
-                let store = LocalFileSystem::new_with_prefix(folder)?.with_automatic_cleanup(false);
+                // As with a bucket, what was stored stays: the copy that it was made from goes next.
+                let store =
+                    LocalFileSystem::new_with_prefix(folder)?.with_automatic_cleanup(false).with_fsync(true);
                 Ok(Self(Backend::Folder(Arc::new(store), folder.clone())))
             }
             Place::Bucket(bucket) => {

@@ -41,6 +41,22 @@ async fn a_file_comes_back_as_it_was_and_sparse() {
 }
 
 #[tokio::test]
+async fn what_was_stored_is_there_after_a_power_cut() {
+    let folder = tempfile::tempdir().unwrap();
+    let host = tapgate_e2e::power::Disk::new(folder.path(), 256).unwrap();
+    let storage = Storage::open(&Place::Folder(host.path().join("store"))).unwrap();
+    let file = folder.path().join("disk.qcow2");
+    let octets = disk(&file);
+    let stored = storage.put("snapshots/a.zst", &file, &folder.path().join("note")).await.unwrap();
+    drop(storage);
+    host.cut().unwrap();
+    let storage = Storage::open(&Place::Folder(host.path().join("store"))).unwrap();
+    let back = folder.path().join("back");
+    storage.fetch("snapshots/a.zst", &stored, &back).await.unwrap();
+    assert!(fs::read(&back).unwrap() == octets);
+}
+
+#[tokio::test]
 async fn a_changed_object_is_refused_and_leaves_nothing() {
     let (folder, storage, file) = scene();
     fs::write(&file, b"the disk").unwrap();

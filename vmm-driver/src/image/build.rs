@@ -6,6 +6,7 @@
 use super::manifest::{self, FileSeal, Manifest, hex};
 use super::rootfs::{BASHRC, FILES, GENERATORS, LATER, LATER_TEXT, MASKED, PACKAGES, furnish};
 use super::{GUEST_AGENT, Image, ImageError, cpio::Archive, modules, open};
+use crate::durable;
 use sha2::{Digest as _, Sha256};
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -84,7 +85,7 @@ pub fn build_debian12(cache: &Path) -> Result<Image, ImageError> {
     let text = serde_json::to_vec_pretty(&manifest).map_err(|e| ImageError::Build(e.to_string()))?;
     let file = new.join(manifest::FILE);
     fs::write(&file, text).map_err(ImageError::io(&file))?;
-    fs::rename(&new, &dir).map_err(ImageError::io(&dir))?;
+    durable::name_folder(&new, &dir).map_err(ImageError::io(&dir))?;
     tracing::info!(image = %dir.display(), "built");
     open(&dir)
 }
@@ -118,7 +119,7 @@ fn packages(cache: &Path, work: &Work) -> Result<PathBuf, ImageError> {
         fs::write(&list, sources).map_err(ImageError::io(&list))?;
         run("mmdebstrap", command.arg(&list))?;
     }
-    fs::rename(&new, &tarball).map_err(ImageError::io(&tarball))?;
+    durable::name(&new, &tarball).map_err(ImageError::io(&tarball))?;
     Ok(tarball)
 }
 

@@ -10,6 +10,7 @@ use super::partition::{Part, parts};
 use super::{Image, ImageError, open};
 use crate::confine::tool;
 use crate::disk::copy_raw;
+use crate::durable;
 use crate::turn::Wanted;
 use ext4_view::{Ext4, Ext4Read};
 use std::error::Error;
@@ -85,7 +86,7 @@ pub fn import(cache: &Path, import: &Import<'_>) -> Result<Image, ImageError> {
     if let Ok(image) = open(&dir) {
         return Ok(image);
     }
-    fs::rename(&new, &dir).map_err(ImageError::io(&dir))?;
+    durable::name_folder(&new, &dir).map_err(ImageError::io(&dir))?;
     tracing::info!(image = %dir.display(), "imported");
     open(&dir)
 }

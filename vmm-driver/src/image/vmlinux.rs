@@ -4,6 +4,7 @@
 //! The decompressors are memory-safe ones: an imported image's kernel is not trusted by the host.
 
 use super::{Image, ImageError};
+use crate::durable;
 use std::fs;
 use std::io::{self, Read};
 use std::os::unix::fs::PermissionsExt as _;
@@ -28,7 +29,7 @@ pub fn unpacked(image: &Image) -> Result<PathBuf, ImageError> {
     let new = path.with_extension(format!("new-{}", std::process::id()));
     fs::write(&new, elf).map_err(ImageError::io(&new))?;
     fs::set_permissions(&new, fs::Permissions::from_mode(0o644)).map_err(ImageError::io(&new))?;
-    fs::rename(&new, &path).map_err(ImageError::io(&path))?;
+    durable::name(&new, &path).map_err(ImageError::io(&path))?;
     Ok(path)
 }
 
