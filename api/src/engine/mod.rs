@@ -7,6 +7,7 @@
 mod adopting;
 pub(crate) mod agents;
 mod backoff;
+mod called;
 mod enforcer;
 mod events;
 mod files;
