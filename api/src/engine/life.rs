@@ -346,11 +346,10 @@ fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// Takes up a machine that a former daemon started, or says why not: either way what it tried meanwhile can be told.
+/// Takes up a machine that a former daemon started, so that what it tried meanwhile can be told; or says why not, and then it is to be
+/// released.
 async fn adopt(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> {
-    let adopted = take_up(shared, record).await;
-    shared.adopting.done(&record.id);
-    adopted
+    take_up(shared, record).await.inspect(|_| shared.adopting.done(&record.id))
 }
 
 /// Its gate is checked before anything is served.
@@ -422,6 +421,10 @@ async fn discard(shared: &Shared, record: &VmRecord) -> Result<(), String> {
 /// machine may still run it keeps its gate and its handle.
 pub(super) async fn release(shared: &Shared, record: &VmRecord, live: Option<Live>) -> Result<(), Left> {
     let vm = &record.id;
+    if shared.adopting.awaits(vm) {
+        let policy = policy::read_or_closed(shared, &record.user, vm).await;
+        shared.adopting.give_up(record.slot, Arc::new(policy));
+    }
     if let Some(Live { machine, _forward }) = live
         && let Err(error) = machine.kill().await
     {
@@ -432,6 +435,7 @@ pub(super) async fn release(shared: &Shared, record: &VmRecord, live: Option<Liv
     events::settle(shared, record.slot).await;
     shared.table.remove(vm);
     shared.gates().remove(vm);
+    shared.adopting.forget(record.slot);
     if let Err(error) = shared.datapath.detach(shared.net(record)).await {
         tracing::warn!(%vm, %error, "vm.detach_failed");
     }
