@@ -53,6 +53,83 @@ fn what_a_vm_tries_while_there_is_no_daemon_is_on_record() {
     comes_to(&stage, &vm, PORTS * 3);
 }
 
+/// Nobody can take the VM up: the records do not know its VMM any more.
+#[test]
+fn what_a_vm_tried_that_nobody_takes_up_is_on_record() {
+    const PORTS: u64 = 100;
+    let world = World::new().unwrap();
+    let images = "/var/cache/tapgate/images".into();
+    let settings = Settings { binary: daemon::binary().unwrap(), driver: Driver::Netns, images };
+    let daemon = Daemon::start(&world, settings).unwrap();
+    let mut stage = Stage::new(&world, daemon).unwrap();
+    let rule = stage.api().rule("cidr", "203.0.113.8/32").unwrap();
+    let database = stage.daemon().data_dir().join("tapgate.db");
+    let guest = format!("{}-0", world.names().egress());
+    // Running, and in the middle of a start and of a stop.
+    for state in ["ready", "starting", "stopping"] {
+        stage.boot(state).unwrap();
+        let vm = stage.vm().unwrap().to_owned();
+        stage.daemon_mut().kill().unwrap();
+        let send = format!(
+            "import socket; s = socket.socket(2, 2)\nfor p in range({PORTS} * 3): s.sendto(b'x', ('203.0.113.9', 20000 + p % {PORTS}))\n\
+             s.sendto(b'x', ('203.0.113.8', 7))"
+        );
+        sh::expect(net::inside(&guest, "python3").args(["-c", &send]), b"").unwrap();
+        sh::run("kill", ["-KILL", &stage.daemon().vmm(&vm).unwrap().to_string()]).unwrap();
+        let script = "import sqlite3, sys; db = sqlite3.connect(sys.argv[1]); db.executescript(sys.argv[2])";
+        let sql = format!("UPDATE vms SET handle = NULL, detail = '{state}' WHERE id = '{vm}'");
+        sh::run("python3", ["-c", script, database.to_str().unwrap(), &sql]).unwrap();
+        stage.daemon_mut().start_again().unwrap();
+        comes_to(&stage, &vm, PORTS * 3 + 1);
+        let allowed = stage.api().audit(&vm, "&protocol=udp&verdict=allowed").unwrap();
+        assert!(!allowed.is_empty() && allowed.iter().all(|event| event["rule_id"] == rule), "{allowed:?}");
+        if state != "stopping" {
+            stage.api().wait_ready(&vm).unwrap();
+        }
+        let _ = stage.api().post(&format!("/v1/vms/{vm}/stop"), &serde_json::json!({})).unwrap();
+        stage.api().wait_for(&vm, "stopped").unwrap();
+        stage.api().delete(&format!("/v1/vms/{vm}")).unwrap().expect(204).unwrap();
+        stage.api().wait_for(&vm, "destroyed").unwrap();
+    }
+}
+
+/// The VMM of one is gone with its tap, and that of another hangs, which takes a while to find out.
+#[test]
+fn real_vm_what_one_tried_is_on_record_while_another_is_still_looked_at() {
+    const TRIES: u64 = 300;
+    let world = World::new().unwrap();
+    let images = "/var/cache/tapgate/images".into();
+    let settings = Settings { binary: daemon::binary().unwrap(), driver: Driver::Qemu, images };
+    let daemon = Daemon::start(&world, settings).unwrap();
+    let mut stage = Stage::new(&world, daemon).unwrap();
+    stage.boot("hangs").unwrap();
+    let hangs = stage.vm().unwrap().to_owned();
+    stage.boot("gone").unwrap();
+    let gone = stage.vm().unwrap().to_owned();
+    let send = format!(
+        "import socket; s = socket.socket(2, 2)\nfor p in range({TRIES}): s.sendto(b'x', ('203.0.113.9', 20000 + p % 100))"
+    );
+    let when = "--on-active=3 --timer-property=AccuracySec=100ms";
+    stage.guest().unwrap().expect(&format!("systemd-run -q {when} python3 -c \"{send}\"")).unwrap();
+    stage.daemon_mut().kill().unwrap();
+    thread::sleep(Duration::from_secs(8));
+    for (vm, signal) in [(&hangs, "-STOP"), (&gone, "-KILL")] {
+        sh::run("kill", [signal, &stage.daemon().vmm(vm).unwrap().to_string()]).unwrap();
+    }
+    stage.daemon_mut().start_again().unwrap();
+    let told = || {
+        let events = stage.api().audit(&gone, "&protocol=udp&cidr=203.0.113.9/32").unwrap();
+        events.iter().map(|event| event["count"].as_u64().unwrap_or(1)).sum::<u64>()
+    };
+    for _ in 0..450 {
+        if told() >= TRIES {
+            break;
+        }
+        thread::sleep(Duration::from_millis(100));
+    }
+    assert_eq!(told(), TRIES, "{}", stage.daemon().log());
+}
+
 /// The kernel's tables are full, by whoever else is on the host.
 #[test]
 fn a_look_that_fails_loses_nothing_and_tells_nothing_twice() {

@@ -20,6 +20,9 @@ const RAW: &str = "disk.raw";
 const QCOW2: &str = "disk.qcow2";
 const STANDALONE: &str = "disk.standalone.qcow2";
 
+/// What is copied between two looks at whether it is still wanted.
+const PIECE: i64 = 64 << 20;
+
 nix::ioctl_write_int!(
     /// `FICLONE`: shares all blocks of another file.
     ficlone, 0x94, 9);
@@ -129,23 +132,26 @@ pub(crate) fn prepare_raw(
                 fs::remove_file(snapshot).map_err(VmmError::io("removing the snapshot's copy"))?;
             }
         }
-        (None, None) => copy_raw(&image.disk(), &path)?,
+        (None, None) => copy_raw(&image.disk(), &path, wanted)?,
     }
     grow(&Disk { path: path.clone(), format: Format::Raw }, bytes)?;
     Ok(path)
 }
 
 /// A copy of a raw disk: sharing its blocks where the file system can, else without its holes.
-pub fn copy_raw(from: &Path, to: &Path) -> Result<(), VmmError> {
+pub fn copy_raw(from: &Path, to: &Path, wanted: &Wanted) -> Result<(), VmmError> {
     if reflink(from, to)? {
         return Ok(());
     }
     let new = to.with_extension("new");
-    sparse_copy(from, &new).map_err(VmmError::io(format!("copying {}", from.display())))?;
+    let copied = sparse_copy(from, &new, wanted);
+    copied
+        .inspect_err(|_| drop(fs::remove_file(&new)))
+        .map_err(VmmError::io(format!("copying {}", from.display())))?;
     fs::rename(&new, to).map_err(VmmError::io("naming the disk"))
 }
 
-fn sparse_copy(from: &Path, to: &Path) -> std::io::Result<()> {
+fn sparse_copy(from: &Path, to: &Path, wanted: &Wanted) -> std::io::Result<()> {
     use nix::errno::Errno;
     use nix::unistd::{Whence, lseek};
     use std::io::{Seek as _, SeekFrom};
@@ -161,10 +167,12 @@ fn sparse_copy(from: &Path, to: &Path) -> std::io::Result<()> {
             Err(error) => return Err(error.into()),
         };
         let end = lseek(&source, start, Whence::SeekHole)?;
+        let end = end.min(start.saturating_add(PIECE));
         let (from, size) = (start.unsigned_abs(), (end - start).unsigned_abs());
         source.seek(SeekFrom::Start(from))?;
         target.seek(SeekFrom::Start(from))?;
         std::io::copy(&mut std::io::Read::take(&mut source, size), &mut target)?;
+        wanted.check()?;
         at = end;
     }
     target.set_len(length.unsigned_abs())?;

@@ -22,7 +22,7 @@ pub mod ready;
 mod rest;
 pub mod seed;
 mod spec;
-mod turn;
+pub mod turn;
 mod unix;
 
 pub use cgroup::IoLimits;

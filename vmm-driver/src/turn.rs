@@ -24,6 +24,17 @@ impl Wanted {
     pub fn is_over(&self) -> bool {
         self.0.load(Ordering::Acquire)
     }
+
+    /// The same between two pieces of work with files.
+    ///
+    /// # Errors
+    /// The caller gave up.
+    pub fn check(&self) -> std::io::Result<()> {
+        match self.is_over() {
+            true => Err(std::io::Error::other("it was not wanted any more")),
+            false => Ok(()),
+        }
+    }
 }
 
 /// Says so when the caller's future goes.
@@ -36,6 +47,9 @@ impl Drop for Caller {
 }
 
 /// Does the work on a thread that may block, when the folder is nobody else's.
+///
+/// # Errors
+/// The work's own; or it panicked.
 pub async fn run<T: Send + 'static>(
     folder: &Path,
     work: impl FnOnce(&Wanted) -> Result<T, VmmError> + Send + 'static,

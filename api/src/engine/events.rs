@@ -7,7 +7,7 @@
 use super::Shared;
 use std::{collections::HashSet, sync::Arc, time::Duration};
 use tapgate_datapath::{DatapathError, Event, Events};
-use tapgate_model::{AuditEvent, AuditSink as _};
+use tapgate_model::{AuditEvent, AuditSink as _, Verdict};
 use tokio::sync::{mpsc, oneshot};
 
 /// After the events could not be read.
@@ -53,6 +53,11 @@ pub(super) async fn pump(shared: Arc<Shared>, mut settle: mpsc::Receiver<Settle>
 
 /// Comes back when everything that the VM of this slot has tried is told: before the slot and its counts go.
 pub(super) async fn settle(shared: &Shared, slot: u32) {
+    // Nothing is read before.
+    tokio::select! {
+        () = shared.stop.cancelled() => {}
+        _ = tokio::time::timeout(FIRST_LOOK, shared.adopting.over()) => {}
+    }
     let (done, heard) = oneshot::channel();
     let told = async {
         let _ = shared.settle.send(Settle { slot, done }).await;
@@ -96,12 +101,18 @@ async fn read(
 }
 
 fn record(shared: &Shared, event: &Event) {
-    let Some(vm) = shared.gates().of_slot(event.slot, event.moment).cloned() else {
+    let vm = shared.gates().of_slot(event.slot, event.moment).cloned();
+    let given_up = || shared.adopting.of_slot(event.slot);
+    let Some(policy) = vm.map_or_else(given_up, |vm| shared.table.policy(&vm)) else {
         tracing::debug!(slot = event.slot, "events.slot_without_vm");
         return;
     };
-    let Some(policy) = shared.table.policy(&vm) else { return };
-    let mut audit = AuditEvent::new(&policy, event.protocol, event.verdict.clone(), super::now_us());
+    let mut verdict = event.verdict.clone();
+    if let Verdict::Allow { rule: rule @ None, .. } = &mut verdict {
+        // The datapath has no rules of a VM that was not taken up.
+        *rule = policy.rules.cidr(event.destination).cloned();
+    }
+    let mut audit = AuditEvent::new(&policy, event.protocol, verdict, super::now_us());
     audit.address = Some(event.destination);
     audit.port = event.port;
     audit.count = event.count;

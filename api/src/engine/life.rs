@@ -4,7 +4,8 @@
 //! user asks comes in by the records too; the waker only says that they changed.
 
 use super::{
-    Shared, backoff::Backoff, events, files, gates::Gated, policy, snapshots, ssh, suspend, watching,
+    Shared, backoff::Backoff, called::unless_called, events, files, gates::Gated, policy, snapshots, ssh,
+    suspend, watching,
 };
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -16,7 +17,7 @@ use tapgate_fault::point;
 use tapgate_model::{StatusDetail as S, VmId};
 use tapgate_store::{StoreError, VmRecord};
 use tapgate_vmm::{Handle, Running};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, SemaphorePermit};
 
 /// For gate and VMM to be there; the guest's own boot comes after.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
@@ -173,15 +174,22 @@ async fn step(
 ) -> Result<Next, Halt> {
     match record.detail {
         S::Queued => Ok(Next::Enter(S::Creating)),
-        S::Creating => {
-            provide(shared, record).await?;
-            Ok(Next::Enter(S::Starting))
-        }
+        S::Creating => match unless_called(shared, record, waker, provide(shared, record)).await {
+            Some(provided) => provided.map(|()| Next::Enter(S::Starting)).map_err(Halt::Failed),
+            None => Ok(Next::Again),
+        },
         S::Starting => {
             // A start that a crash cut short may have left a VMM: it goes before its successor comes.
             release(shared, record, live.take()).await?;
-            // One that failed before it had a disk has to get the one that it was to have, and no other.
-            provide(shared, record).await?;
+            let prepared = async {
+                // One that failed before it had a disk has to get the one that it was to have, and no other.
+                provide(shared, record).await?;
+                turn(shared, record).await
+            };
+            let Some(turn) = unless_called(shared, record, waker, prepared).await else {
+                return Ok(Next::Again);
+            };
+            let _turn = turn?;
             *live = Some(start(shared, record).await?);
             Ok(Next::Enter(S::Running))
         }
@@ -259,14 +267,17 @@ async fn provide(shared: &Shared, record: &VmRecord) -> Result<(), String> {
     }
 }
 
-/// Boots, in bounded time and company; once more if that fails.
+/// For booting in bounded company. How long a start from a memory takes is the guest's choice, whose agent may be mute: it takes no turn
+/// from the others. What there may be of these at a time is bounded by the host's memory and the account's VMs.
+async fn turn<'a>(shared: &'a Shared, record: &VmRecord) -> Result<Option<SemaphorePermit<'a>>, String> {
+    match suspend::keeps(shared, record) {
+        true => Ok(None),
+        false => shared.boots.acquire().await.map(Some).map_err(|error| error.to_string()),
+    }
+}
+
+/// Boots, in bounded time; once more if that fails.
 async fn start(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, Halt> {
-    // How long a start from a memory takes is the guest's choice, whose agent may be mute: it takes no turn from the others.
-    // What there may be of these at a time is bounded by the host's memory and the account's VMs.
-    let _turn = match suspend::keeps(shared, record) {
-        true => None,
-        false => Some(shared.boots.acquire().await.map_err(|error| error.to_string())?),
-    };
     let mut attempt = 1;
     loop {
         let limit = if suspend::keeps(shared, record) { RESUME_TIMEOUT } else { BOOT_TIMEOUT };
@@ -335,11 +346,10 @@ fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// Takes up a machine that a former daemon started, or says why not: either way what it tried meanwhile can be told.
+/// Takes up a machine that a former daemon started, so that what it tried meanwhile can be told; or says why not, and then it is to be
+/// released.
 async fn adopt(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> {
-    let adopted = take_up(shared, record).await;
-    shared.adopting.done(&record.id);
-    adopted
+    take_up(shared, record).await.inspect(|_| shared.adopting.done(&record.id))
 }
 
 /// Its gate is checked before anything is served.
@@ -411,6 +421,10 @@ async fn discard(shared: &Shared, record: &VmRecord) -> Result<(), String> {
 /// machine may still run it keeps its gate and its handle.
 pub(super) async fn release(shared: &Shared, record: &VmRecord, live: Option<Live>) -> Result<(), Left> {
     let vm = &record.id;
+    if shared.adopting.awaits(vm) {
+        let policy = policy::read_or_closed(shared, &record.user, vm).await;
+        shared.adopting.give_up(record.slot, Arc::new(policy));
+    }
     if let Some(Live { machine, _forward }) = live
         && let Err(error) = machine.kill().await
     {
@@ -421,6 +435,7 @@ pub(super) async fn release(shared: &Shared, record: &VmRecord, live: Option<Liv
     events::settle(shared, record.slot).await;
     shared.table.remove(vm);
     shared.gates().remove(vm);
+    shared.adopting.forget(record.slot);
     if let Err(error) = shared.datapath.detach(shared.net(record)).await {
         tracing::warn!(%vm, %error, "vm.detach_failed");
     }

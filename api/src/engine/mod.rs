@@ -7,6 +7,7 @@
 mod adopting;
 pub(crate) mod agents;
 mod backoff;
+mod called;
 mod enforcer;
 mod events;
 mod files;
@@ -209,7 +210,9 @@ impl Engine {
             Err(error) => tracing::error!(%error, "engine.leftovers_not_removed"),
         }
         let ran = |detail| matches!(detail, StatusDetail::Running | StatusDetail::Ready);
-        let left = living.iter().filter(|one| ran(one.detail) || one.detail == StatusDetail::Stopping);
+        // In the middle of a start it may have run as well.
+        let half = |detail| matches!(detail, StatusDetail::Starting | StatusDetail::Stopping);
+        let left = living.iter().filter(|one| ran(one.detail) || half(one.detail));
         self.shared.adopting.begin(left.map(|one| one.id.clone()));
         if let Some(settle) = self.settle.take() {
             let (pump, runtime) = (events::pump(self.shared.clone(), settle), Runtime::current());

@@ -1,7 +1,7 @@
 //! Where snapshots' bytes are: a local folder or an S3-compatible bucket. Puts, fetches and removes single objects by key.
 //!
-//! An object has its name only once it is whole, and is used only after its hash was found to be the recorded one. Never
-//! holds more of an object in memory than a few parts, and never writes a credential anywhere.
+//! An object has its name only once it is whole, and is used only after its hash was found to be the recorded one. A caller that
+//! gives up leaves no half of one. Never holds more of an object in memory than a few parts, and never writes a credential anywhere.
 
 mod pack;
 mod place;
@@ -21,6 +21,7 @@ use std::{
     path::{Path, PathBuf},
     sync::Arc,
 };
+use tapgate_vmm::turn;
 use tokio::io::AsyncWriteExt as _;
 
 /// What the names of snapshots begin with; in a folder, a folder that nobody else may enter.
@@ -147,21 +148,11 @@ impl Storage {
     }
 
     /// Brings an object back as the file it was made from. Octets that do not have the recorded hash are not unpacked,
-    /// and the file has its name only once it is whole.
+    /// and the file has its name only once it is whole. Unpacking is work in the file's folder (see [`turn`]): one whose caller
+    /// gave up ends by itself, and has ended when the folder is at rest.
     pub async fn fetch(&self, name: &str, expected: &Stored, to: &Path) -> Result<(), StorageError> {
-        let packed = to.with_extension("packed");
-        let result = self.bring(name, expected, &packed, to).await;
-        let _ = tokio::fs::remove_file(&packed).await;
-        result
-    }
-
-    async fn bring(
-        &self,
-        name: &str,
-        expected: &Stored,
-        packed: &Path,
-        to: &Path,
-    ) -> Result<(), StorageError> {
+        let packed = Half(to.with_extension("packed"));
+        let packed = &packed.0;
         let key = self.key(name);
         let size = self.store().head(&key).await?.size;
         if size != expected.stored_bytes {
@@ -186,8 +177,9 @@ impl Storage {
         if hasher.end() != expected.sha256 {
             return Err(StorageError::Changed("its hash is another".into()));
         }
-        let (packed, to, bytes) = (packed.to_owned(), to.to_owned(), expected.file_bytes);
-        let unpacked = tokio::task::spawn_blocking(move || pack::unpack(&packed, &to, bytes)).await;
+        let folder = to.parent().unwrap_or(to);
+        let (packed, to, bytes) = (packed.clone(), to.to_owned(), expected.file_bytes);
+        let unpacked = turn::run(folder, move |wanted| Ok(pack::unpack(&packed, &to, bytes, wanted))).await;
         unpacked
             .unwrap_or_else(|error| Err(io::Error::other(error)))
             .map_err(failed("cannot unpack the snapshot"))
@@ -252,9 +244,21 @@ fn sweep_parts(folder: &Path, name: &str) {
     }
 }
 
+/// A file that nobody needs any more when this goes, whether it was read to its end or given up.
+struct Half(PathBuf);
+
+impl Drop for Half {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
 async fn private(path: &Path) -> io::Result<tokio::fs::File> {
+    use std::os::unix::fs::OpenOptionsExt as _;
     let _ = tokio::fs::remove_file(path).await;
-    tokio::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).await
+    // At once: on another thread it might be made after whoever wanted it gave up.
+    let file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    Ok(tokio::fs::File::from_std(file))
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use std::{
     path::Path,
     thread::JoinHandle,
 };
+use tapgate_vmm::turn::Wanted;
 use tokio::sync::mpsc;
 
 /// The least and usual part.
@@ -127,17 +128,17 @@ impl Write for Cutter<'_> {
     }
 }
 
-/// Unpacks a file whose octets were verified, sparsely. More than was packed is not written.
-pub fn unpack(packed: &Path, to: &Path, bytes: u64) -> io::Result<()> {
+/// Unpacks a file whose octets were verified, sparsely, as long as it is wanted. More than was packed is not written.
+pub fn unpack(packed: &Path, to: &Path, bytes: u64, wanted: &Wanted) -> io::Result<()> {
     let new = to.with_extension("unpacked");
-    let result = unpack_to(packed, &new, bytes).and_then(|()| std::fs::rename(&new, to));
+    let result = unpack_to(packed, &new, bytes, wanted).and_then(|()| std::fs::rename(&new, to));
     if result.is_err() {
         let _ = std::fs::remove_file(&new);
     }
     result
 }
 
-fn unpack_to(packed: &Path, to: &Path, bytes: u64) -> io::Result<()> {
+fn unpack_to(packed: &Path, to: &Path, bytes: u64, wanted: &Wanted) -> io::Result<()> {
     let _ = std::fs::remove_file(to);
     let mut out = OpenOptions::new().write(true).create_new(true).mode(0o600).open(to)?;
     let decoder = zstd::stream::read::Decoder::new(File::open(packed)?)?;
@@ -145,6 +146,7 @@ fn unpack_to(packed: &Path, to: &Path, bytes: u64) -> io::Result<()> {
     let mut block = vec![0; BLOCK];
     let mut total = 0u64;
     loop {
+        wanted.check()?;
         let mut filled = 0;
         while filled < BLOCK {
             match limited.read(&mut block[filled..])? {

@@ -79,6 +79,35 @@ async fn a_changed_object_is_refused_and_leaves_nothing() {
 }
 
 #[tokio::test]
+async fn a_fetch_that_is_given_up_ends_and_leaves_nothing() {
+    let (folder, storage, file) = scene();
+    // Packed it is small; unpacking it takes a while.
+    const BYTES: u64 = 8 << 30;
+    fs::File::create(&file).unwrap().set_len(BYTES).unwrap();
+    let small = zstd::bulk::compress(&vec![0; 1 << 20], 1).unwrap();
+    let packed = small.repeat(usize::try_from(BYTES >> 20).unwrap());
+    fs::write(folder.path().join("store/a"), &packed).unwrap();
+    let mut hasher = Hasher::default();
+    hasher.update(&packed);
+    let stored = Stored { sha256: hasher.end(), stored_bytes: packed.len() as u64, file_bytes: BYTES };
+    let there = folder.path().join("vm");
+    fs::create_dir(&there).unwrap();
+    let names = || fs::read_dir(&there).unwrap().map(|entry| entry.unwrap().file_name()).collect::<Vec<_>>();
+    let unpacking = async {
+        while !there.join("back.unpacked").exists() {
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        }
+    };
+    let to = there.join("back.qcow2");
+    tokio::select! {
+        _ = storage.fetch("a", &stored, &to) => panic!("it was not given up"),
+        () = unpacking => {}
+    }
+    turn::rest(&there).await;
+    assert!(names().is_empty(), "{:?}", names());
+}
+
+#[tokio::test]
 async fn what_an_upload_that_was_cut_off_left_goes_with_the_next() {
     let (folder, storage, file) = scene();
     fs::write(&file, b"the disk").unwrap();

@@ -53,7 +53,7 @@ pub fn import(cache: &Path, import: &Import<'_>) -> Result<Image, ImageError> {
     fs::create_dir(&new).map_err(ImageError::io(&new))?;
     // A copy first: what is checked is what is converted, whatever happens to the original meanwhile.
     let copy = work.path().join("source");
-    copy_raw(import.disk, &copy).map_err(|e| ImageError::Build(e.to_string()))?;
+    copy_raw(import.disk, &copy, &Wanted::default()).map_err(|e| ImageError::Build(e.to_string()))?;
     let source = hash_file(&copy).map_err(ImageError::io(import.disk))?;
     let disk = new.join("disk.raw");
     to_raw(&copy, &disk)?;

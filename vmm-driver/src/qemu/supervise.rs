@@ -88,6 +88,8 @@ impl Supervisor {
         tokio::pin!(ended);
         if self.shut_down {
             self.quit().await;
+        } else {
+            self.catch_up().await;
         }
         let status = loop {
             tokio::select! {
@@ -132,6 +134,23 @@ impl Supervisor {
         }
     }
 
+    /// What QEMU said while nobody was connected to it is lost: what its guest is doing is asked.
+    async fn catch_up(&mut self) {
+        let Some(qmp) = &mut self.qmp else { return };
+        match qmp.command("query-status", Value::Null).await {
+            Ok(status) if status.get("status").and_then(Value::as_str) == Some("shutdown") => {
+                self.shut_down = true;
+                self.quit().await;
+            }
+            Ok(_) => {}
+            // With the next connection, again.
+            Err(error) => {
+                self.qmp = None;
+                self.heard(&error);
+            }
+        }
+    }
+
     /// The guest is off and QEMU waits: take its last output and let it go.
     async fn quit(&mut self) {
         self.fetch_console().await;
@@ -148,7 +167,12 @@ impl Supervisor {
         if self.qmp.is_none() {
             // QEMU takes one connection at a time and takes the next when the last is closed.
             match Qmp::connect(&self.dir.join(file::CONTROL)).await {
-                Ok(qmp) => self.qmp = Some(qmp),
+                Ok(qmp) => {
+                    self.qmp = Some(qmp);
+                    // QEMU keeps no count of its guest's restarts: there may have been one, so that readiness is looked at anew.
+                    self.observed.send_modify(|seen| seen.reboots = seen.reboots.saturating_add(1));
+                    self.catch_up().await;
+                }
                 Err(error) => self.heard(&error),
             }
         }

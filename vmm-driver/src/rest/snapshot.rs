@@ -7,6 +7,7 @@ use super::{ApiRunning, Live};
 use crate::agent::{Agent, VSOCK_PORT};
 use crate::disk;
 use crate::spec::{SnapshotInfo, VmmError};
+use crate::turn::Wanted;
 use std::path::Path;
 use std::time::Instant;
 
@@ -67,7 +68,7 @@ async fn copy_disk(vm: &ApiRunning, to: &Path) -> Result<(), VmmError> {
     let (dir, to) = (vm.spec.dir.clone(), to.to_owned());
     let copy = move || {
         let disk = disk::find(&dir).ok_or_else(|| VmmError::Disk("the VM has no disk".into()))?;
-        disk::copy_raw(&disk.path, &to)
+        disk::copy_raw(&disk.path, &to, &Wanted::default())
     };
     tokio::task::spawn_blocking(copy).await.map_err(|e| VmmError::Disk(e.to_string()))?
 }
