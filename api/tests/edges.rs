@@ -423,6 +423,29 @@ async fn a_retry_with_the_same_key_does_nothing_again() {
     assert_eq!(post(&alice, "key", "/v1/keys", json!({ "name": "k" })).await.is(201), key);
 }
 
+/// Their rows stay until they end, so there are not as many as anybody likes.
+#[tokio::test]
+async fn requests_to_be_retried_that_run_at_a_time_are_bounded() {
+    let app = TestApp::new();
+    let (alice, bob) = (app.user("alice@example.com").await, app.user("bob@example.com").await);
+    let user = app.store.authenticate(&alice).await.unwrap().unwrap().user;
+    for key in 0..1000 {
+        app.store.idempotency_begin(&user, &key.to_string(), vec![1]).await.unwrap();
+    }
+    let rule = async |token: &str| {
+        let request = Request::post("/v1/egress/rules")
+            .header(header::AUTHORIZATION, format!("Bearer {token}"))
+            .header(header::CONTENT_TYPE, "application/json")
+            .header("idempotency-key", "one more");
+        let body = json!({ "host": "a.example" }).to_string();
+        app.send(request.body(Body::from(body)).unwrap()).await
+    };
+    is_limited(rule(&alice).await);
+    rule(&bob).await.is(201);
+    app.store.idempotency_end(&user, "0", None).await.unwrap();
+    rule(&alice).await.is(201);
+}
+
 #[tokio::test]
 async fn a_change_may_insist_on_the_version_it_saw() {
     let app = TestApp::new();

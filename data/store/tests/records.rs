@@ -484,6 +484,25 @@ async fn a_rotated_key_seals_everything_and_the_old_one_nothing() {
     assert!(store.audit().verify().await.unwrap().is_ok());
 }
 
+/// What an account's retries find is bounded in octets as well; a request that runs all the while is not run beside itself.
+#[tokio::test]
+async fn answers_for_retries_take_no_more_than_their_octets() {
+    let (_folder, store) = fresh();
+    let user = user(&store, "a@example.com").await;
+    store.idempotency_begin(&user, "slow", vec![1]).await.unwrap();
+    for key in 0..40 {
+        store.idempotency_begin(&user, &key.to_string(), vec![1]).await.unwrap();
+        let answer = Some((201, vec![b'x'; 256 * 1024]));
+        store.idempotency_end(&user, &key.to_string(), answer).await.unwrap();
+    }
+    let known = async |key: &str| store.idempotency_begin(&user, key, vec![1]).await.unwrap();
+    assert!(matches!(known("slow").await, Known::Running));
+    assert!(
+        matches!(known("39").await, Known::Ended { .. }) && matches!(known("15").await, Known::Ended { .. })
+    );
+    assert!(matches!(known("0").await, Known::New));
+}
+
 #[tokio::test]
 async fn a_backup_is_put_back_and_what_was_there_is_kept() {
     let (folder, store) = fresh();
