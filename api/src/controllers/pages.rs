@@ -127,7 +127,7 @@ pub(crate) async fn reset(State(state): State<AppState>, visitor: Visitor) -> Re
     visitor.form(&state, "A new password", "/reset", &fields, "Send me a link")
 }
 
-/// The same answer whether there is such an account or not.
+/// The same answer whether there is such an account or not, and whether it is sent a mail.
 pub(crate) async fn reset_send(
     State(state): State<AppState>,
     peer: Peer,
@@ -143,6 +143,10 @@ pub(crate) async fn reset_send(
     match state.store().user_by_email(form.field("email")).await {
         Err(error) => return failed(&error.into(), "/reset"),
         Ok(None) => {}
+        // It was sent enough of them, by whoever asked. Nobody is told: the newest still works.
+        Ok(Some((user, _))) if state.limits().mail.take(&user.id).is_err() => {
+            tracing::info!(user = %user.id, "mail.too_many_links");
+        }
         Ok(Some((user, hash))) => {
             let content = format!("{} {}", fingerprint(&hash), user.email);
             let ticket = state.store().ticket("reset", &content, now_us() + RESET_WITHIN);
