@@ -46,6 +46,18 @@ impl<S: Send + Sync> FromRequest<S> for Fields {
     }
 }
 
+/// Nothing, or an empty object: what a route takes that has nothing to be told.
+#[derive(Debug)]
+pub struct NoFields;
+
+impl<S: Send + Sync> FromRequest<S> for NoFields {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
+        Fields::from_request(request, state).await?.finish().map(|()| Self)
+    }
+}
+
 /// An object without a name that comes twice: what looked at the request before may have taken the other (RFC 8259, section 4).
 struct Object(Map<String, Value>);
 

@@ -31,7 +31,7 @@ pub(crate) use auth::bearer;
 pub use codes::Code;
 pub use error::ApiError;
 pub(crate) use error::refused;
-pub use fields::Fields;
+pub use fields::{Fields, NoFields};
 pub(crate) use fields::{at_most as fields_at_most, bounded as fields_bounded};
 pub use ids::{Id, Key};
 pub use limits::{Peer, Rate, Rates};

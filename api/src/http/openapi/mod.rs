@@ -8,6 +8,8 @@ mod schemas;
 
 pub(crate) use page::escape;
 
+use super::form::NoParams;
+use super::{ApiError, Params};
 use axum::Json;
 use axum::response::Html;
 use serde_json::{Value, json};
@@ -45,10 +47,11 @@ pub fn document() -> Value {
     })
 }
 
-pub(super) async fn json_document() -> Json<Value> {
-    Json(document())
+pub(super) async fn json_document(params: Params) -> Result<Json<Value>, ApiError> {
+    params.finish()?;
+    Ok(Json(document()))
 }
 
-pub(super) async fn html_page() -> Html<String> {
+pub(super) async fn html_page(_: NoParams) -> Html<String> {
     Html(page::render(&document()))
 }
