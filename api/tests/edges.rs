@@ -180,6 +180,13 @@ async fn every_wrong_request_is_answered_in_the_envelope() {
     assert!(large.body["error"]["message"].as_str().unwrap().contains("256 KiB"), "{large:?}");
     assert_eq!(large.error(413), "payload_too_large");
 
+    // Who has no key holds less of the host's memory.
+    for path in ["/v1/users", "/v1/auth/login", "/v1/auth/device/code"] {
+        let stranger = app.post("", path, json!({ "email": "a".repeat(33 * 1024) })).await;
+        assert!(stranger.body.to_string().contains("32 KiB"), "{path}: {stranger:?}");
+        assert_eq!(stranger.error(413), "payload_too_large", "{path}");
+    }
+
     let unknown =
         app.post(&key, "/v1/vms", json!({ "name": "a", "public_key": PUBLIC_KEY, "color": 1 })).await;
     assert!(unknown.body["error"]["message"].as_str().unwrap().contains("`color`"));
@@ -478,12 +485,21 @@ async fn a_change_may_insist_on_the_version_it_saw() {
         assert_ne!(next, tag);
         assert_eq!(with(method, &path, &tag, &body).await.error(412), "precondition_failed");
         with(method, &path, "*", &body).await.is(200);
+        assert_eq!(
+            with(method, &path, "W/\"weak\"", &body).await.error(412),
+            "precondition_failed",
+            "{path}"
+        );
         if path != "/v1/egress/policy" {
             assert_eq!(with("DELETE", &path, &tag, &Value::Null).await.error(412), "precondition_failed");
             let now = app.get(&key, &path).await.headers[header::ETAG].to_str().unwrap().to_owned();
             with("DELETE", &path, &now, &Value::Null).await.is(204);
         }
     }
+    // `*` is any version of what is there (RFC 9110, section 13.1.1), and what is not there has none.
+    let new = json!({ "value": "v" });
+    assert_eq!(with("PUT", "/v1/env/NEW", "*", &new).await.error(412), "precondition_failed");
+    assert_eq!(app.get(&key, "/v1/env/NEW").await.error(404), "env_not_found");
 }
 
 #[tokio::test]

@@ -70,6 +70,19 @@ async fn a_new_certificate_is_taken_without_a_restart() {
     assert!(trusting(&second).await.is_some());
     assert!(trusting(&first).await.is_none());
 
+    // Others for the same key, brought with the times at which they were made: before the key was put there.
+    let key =
+        rcgen::KeyPair::from_pem(&std::fs::read_to_string(folder.path().join("key.pem")).unwrap()).unwrap();
+    for seconds in [1_700_000_000, 1_710_000_000] {
+        let mut params = rcgen::CertificateParams::new(["api.example.com".to_owned()]).unwrap();
+        params.distinguished_name.push(rcgen::DnType::CommonName, seconds.to_string());
+        let next = params.self_signed(&key).unwrap();
+        std::fs::write(&cert, next.pem()).unwrap();
+        let made = std::time::UNIX_EPOCH + std::time::Duration::from_secs(seconds);
+        std::fs::File::options().append(true).open(&cert).unwrap().set_modified(made).unwrap();
+        assert!(trusting(next.der()).await.is_some(), "{seconds}");
+    }
+
     stop.cancel();
     server.await.unwrap();
     assert!(TcpStream::connect(address).await.is_err());

@@ -279,7 +279,7 @@ async fn pages_stay_right_while_rows_come_and_go() {
 
 #[tokio::test]
 async fn keys_authenticate_until_revoked() {
-    let (_folder, store) = fresh();
+    let (folder, store) = fresh();
     let user = user(&store, "a@example.com").await;
     let issued = store.key_create(&user, "ci", 2).await.unwrap();
     assert!(matches!(
@@ -296,6 +296,12 @@ async fn keys_authenticate_until_revoked() {
     store.user_disable(&user, false).await.unwrap();
     store.key_revoke(&user, &issued.record.id).await.unwrap();
     assert!(store.authenticate(&issued.token).await.unwrap().is_none());
+    let again = store.key_revoke(&user, &issued.record.id).await;
+    assert!(matches!(again, Err(StoreError::NotFound(Kind::ApiKey))));
+    // Keys are made and revoked as often as anybody likes: nothing stays.
+    let db = rusqlite::Connection::open(folder.path().join("db/tapgate.db")).unwrap();
+    let rows = db.query_row("SELECT count(*) FROM api_keys", [], |row| row.get::<_, i64>(0)).unwrap();
+    assert_eq!(rows, 1, "the first, which came with the account");
 }
 
 #[tokio::test]

@@ -31,3 +31,7 @@ CREATE TRIGGER idempotency_freed AFTER DELETE ON idempotency BEGIN
     DELETE FROM idempotency_shares WHERE user = OLD.user AND answers = 0;
     UPDATE meta SET value = value - 128 - length(OLD.key) - ifnull(length(OLD.body), 0) WHERE key = 'idempotency_octets';
 END;
+
+-- A revoked key is no longer kept.
+DELETE FROM api_keys WHERE revoked_at IS NOT NULL;
+ALTER TABLE api_keys DROP COLUMN revoked_at;
