@@ -4,6 +4,7 @@
 mod common;
 
 use common::*;
+use std::os::unix::fs::PermissionsExt as _;
 use std::sync::Arc;
 use tapgate_model::lifecycle::{Call, Refusal};
 use tapgate_model::policy::SecretsOverHttp;
@@ -528,7 +529,17 @@ async fn a_backup_is_put_back_and_what_was_there_is_kept() {
         "now",
         "refused ones change nothing"
     );
+    // A backup that came by another way than ours: others may read it, and nobody may what is made of it.
+    let mode = |path: &std::path::Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    for name in ["tapgate.db", "audit.db"] {
+        let open_to_all = std::fs::Permissions::from_mode(0o644);
+        std::fs::set_permissions(backup.join(name), open_to_all).unwrap();
+    }
     let aside = Store::restore(&db, &backup, key()).unwrap();
+    assert_eq!(mode(&aside), 0o700);
+    for name in ["tapgate.db", "audit.db"] {
+        assert_eq!((mode(&db.join(name)), mode(&aside.join(name))), (0o600, 0o600), "{name}");
+    }
     assert_eq!(open(folder.path()).env(&user, "E").await.unwrap().value, "then");
     let before = Store::open(&aside, key()).unwrap();
     assert_eq!(before.env(&user, "E").await.unwrap().value, "now");
