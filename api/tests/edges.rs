@@ -180,6 +180,13 @@ async fn every_wrong_request_is_answered_in_the_envelope() {
     assert!(large.body["error"]["message"].as_str().unwrap().contains("256 KiB"), "{large:?}");
     assert_eq!(large.error(413), "payload_too_large");
 
+    // Who has no key holds less of the host's memory.
+    for path in ["/v1/users", "/v1/auth/login", "/v1/auth/device/code"] {
+        let stranger = app.post("", path, json!({ "email": "a".repeat(33 * 1024) })).await;
+        assert!(stranger.body.to_string().contains("32 KiB"), "{path}: {stranger:?}");
+        assert_eq!(stranger.error(413), "payload_too_large", "{path}");
+    }
+
     let unknown =
         app.post(&key, "/v1/vms", json!({ "name": "a", "public_key": PUBLIC_KEY, "color": 1 })).await;
     assert!(unknown.body["error"]["message"].as_str().unwrap().contains("`color`"));
@@ -423,6 +430,29 @@ async fn a_retry_with_the_same_key_does_nothing_again() {
     assert_eq!(post(&alice, "key", "/v1/keys", json!({ "name": "k" })).await.is(201), key);
 }
 
+/// Their rows stay until they end, so there are not as many as anybody likes.
+#[tokio::test]
+async fn requests_to_be_retried_that_run_at_a_time_are_bounded() {
+    let app = TestApp::new();
+    let (alice, bob) = (app.user("alice@example.com").await, app.user("bob@example.com").await);
+    let user = app.store.authenticate(&alice).await.unwrap().unwrap().user;
+    for key in 0..1000 {
+        app.store.idempotency_begin(&user, &key.to_string(), vec![1]).await.unwrap();
+    }
+    let rule = async |token: &str| {
+        let request = Request::post("/v1/egress/rules")
+            .header(header::AUTHORIZATION, format!("Bearer {token}"))
+            .header(header::CONTENT_TYPE, "application/json")
+            .header("idempotency-key", "one more");
+        let body = json!({ "host": "a.example" }).to_string();
+        app.send(request.body(Body::from(body)).unwrap()).await
+    };
+    is_limited(rule(&alice).await);
+    rule(&bob).await.is(201);
+    app.store.idempotency_end(&user, "0", None).await.unwrap();
+    rule(&alice).await.is(201);
+}
+
 #[tokio::test]
 async fn a_change_may_insist_on_the_version_it_saw() {
     let app = TestApp::new();
@@ -455,12 +485,21 @@ async fn a_change_may_insist_on_the_version_it_saw() {
         assert_ne!(next, tag);
         assert_eq!(with(method, &path, &tag, &body).await.error(412), "precondition_failed");
         with(method, &path, "*", &body).await.is(200);
+        assert_eq!(
+            with(method, &path, "W/\"weak\"", &body).await.error(412),
+            "precondition_failed",
+            "{path}"
+        );
         if path != "/v1/egress/policy" {
             assert_eq!(with("DELETE", &path, &tag, &Value::Null).await.error(412), "precondition_failed");
             let now = app.get(&key, &path).await.headers[header::ETAG].to_str().unwrap().to_owned();
             with("DELETE", &path, &now, &Value::Null).await.is(204);
         }
     }
+    // `*` is any version of what is there (RFC 9110, section 13.1.1), and what is not there has none.
+    let new = json!({ "value": "v" });
+    assert_eq!(with("PUT", "/v1/env/NEW", "*", &new).await.error(412), "precondition_failed");
+    assert_eq!(app.get(&key, "/v1/env/NEW").await.error(404), "env_not_found");
 }
 
 #[tokio::test]

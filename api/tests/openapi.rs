@@ -6,6 +6,7 @@ mod common;
 use common::TestApp;
 use serde_json::Value;
 use std::collections::BTreeSet;
+use tower::ServiceExt as _;
 
 /// The routes as the router's source has them: axum cannot list its own.
 fn routes() -> BTreeSet<String> {
@@ -60,6 +61,21 @@ async fn the_document_has_every_route_and_no_other() {
             let status = answer.status.as_u16().to_string();
             assert!(!described["responses"][&status].is_null(), "{method} {path} answers {status}");
         }
+    }
+}
+
+/// Anybody may ask, as often as they like: it is put together once.
+#[tokio::test]
+async fn document_and_page_are_made_once() {
+    let app = TestApp::new();
+    for path in ["/openapi.json", "/docs"] {
+        let octets = async || {
+            let request = axum::http::Request::get(path).body(axum::body::Body::empty()).unwrap();
+            let answer = app.router.clone().oneshot(request).await.unwrap();
+            axum::body::to_bytes(answer.into_body(), usize::MAX).await.unwrap()
+        };
+        let (one, other) = (octets().await, octets().await);
+        assert!(one.len() > 10_000 && one.as_ptr() == other.as_ptr(), "{path}");
     }
 }
 

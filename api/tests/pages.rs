@@ -230,6 +230,42 @@ async fn a_forgotten_password_is_replaced_once() {
     login("yet an0ther").await.is(201);
 }
 
+/// However many addresses ask, and nobody is told: neither that there is an account, nor that others asked.
+#[tokio::test]
+async fn an_account_is_sent_few_links_whoever_asks() {
+    let folder = tempfile::tempdir().unwrap();
+    let app = TestApp::with(settings(folder.path()));
+    app.user("alice@example.com").await;
+    app.user("bob@example.com").await;
+    let mut browser = Browser::new(&app);
+    browser.open("/reset").await.is(200);
+    let kept = browser.hidden.clone();
+    let mut ask = async |email: &str| {
+        browser.hidden = kept.clone();
+        let answer = browser.submit("/reset", &[("email", email)]).await;
+        (answer.status, answer.headers, answer.body)
+    };
+    let nobody = ask("nobody@example.com").await;
+    assert_eq!(nobody.0, 200);
+    for spelling in ["alice@example.com", "Alice@Example.com"].iter().cycle().take(8) {
+        assert_eq!(ask(spelling).await, nobody);
+    }
+    // Of another account nothing is taken; its mail is the last that is written.
+    assert_eq!(ask("bob@example.com").await, nobody);
+    mail(folder.path(), "To: bob@example.com\r\nSubject: A new password").await;
+    let links = || {
+        let mails = std::fs::read_dir(folder.path().join("mail")).unwrap().map(|mail| mail.unwrap().path());
+        let texts = mails
+            .filter(|path| path.extension().is_some())
+            .map(|path| std::fs::read_to_string(path).unwrap());
+        texts.filter(|text| text.contains("To: alice@") && text.contains("A new password")).count()
+    };
+    while links() < 3 {
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    assert_eq!(links(), 3);
+}
+
 /// Who changes a password because another knows it is not to find the other's in its place.
 #[tokio::test]
 async fn a_password_that_was_changed_meanwhile_changes_nothing() {

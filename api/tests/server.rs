@@ -70,6 +70,19 @@ async fn a_new_certificate_is_taken_without_a_restart() {
     assert!(trusting(&second).await.is_some());
     assert!(trusting(&first).await.is_none());
 
+    // Others for the same key, brought with the times at which they were made: before the key was put there.
+    let key =
+        rcgen::KeyPair::from_pem(&std::fs::read_to_string(folder.path().join("key.pem")).unwrap()).unwrap();
+    for seconds in [1_700_000_000, 1_710_000_000] {
+        let mut params = rcgen::CertificateParams::new(["api.example.com".to_owned()]).unwrap();
+        params.distinguished_name.push(rcgen::DnType::CommonName, seconds.to_string());
+        let next = params.self_signed(&key).unwrap();
+        std::fs::write(&cert, next.pem()).unwrap();
+        let made = std::time::UNIX_EPOCH + std::time::Duration::from_secs(seconds);
+        std::fs::File::options().append(true).open(&cert).unwrap().set_modified(made).unwrap();
+        assert!(trusting(next.der()).await.is_some(), "{seconds}");
+    }
+
     stop.cancel();
     server.await.unwrap();
     assert!(TcpStream::connect(address).await.is_err());
@@ -161,6 +174,69 @@ async fn a_connection_without_a_request_is_ended() {
     tokio::time::timeout(4 * idle, &mut connection).await.unwrap_err();
     drop(answer);
     tokio::time::timeout(40 * idle, connection).await.expect("the connection is left open").unwrap().unwrap();
+    stop.cancel();
+    server.await.unwrap();
+}
+
+/// Over HTTP/2 the socket takes everything, and the client's window nothing.
+#[tokio::test]
+async fn who_makes_no_room_for_an_answer_is_cut_off() {
+    let app = TestApp::new();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let stop = CancellationToken::new();
+    let idle = std::time::Duration::from_millis(500);
+    let server = tokio::spawn(serve_idling(listener, app.router.clone(), None, stop.clone(), idle));
+    let io = hyper_util::rt::TokioIo::new(TcpStream::connect(address).await.unwrap());
+    let mut http = hyper::client::conn::http2::Builder::new(hyper_util::rt::TokioExecutor::new());
+    let (mut send, connection) = http.initial_stream_window_size(1).handshake(io).await.unwrap();
+    let connection = tokio::spawn(connection);
+    let request = hyper::Request::get("http://a/docs").body(axum::body::Body::empty());
+    let answer = send.send_request(request.unwrap()).await.unwrap();
+    assert_eq!(answer.status(), 200);
+    let ended = tokio::time::timeout(20 * idle, connection).await;
+    let _ = ended.expect("it is held for as long as the client likes");
+    drop(answer);
+    stop.cancel();
+    server.await.unwrap();
+}
+
+/// The kernel's word for the server's side of a connection; `None` once it is gone.
+fn state(server: std::net::SocketAddr, client: std::net::SocketAddr) -> Option<String> {
+    let ends = [server, client].map(|end| format!(":{:04X}", end.port()));
+    let table = std::fs::read_to_string("/proc/self/net/tcp").unwrap();
+    let mut lines = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    lines
+        .find(|line| line[1].ends_with(&ends[0]) && line[2].ends_with(&ends[1]))
+        .map(|line| line[3].to_owned())
+}
+
+/// Whoever asks for much and takes nothing of it would hold a connection for ever, and there are only so many.
+#[tokio::test]
+async fn who_takes_nothing_of_the_answers_is_cut_off() {
+    const ESTABLISHED: &str = "01";
+    let app = TestApp::new();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let stop = CancellationToken::new();
+    let idle = std::time::Duration::from_millis(500);
+    let server = tokio::spawn(serve_idling(listener, app.router.clone(), None, stop.clone(), idle));
+    let mut client = TcpStream::connect(address).await.unwrap();
+    let many = "GET /docs HTTP/1.1\r\nHost: a\r\n\r\n".repeat(1000);
+    client.write_all(many.as_bytes()).await.unwrap();
+    let own = client.local_addr().unwrap();
+    assert_eq!(state(address, own).as_deref(), Some(ESTABLISHED));
+    for _ in 0..100 {
+        if state(address, own).as_deref() != Some(ESTABLISHED) {
+            break;
+        }
+        tokio::time::sleep(idle / 5).await;
+    }
+    assert_ne!(
+        state(address, own).as_deref(),
+        Some(ESTABLISHED),
+        "it is held for as long as the client likes"
+    );
     stop.cancel();
     server.await.unwrap();
 }

@@ -155,3 +155,23 @@ async fn an_account_has_so_many_streams_at_a_time() {
     drop(open(&app, &alice, "/v1/audit/egress/export", None).await);
     drop(open(&app, &alice, "/v1/audit/egress/export", None).await);
 }
+
+/// The log is long quiet, the connection is cut, something happens, the client comes back with what it was told last.
+#[tokio::test]
+async fn a_follower_that_heard_nothing_yet_misses_nothing_either() {
+    let app = TestApp::new();
+    let alice = app.user("alice@example.com").await;
+    let hers = policy(&app, &alice, "vm").await;
+    record(&app, &hers, Protocol::Tcp, 1).await;
+    let mut stream = open(&app, &alice, "/v1/audit/egress?follow", None).await;
+    let first = tokio::time::timeout(std::time::Duration::from_secs(5), stream.next()).await;
+    let first = first.expect("a follower is not told where it begins").unwrap().unwrap();
+    let first = std::str::from_utf8(&first).unwrap().to_owned();
+    // Without data it is no event: it only moves what the client sends as `Last-Event-ID`.
+    assert!(!first.contains("data:") && !first.contains("event:"), "{first}");
+    let place = first.strip_prefix("id: ").unwrap().trim();
+    drop(stream);
+    record(&app, &hers, Protocol::Tcp, 2).await;
+    let mut again = open(&app, &alice, "/v1/audit/egress?follow", Some(place)).await;
+    assert_eq!(heard(&mut again, 1).await.0, [2]);
+}

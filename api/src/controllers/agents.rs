@@ -3,7 +3,7 @@
 use super::vms::{asked, check_public_key, new_vm, of_snapshot, parse_snapshot};
 use crate::agent::CloneUrl;
 use crate::engine::agents as logs;
-use crate::http::{Account, ApiError, AppState, Fields, Id, List, Params, time};
+use crate::http::{Account, ApiError, AppState, Fields, Id, List, NoFields, Params, time};
 use crate::http::{fields_at_most as at_most, fields_bounded as bounded};
 use axum::Json;
 use axum::extract::State;
@@ -168,6 +168,7 @@ pub(crate) async fn destroy(
     account: Account,
     Id(agent): Id<AgentId>,
     params: Params,
+    _: NoFields,
 ) -> Result<StatusCode, ApiError> {
     params.finish()?;
     let vm = state.store().agent_destroy(&account.user, &agent).await?;

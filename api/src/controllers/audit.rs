@@ -8,7 +8,7 @@ use axum::http::HeaderMap;
 use axum::response::{IntoResponse as _, Response};
 use serde::Serialize;
 use tapgate_model::{HostName, Mode, Protocol};
-use tapgate_store::{AuditFilter, AuditRecord};
+use tapgate_store::{AuditFilter, AuditRecord, Order, PageRequest};
 
 #[derive(Serialize)]
 pub(crate) struct EventView {
@@ -66,7 +66,8 @@ impl From<AuditRecord> for EventView {
     }
 }
 
-fn filter(mut params: Params) -> Result<AuditFilter, ApiError> {
+/// What is asked for, but for the page: it is the first unless the caller reads another.
+fn filter(params: &mut Params) -> Result<AuditFilter, ApiError> {
     let vm = params.parsed("vm_id", "the ID of a VM, like vm_k3mf9xvw2p", |text| text.parse().ok())?;
     let rule_allows = params.parsed("verdict", "allowed or denied", |text| match text {
         "allowed" => Some(true),
@@ -83,8 +84,7 @@ fn filter(mut params: Params) -> Result<AuditFilter, ApiError> {
     let protocol = params.parsed("protocol", "one of http, tls, tcp, udp, icmp, dns", Protocol::from_word)?;
     let since_us = params.time("since")?;
     let until_us = params.time("until")?;
-    let page = params.page(50, 500)?;
-    params.finish()?;
+    let page = PageRequest { limit: 50, cursor: None, order: Order::Desc };
     Ok(AuditFilter {
         vm,
         rule_allows,
@@ -111,7 +111,8 @@ pub(crate) async fn list(
         "false" => Some(false),
         _ => None,
     })?;
-    let filter = filter(params)?;
+    let filter = AuditFilter { page: params.page(50, 500)?, ..filter(&mut params)? };
+    params.finish()?;
     if follow == Some(true) {
         return audit_stream::follow(state, account, filter, &headers).await;
     }
@@ -123,7 +124,9 @@ pub(crate) async fn list(
 pub(crate) async fn export(
     State(state): State<AppState>,
     account: Account,
-    params: Params,
+    mut params: Params,
 ) -> Result<Response, ApiError> {
-    audit_stream::export(state, account, filter(params)?)
+    let filter = filter(&mut params)?;
+    params.finish()?;
+    audit_stream::export(state, account, filter).await
 }

@@ -98,8 +98,10 @@ pub(super) async fn follow(
             }
         }
     });
-    let sse =
-        Sse::new(steps.flat_map(|messages| stream::iter(messages.into_iter().map(Ok::<_, Infallible>))));
+    // Without data it is no event; a client that is cut off before the first one comes back with it.
+    let begin = stream::iter([Event::default().id(place.to_string())]);
+    let events = begin.chain(steps.flat_map(stream::iter));
+    let sse = Sse::new(events.map(Ok::<_, Infallible>));
     Ok(sse.keep_alive(KeepAlive::new().interval(Duration::from_secs(15))).into_response())
 }
 
@@ -113,8 +115,8 @@ fn messages(events: Vec<AuditRecord>, place: i64) -> Vec<Event> {
     events.into_iter().enumerate().map(message).collect()
 }
 
-/// Everything that matches by now, one object a line.
-pub(super) fn export(
+/// Everything that matches by now, one object a line. What is wrong with the request or the log is said before it begins.
+pub(super) async fn export(
     state: AppState,
     account: Account,
     mut filter: AuditFilter,
@@ -124,26 +126,30 @@ pub(super) fn export(
     filter.page.order = Order::Asc;
     // It holds what there is now, so that it ends however fast more is written.
     filter.until_us = Some(filter.until_us.map_or(now_us(), |until| until.min(now_us())));
-    let pages = stream::try_unfold(Some((state, account, filter, open)), |next| async move {
-        let Some((state, account, mut filter, open)) = next else { return Ok::<_, StoreError>(None) };
+    let first = state.store().audit().list(&account.user, filter.clone()).await?;
+    let rest = first.cursor.map(|cursor| (state, account, filter, open, cursor));
+    let rest = stream::try_unfold(rest, |rest| async move {
+        let Some((state, account, mut filter, open, cursor)) = rest else { return Ok::<_, StoreError>(None) };
         // Broken off, so that a part is not taken for the whole.
-        if filter.page.cursor.is_some() && !state.store().key_lives(&account.key).await? {
+        if !state.store().key_lives(&account.key).await? {
             return Err(StoreError::Unavailable("its key was revoked".into()));
         }
+        filter.page.cursor = Some(cursor);
         let page = state.store().audit().list(&account.user, filter.clone()).await?;
-        let mut lines = Vec::new();
-        for event in page.items {
-            if serde_json::to_writer(&mut lines, &EventView::from(event)).is_ok() {
-                lines.push(b'\n');
-            }
-        }
-        let next = page.cursor.map(|cursor| {
-            filter.page.cursor = Some(cursor);
-            (state, account, filter, open)
-        });
-        Ok(Some((lines, next)))
+        Ok(Some((lines(page.items), page.cursor.map(|cursor| (state, account, filter, open, cursor)))))
     });
+    let pages = stream::iter([Ok(lines(first.items))]).chain(rest);
     let pages = pages.inspect_err(|error| tracing::error!(%error, "an export of the audit log broke off"));
     let kind = HeaderValue::from_static("application/x-ndjson");
     Ok(([(header::CONTENT_TYPE, kind)], Body::from_stream(pages)).into_response())
+}
+
+fn lines(events: Vec<AuditRecord>) -> Vec<u8> {
+    let mut lines = Vec::new();
+    for event in events {
+        if serde_json::to_writer(&mut lines, &EventView::from(event)).is_ok() {
+            lines.push(b'\n');
+        }
+    }
+    lines
 }

@@ -1,9 +1,10 @@
 //! Device login: a code for a program without a browser, and the polling for its token.
 
 use super::snapshots::Data;
-use crate::http::{ApiError, AppState, Code, Params, Peer, time};
+use crate::http::{ApiError, AppState, Code, NoFields, Params, Peer, time};
 use axum::Json;
 use axum::extract::State;
+use axum::http::Method;
 use serde::Serialize;
 use tapgate_store::DeviceState;
 
@@ -25,6 +26,7 @@ pub(crate) async fn code(
     State(state): State<AppState>,
     peer: Peer,
     params: Params,
+    _: NoFields,
 ) -> Result<Json<Data<CodeView>>, ApiError> {
     params.finish()?;
     state.limits().device.take(&peer)?;
@@ -41,6 +43,7 @@ pub(crate) async fn code(
 pub(crate) async fn poll(
     State(state): State<AppState>,
     peer: Peer,
+    method: Method,
     mut params: Params,
 ) -> Result<Json<Data<PollView>>, ApiError> {
     let code = params.text("code");
@@ -48,7 +51,12 @@ pub(crate) async fn poll(
     state.limits().device.take(&peer)?;
     let missing = || ApiError::new(Code::InvalidParameter, "The query parameter `code` is required");
     let (code, limit) = (code.ok_or_else(missing)?, state.settings().quotas.keys);
-    let data = match state.store().device_poll(&code, &peer.to_string(), limit).await? {
+    // The token is for who reads the answer: HEAD takes nothing.
+    let polled = match method {
+        Method::HEAD => DeviceState::Pending,
+        _ => state.store().device_poll(&code, &peer.to_string(), limit).await?,
+    };
+    let data = match polled {
         DeviceState::Authorized(token) => PollView { status: "authorized", token: Some(token) },
         DeviceState::Expired => PollView { status: "expired", token: None },
         DeviceState::Pending => PollView { status: "pending", token: None },

@@ -2,7 +2,9 @@
 
 use super::vms::{find, named};
 use crate::engine::Scope;
-use crate::http::{Account, ApiError, AppState, Code, Fields, Id, IfMatch, List, Params, Versioned, time};
+use crate::http::{
+    Account, ApiError, AppState, Code, Fields, Id, IfMatch, List, NoFields, Params, Versioned, time,
+};
 use crate::http::{fields_at_most as at_most, fields_bounded as bounded, params_invalid as invalid};
 use axum::Json;
 use axum::extract::State;
@@ -124,6 +126,7 @@ pub(crate) async fn reset_vm_policy(
     Id(vm): Id<VmId>,
     IfMatch(expected): IfMatch,
     params: Params,
+    _: NoFields,
 ) -> Result<StatusCode, ApiError> {
     params.finish()?;
     let reset = state.store().vm_egress_set(&account.user, &vm, None, true, expected).await;
@@ -266,6 +269,7 @@ pub(crate) async fn delete_rule(
     account: Account,
     Id(rule): Id<RuleId>,
     params: Params,
+    _: NoFields,
 ) -> Result<StatusCode, ApiError> {
     params.finish()?;
     remove(state, account, None, rule).await
@@ -298,6 +302,7 @@ pub(crate) async fn delete_vm_rule(
     Id(vm): Id<VmId>,
     Id(rule): Id<RuleId>,
     params: Params,
+    _: NoFields,
 ) -> Result<StatusCode, ApiError> {
     params.finish()?;
     remove(state, account, Some(vm), rule).await

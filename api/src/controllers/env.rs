@@ -1,6 +1,8 @@
 //! Environment variables.
 
-use crate::http::{Account, ApiError, AppState, Fields, IfMatch, Key, List, Params, Versioned, time};
+use crate::http::{
+    Account, ApiError, AppState, Fields, IfMatch, Key, List, NoFields, Params, Versioned, time,
+};
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -96,6 +98,7 @@ pub(crate) async fn remove(
     Key(key): Key,
     IfMatch(expected): IfMatch,
     params: Params,
+    _: NoFields,
 ) -> Result<StatusCode, ApiError> {
     params.finish()?;
     state.store().env_delete(&account.user, &key, expected).await?;

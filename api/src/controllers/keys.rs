@@ -1,6 +1,8 @@
 //! API keys: list, make, revoke. A token is shown once, in the answer that makes it.
 
-use crate::http::{Account, ApiError, AppState, Fields, Id, List, Params, fields_bounded as bounded, time};
+use crate::http::{
+    Account, ApiError, AppState, Fields, Id, List, NoFields, Params, fields_bounded as bounded, time,
+};
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -71,6 +73,7 @@ pub(crate) async fn revoke(
     account: Account,
     Id(key): Id<ApiKeyId>,
     params: Params,
+    _: NoFields,
 ) -> Result<StatusCode, ApiError> {
     params.finish()?;
     state.store().key_revoke(&account.user, &key).await?;

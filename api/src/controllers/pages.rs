@@ -2,8 +2,8 @@
 //! who confirms something shows the password or a ticket from a mail.
 
 use super::users::{check_password, fingerprint};
-use crate::http::form::{Form, Visitor, failed, input, message};
-use crate::http::{ApiError, AppState, Code, Params, Peer, escape, hash_password, verify_password};
+use crate::http::form::{Form, NoParams, Ticket, Visitor, failed, input, message};
+use crate::http::{ApiError, AppState, Code, Peer, escape, hash_password, verify_password};
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
@@ -26,7 +26,7 @@ fn code_form(visitor: Visitor, state: &AppState) -> Response {
     visitor.form(state, "Log a program in", "/activate", &fields.concat(), "Continue")
 }
 
-pub(crate) async fn activate(State(state): State<AppState>, visitor: Visitor) -> Response {
+pub(crate) async fn activate(State(state): State<AppState>, _: NoParams, visitor: Visitor) -> Response {
     code_form(visitor, &state)
 }
 
@@ -35,6 +35,7 @@ pub(crate) async fn activate_check(
     State(state): State<AppState>,
     peer: Peer,
     visitor: Visitor,
+    _: NoParams,
     form: Form,
 ) -> Response {
     if let Some(refused) = visitor.refusal(&state, &form) {
@@ -74,6 +75,7 @@ async fn who(state: &AppState, peer: &Peer, form: &Form) -> Result<(UserId, Stri
 pub(crate) async fn activate_confirm(
     State(state): State<AppState>,
     visitor: Visitor,
+    _: NoParams,
     form: Form,
 ) -> Response {
     if let Some(refused) = visitor.refusal(&state, &form) {
@@ -98,13 +100,21 @@ pub(crate) async fn activate_confirm(
 }
 
 /// The link of a mail asks before it acts: programs open links to look at them.
-pub(crate) async fn verify(State(state): State<AppState>, visitor: Visitor, mut params: Params) -> Response {
-    let ticket = params.text("ticket").unwrap_or_default();
+pub(crate) async fn verify(
+    State(state): State<AppState>,
+    visitor: Visitor,
+    Ticket(ticket): Ticket,
+) -> Response {
     let fields = format!("<input type=hidden name=ticket value=\"{}\">", escape(&ticket));
     visitor.form(&state, "Confirm your address", "/verify", &fields, "Confirm")
 }
 
-pub(crate) async fn verify_confirm(State(state): State<AppState>, visitor: Visitor, form: Form) -> Response {
+pub(crate) async fn verify_confirm(
+    State(state): State<AppState>,
+    visitor: Visitor,
+    _: NoParams,
+    form: Form,
+) -> Response {
     if let Some(refused) = visitor.refusal(&state, &form) {
         return refused;
     }
@@ -122,16 +132,17 @@ pub(crate) async fn verify_confirm(State(state): State<AppState>, visitor: Visit
     }
 }
 
-pub(crate) async fn reset(State(state): State<AppState>, visitor: Visitor) -> Response {
+pub(crate) async fn reset(State(state): State<AppState>, _: NoParams, visitor: Visitor) -> Response {
     let fields = input("email", "email", "Email", "autocomplete=username maxlength=254 autofocus");
     visitor.form(&state, "A new password", "/reset", &fields, "Send me a link")
 }
 
-/// The same answer whether there is such an account or not.
+/// The same answer whether there is such an account or not, and whether it is sent a mail.
 pub(crate) async fn reset_send(
     State(state): State<AppState>,
     peer: Peer,
     visitor: Visitor,
+    _: NoParams,
     form: Form,
 ) -> Response {
     if let Some(refused) = visitor.refusal(&state, &form) {
@@ -143,6 +154,10 @@ pub(crate) async fn reset_send(
     match state.store().user_by_email(form.field("email")).await {
         Err(error) => return failed(&error.into(), "/reset"),
         Ok(None) => {}
+        // It was sent enough of them, by whoever asked. Nobody is told: the newest still works.
+        Ok(Some((user, _))) if state.limits().mail.take(&user.id).is_err() => {
+            tracing::info!(user = %user.id, "mail.too_many_links");
+        }
         Ok(Some((user, hash))) => {
             let content = format!("{} {}", fingerprint(&hash), user.email);
             let ticket = state.store().ticket("reset", &content, now_us() + RESET_WITHIN);
@@ -162,8 +177,11 @@ pub(crate) async fn reset_send(
     )
 }
 
-pub(crate) async fn choose(State(state): State<AppState>, visitor: Visitor, mut params: Params) -> Response {
-    let ticket = params.text("ticket").unwrap_or_default();
+pub(crate) async fn choose(
+    State(state): State<AppState>,
+    visitor: Visitor,
+    Ticket(ticket): Ticket,
+) -> Response {
     let fields = [
         format!("<input type=hidden name=ticket value=\"{}\">", escape(&ticket)),
         input("password", "password", "New password", "autocomplete=new-password minlength=8 maxlength=1024"),
@@ -175,6 +193,7 @@ pub(crate) async fn choose_set(
     State(state): State<AppState>,
     peer: Peer,
     visitor: Visitor,
+    _: NoParams,
     form: Form,
 ) -> Response {
     if let Some(refused) = visitor.refusal(&state, &form) {

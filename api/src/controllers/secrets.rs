@@ -2,8 +2,8 @@
 
 use crate::engine::Scope;
 use crate::http::{
-    Account, ApiError, AppState, Fields, Id, IfMatch, List, Params, Versioned, fields_at_most as at_most,
-    time,
+    Account, ApiError, AppState, Fields, Id, IfMatch, List, NoFields, Params, Versioned,
+    fields_at_most as at_most, time,
 };
 use axum::Json;
 use axum::extract::State;
@@ -195,6 +195,7 @@ pub(crate) async fn remove(
     Id(secret): Id<SecretId>,
     IfMatch(expected): IfMatch,
     params: Params,
+    _: NoFields,
 ) -> Result<StatusCode, ApiError> {
     params.finish()?;
     state.store().secret_delete(&account.user, &secret, expected).await?;

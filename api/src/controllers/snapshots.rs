@@ -1,7 +1,9 @@
 //! Snapshots: the records. Single ones are wrapped in `data`, as the contract has it.
 
 use super::vms::{find, keeps_memory, named};
-use crate::http::{Account, ApiError, AppState, Fields, Id, List, Params, fields_at_most as at_most, time};
+use crate::http::{
+    Account, ApiError, AppState, Fields, Id, List, NoFields, Params, fields_at_most as at_most, time,
+};
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -129,6 +131,7 @@ pub(crate) async fn remove(
     account: Account,
     Id(snapshot): Id<SnapshotId>,
     params: Params,
+    _: NoFields,
 ) -> Result<StatusCode, ApiError> {
     params.finish()?;
     state.store().snapshot_delete(&account.user, &snapshot).await?;

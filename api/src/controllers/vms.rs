@@ -1,7 +1,8 @@
 //! VMs: create, list, show, start, stop, destroy, and how to reach them by SSH.
 
 use crate::http::{
-    Account, ApiError, AppState, Code, Fields, Id, List, Params, fields_bounded as bounded, refused, time,
+    Account, ApiError, AppState, Code, Fields, Id, List, NoFields, Params, fields_bounded as bounded,
+    refused, time,
 };
 use axum::Json;
 use axum::extract::State;
@@ -278,6 +279,7 @@ pub(crate) async fn start(
     account: Account,
     Id(vm): Id<VmId>,
     params: Params,
+    _: NoFields,
 ) -> Result<Json<VmView>, ApiError> {
     params.finish()?;
     let deadline = Instant::now() + state.settings().start_wait;
@@ -312,6 +314,7 @@ pub(crate) async fn stop(
     account: Account,
     Id(vm): Id<VmId>,
     params: Params,
+    _: NoFields,
 ) -> Result<Json<VmView>, ApiError> {
     params.finish()?;
     called(&state, &account, vm, Call::Stop).await.map(Json)
@@ -322,6 +325,7 @@ pub(crate) async fn suspend(
     account: Account,
     Id(vm): Id<VmId>,
     params: Params,
+    _: NoFields,
 ) -> Result<Json<VmView>, ApiError> {
     params.finish()?;
     // Whose it is first: nobody learns of another's VM.
@@ -347,6 +351,7 @@ pub(crate) async fn destroy(
     account: Account,
     Id(vm): Id<VmId>,
     params: Params,
+    _: NoFields,
 ) -> Result<StatusCode, ApiError> {
     params.finish()?;
     called(&state, &account, vm, Call::Destroy).await?;

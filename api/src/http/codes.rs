@@ -62,7 +62,7 @@ codes! {
     MethodNotAllowed = METHOD_NOT_ALLOWED "method_not_allowed", "The path does not take this method", "the header `Allow` lists what it takes";
     NotFound = NOT_FOUND "not_found", "There is nothing at this path", "compare it with `/docs`";
     PasswordWrong = FORBIDDEN "password_wrong", "`current_password` is not the password of the account", "send the right one, or reset it";
-    PayloadTooLarge = PAYLOAD_TOO_LARGE "payload_too_large", "The body is larger than 256 KiB", "send less";
+    PayloadTooLarge = PAYLOAD_TOO_LARGE "payload_too_large", "The body is larger than 256 KiB, or than 32 KiB without a key", "send less";
     PreconditionFailed = PRECONDITION_FAILED "precondition_failed", "It was changed since the version that If-Match names", "read it again, then decide again";
     QuotaExceeded = CONFLICT "quota_exceeded", "The account has as many of these as it may", "delete some, or ask the operator";
     RateLimited = TOO_MANY_REQUESTS "rate_limited", "Too many requests from this key, account or address", "wait as many seconds as `Retry-After` says";

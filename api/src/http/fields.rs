@@ -1,6 +1,6 @@
 //! A JSON body, taken apart field by field: each error names its field, and a field that nobody asked for is one too.
 
-use super::{ApiError, Code};
+use super::{Account, ApiError, Code};
 use axum::body::{Body, Bytes, to_bytes};
 use axum::extract::{FromRequest, Request};
 use axum::http::header;
@@ -11,6 +11,8 @@ use std::time::Duration;
 
 /// Longest body. A secret's value is 16 KiB at most, a prompt 64 KiB.
 const MAX_BODY: usize = 256 * 1024;
+/// Of who has shown no key: many at once hold little of the host's memory.
+const MAX_STRANGERS_BODY: usize = 32 * 1024;
 /// Longest wait for a body.
 pub(super) const BODY_TIMEOUT: Duration = Duration::from_secs(15);
 
@@ -26,7 +28,10 @@ impl<S: Send + Sync> FromRequest<S> for Fields {
             let essence = value.to_str().unwrap_or("").split(';').next().unwrap_or("").trim();
             essence.eq_ignore_ascii_case("application/json")
         });
-        let bytes = whole_body(request.into_body()).await?;
+        // Who has one was asked for it before.
+        let known = request.extensions().get::<Account>().is_some();
+        let most = if known { MAX_BODY } else { MAX_STRANGERS_BODY };
+        let bytes = read(request.into_body(), most).await?;
         if bytes.is_empty() {
             return Ok(Self(Map::new(), false));
         }
@@ -43,6 +48,18 @@ impl<S: Send + Sync> FromRequest<S> for Fields {
                 Err(ApiError::new(Code::InvalidJson, format!("The body is not valid JSON: {error}")))
             }
         }
+    }
+}
+
+/// Nothing, or an empty object: what a route takes that has nothing to be told.
+#[derive(Debug)]
+pub struct NoFields;
+
+impl<S: Send + Sync> FromRequest<S> for NoFields {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
+        Fields::from_request(request, state).await?.finish().map(|()| Self)
     }
 }
 
@@ -74,21 +91,25 @@ impl<'de> Deserialize<'de> for Object {
     }
 }
 
-/// The body, or why it cannot be had.
+/// The body of who has a key, or why it cannot be had.
 pub(super) async fn whole_body(body: Body) -> Result<Bytes, ApiError> {
-    match tokio::time::timeout(BODY_TIMEOUT, to_bytes(body, MAX_BODY)).await {
+    read(body, MAX_BODY).await
+}
+
+async fn read(body: Body, most: usize) -> Result<Bytes, ApiError> {
+    match tokio::time::timeout(BODY_TIMEOUT, to_bytes(body, most)).await {
         Ok(Ok(bytes)) => Ok(bytes),
-        Ok(Err(error)) => Err(unreadable(&error)),
+        Ok(Err(error)) => Err(unreadable(&error, most)),
         Err(_) => Err(ApiError::new(Code::RequestTimeout, "The request body did not arrive in time")),
     }
 }
 
-fn unreadable(error: &axum::Error) -> ApiError {
+fn unreadable(error: &axum::Error, most: usize) -> ApiError {
     use std::error::Error as _;
     let mut source = error.source();
     while let Some(inner) = source {
         if inner.is::<http_body_util::LengthLimitError>() {
-            let message = format!("The request body is larger than {} KiB", MAX_BODY / 1024);
+            let message = format!("The request body is larger than {} KiB", most / 1024);
             return ApiError::new(Code::PayloadTooLarge, message);
         }
         source = inner.source();

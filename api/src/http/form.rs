@@ -5,7 +5,7 @@
 
 use super::fields::BODY_TIMEOUT;
 use super::openapi::escape;
-use super::{ApiError, AppState};
+use super::{ApiError, AppState, Params};
 use axum::body::to_bytes;
 use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::http::request::Parts;
@@ -38,6 +38,33 @@ impl<S: Send + Sync> FromRequest<S> for Form {
 impl Form {
     pub(crate) fn field(&self, name: &str) -> &str {
         self.0.get(name).map_or("", String::as_str)
+    }
+}
+
+/// The ticket of a page's address, which has nothing else; empty if it has none.
+pub(crate) struct Ticket(pub(crate) String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Ticket {
+    type Rejection = Response;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Response> {
+        let read = Params::from_request_parts(parts, state).await.and_then(|mut params| {
+            let ticket = params.text("ticket").unwrap_or_default();
+            params.finish().map(|()| Self(ticket))
+        });
+        read.map_err(|error| failed(&error, parts.uri.path()))
+    }
+}
+
+/// The address of a page that has no parameters.
+pub(crate) struct NoParams;
+
+impl<S: Send + Sync> FromRequestParts<S> for NoParams {
+    type Rejection = Response;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Response> {
+        let read = Params::from_request_parts(parts, state).await.and_then(Params::finish);
+        read.map(|()| Self).map_err(|error| failed(&error, parts.uri.path()))
     }
 }
 

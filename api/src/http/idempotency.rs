@@ -49,6 +49,11 @@ async fn run(state: AppState, request: Request, next: Next) -> Result<Response, 
             let message = "The request with this Idempotency-Key still runs; try again shortly";
             Err(ApiError { retry_after: Some(1), ..ApiError::new(Code::RequestInProgress, message) })
         }
+        Known::Full => {
+            let message =
+                "Too many requests of this account with an Idempotency-Key run; wait for some to end";
+            Err(ApiError { retry_after: Some(1), ..ApiError::new(Code::RateLimited, message) })
+        }
         Known::Ended { status, body } => Ok(replay(status, body)),
         Known::New => {
             let request = Request::from_parts(parts, Body::from(body));

@@ -15,6 +15,9 @@ use std::time::{Duration, Instant};
 const CALLERS: usize = 50_000;
 /// How long after its last use a token is known to have been good.
 const TRUSTED_FOR: Duration = Duration::from_secs(3600);
+/// Mails with a link that somebody asked for, to one account: at once, and the time after which there is one more. A link works for
+/// an hour, so whoever was mailed as many has one that works.
+const MAILS: (u32, Duration) = (3, Duration::from_secs(1200));
 
 /// An allowance: so many at once, so many a minute in the long run.
 #[derive(Clone, Copy, Debug)]
@@ -95,11 +98,11 @@ pub(crate) struct Limiter<K> {
 
 impl<K: Clone + Eq + Hash> Limiter<K> {
     pub(crate) fn new(rate: Rate) -> Self {
-        Self {
-            interval: Duration::from_secs(60) / rate.per_minute.max(1),
-            burst: rate.burst.max(1),
-            empty_at: Mutex::default(),
-        }
+        Self::every(rate.burst, Duration::from_secs(60) / rate.per_minute.max(1))
+    }
+
+    fn every(burst: u32, interval: Duration) -> Self {
+        Self { interval, burst: burst.max(1), empty_at: Mutex::default() }
     }
 
     /// Takes one, or says how long to wait.
@@ -175,6 +178,8 @@ pub(crate) struct Limits {
     pub(crate) refused: Limiter<Peer>,
     pub(crate) password: Limiter<Peer>,
     pub(crate) device: Limiter<Peer>,
+    /// By the account that is mailed, whoever asks.
+    pub(crate) mail: Limiter<tapgate_model::UserId>,
     pub(crate) trusted: Trusted,
     pub(crate) streams: Streams,
 }
@@ -188,6 +193,7 @@ impl Limits {
             refused: Limiter::new(refused),
             password: Limiter::new(password),
             device: Limiter::new(device),
+            mail: Limiter::every(MAILS.0, MAILS.1),
             trusted: Trusted::default(),
             streams: Streams::default(),
         }

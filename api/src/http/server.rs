@@ -3,7 +3,7 @@
 //! Must never let a slow or endless client hold more than its one connection.
 
 use super::busy::Requests;
-use super::{Lingering, Peer, Prompt, tls::Tls};
+use super::{Lingering, Peer, Prompt, Taking, tls::Tls};
 use axum::Router;
 use axum::extract::ConnectInfo;
 use hyper::service::service_fn;
@@ -31,6 +31,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const GRACE: Duration = Duration::from_secs(5);
 /// A connection on which nothing was asked for so long is ended, as kindly as its protocol can.
 const IDLE: Duration = Duration::from_secs(120);
+/// For a client to take anything of an answer that waits for it.
+const UNTAKEN: Duration = Duration::from_secs(30);
 const MAX_HEADERS: usize = 64;
 /// Of all headers together.
 const MAX_HEAD: usize = 16 * 1024;
@@ -86,7 +88,7 @@ pub async fn serve_idling(
             continue;
         };
         let _ = stream.set_nodelay(true);
-        let stream = Lingering::new(stream);
+        let stream = Lingering::new(Taking::new(stream, UNTAKEN.min(idle)));
         let (http, router, tls) = (http.clone(), router.clone(), tls.clone());
         let stop = stop.clone();
         connections.spawn(async move {
@@ -99,12 +101,12 @@ pub async fn serve_idling(
                 }
             };
             match tls {
-                None => connection(&http, stream, peer, router, &requests, end).await,
+                None => connection(&http, stream, peer, router, &requests, end, idle).await,
                 Some(tls) => {
                     tls.refresh();
                     let config = tls.current();
                     if let Ok(Ok(stream)) = tokio::time::timeout(PATIENCE, handshake(stream, config)).await {
-                        connection(&http, stream, peer, router, &requests, end).await;
+                        connection(&http, stream, peer, router, &requests, end, idle).await;
                     }
                 }
             }
@@ -147,13 +149,13 @@ impl Drop for Guest {
 }
 
 async fn handshake(
-    stream: Lingering<TcpStream>,
+    stream: Lingering<Taking<TcpStream>>,
     config: Arc<ServerConfig>,
-) -> std::io::Result<tokio_rustls::server::TlsStream<Lingering<TcpStream>>> {
+) -> std::io::Result<tokio_rustls::server::TlsStream<Lingering<Taking<TcpStream>>>> {
     LazyConfigAcceptor::new(Acceptor::default(), stream).await?.into_stream(config).await
 }
 
-/// Serves one connection until it ends by itself, or its running requests have after `end`.
+/// Serves one connection until it ends by itself, or its running requests have after `end`, or so `long` after it.
 async fn connection<I>(
     http: &Builder<TokioExecutor>,
     stream: I,
@@ -161,6 +163,7 @@ async fn connection<I>(
     router: Router,
     requests: &Requests,
     end: impl Future<Output = ()>,
+    long: Duration,
 ) where
     I: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
 {
@@ -178,7 +181,11 @@ async fn connection<I>(
         ended = connection.as_mut() => ended,
         () = end => {
             connection.as_mut().graceful_shutdown();
-            connection.await
+            // What was answered may still be on its way, but over HTTP/2 a client may never make room for it.
+            match tokio::time::timeout(long, connection).await {
+                Ok(ended) => ended,
+                Err(_) => return tracing::debug!("api.connection_cut"),
+            }
         }
     };
     if let Err(error) = ended {

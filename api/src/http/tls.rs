@@ -17,9 +17,12 @@ pub struct Tls {
 #[derive(Debug)]
 struct Loaded {
     config: Arc<ServerConfig>,
-    changed: Option<SystemTime>,
+    changed: Changed,
     until_us: i64,
 }
+
+/// When each of the files was written; one may be older than the other, and be exchanged for one that is older still.
+type Changed = [Option<SystemTime>; 2];
 
 /// Why a certificate cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -76,9 +79,8 @@ impl Tls {
     }
 }
 
-fn changed(cert: &PathBuf, key: &PathBuf) -> Option<SystemTime> {
-    let at = |path| std::fs::metadata(path).and_then(|meta| meta.modified()).ok();
-    at(cert).max(at(key))
+fn changed(cert: &PathBuf, key: &PathBuf) -> Changed {
+    [cert, key].map(|path| std::fs::metadata(path).and_then(|meta| meta.modified()).ok())
 }
 
 fn read(cert: &PathBuf, key: &PathBuf) -> Result<Loaded, TlsError> {

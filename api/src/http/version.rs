@@ -21,10 +21,18 @@ impl<S: Send + Sync> FromRequestParts<S> for IfMatch {
             let wrong = || ApiError::new(Code::InvalidIfMatch, "If-Match must be * or tags as ETag has them");
             for tag in value.to_str().map_err(|_| wrong())?.split(',').map(str::trim) {
                 if tag == "*" {
-                    return Ok(Self(Expected::any()));
+                    return Ok(Self(Expected::there()));
                 }
-                let tag = tag.strip_prefix('"').and_then(|tag| tag.strip_suffix('"')).ok_or_else(wrong)?;
-                versions.push(tag.to_owned());
+                // Ours are strong, and a weak one is never the same as a strong one (RFC 9110, section 8.8.3.2).
+                let weak = tag.strip_prefix("W/");
+                let tag = weak
+                    .unwrap_or(tag)
+                    .strip_prefix('"')
+                    .and_then(|tag| tag.strip_suffix('"'))
+                    .ok_or_else(wrong)?;
+                if weak.is_none() {
+                    versions.push(tag.to_owned());
+                }
             }
         }
         Ok(Self(if given { Expected::one_of(versions) } else { Expected::any() }))

@@ -6,6 +6,8 @@ use crate::pool::{Durability, connect};
 use crate::seal::{SealError, SealKey};
 use crate::store::Store;
 use rusqlite::params;
+use std::fs::Permissions;
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::Path;
 
 /// What is sealed, answers kept for retries aside: table, id column, sealed column, and the name that it is sealed under.
@@ -62,11 +64,15 @@ impl Store {
             let path = path.to_owned();
             move |source| StoreError::Io { path, source }
         };
+        // Others may look into the folder itself, for guests' programs pass through it.
+        let private = |path: &Path| std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
         let beside = folder.join(format!("restoring-{}", std::process::id()));
-        std::fs::create_dir_all(&beside).map_err(io(&beside))?;
+        private(&beside).map_err(io(&beside))?;
         for name in FILES {
-            let from = backup.join(name);
-            std::fs::copy(&from, beside.join(name)).map_err(io(&from))?;
+            let (from, to) = (backup.join(name), beside.join(name));
+            std::fs::copy(&from, &to).map_err(io(&from))?;
+            // Not as the backup's file is, which may have come from anywhere.
+            std::fs::set_permissions(&to, Permissions::from_mode(0o600)).map_err(io(&to))?;
         }
         let checked = Self::open(&beside, key);
         if let Err(error) = checked {
@@ -83,7 +89,7 @@ impl Store {
         }
         let now = jiff::Timestamp::now().as_second();
         let aside = folder.join(format!("before-restore-{now}"));
-        std::fs::create_dir(&aside).map_err(io(&aside))?;
+        private(&aside).map_err(io(&aside))?;
         for name in FILES {
             for suffix in ["", "-wal", "-shm"] {
                 let old = folder.join(format!("{name}{suffix}"));

@@ -11,6 +11,17 @@ use tapgate_model::{SnapshotId, VmId};
 /// How many deleted snapshots are answered at a time.
 const COLLECTED: usize = 1000;
 
+// VMs that are destroyed stay for good: neither goes through them.
+pub(crate) const RESTING: &str = "SELECT v.id, v.snapshot FROM vms v JOIN snapshots s ON s.id = v.snapshot
+     WHERE s.deleted_at IS NOT NULL AND s.collected_at IS NULL
+       AND v.detail <> 'destroyed' AND v.detail IN ('stopping', 'stopped', 'failed')";
+pub(crate) const UNUSED: &str =
+    "SELECT id FROM snapshots WHERE deleted_at IS NOT NULL AND collected_at IS NULL
+       AND status NOT IN ('pending', 'uploading') AND id NOT IN (
+           SELECT snapshot FROM vms WHERE snapshot IS NOT NULL
+              AND detail <> 'destroyed' AND detail IN ('queued', 'creating', 'starting'))
+     ORDER BY seq";
+
 impl Store {
     /// Deleted snapshots whose bytes may go: no VM is being made from them, and none that rests would be at its next start,
     /// as far as `has_disk` knows.
@@ -20,11 +31,7 @@ impl Store {
     ) -> Result<Vec<SnapshotId>> {
         self.db
             .read(move |db| {
-                let mut resting = db.prepare_cached(
-                    "SELECT v.id, v.snapshot FROM vms v JOIN snapshots s ON s.id = v.snapshot
-                     WHERE s.deleted_at IS NOT NULL AND s.collected_at IS NULL
-                     AND v.detail IN ('stopping', 'stopped', 'failed')",
-                )?;
+                let mut resting = db.prepare_cached(RESTING)?;
                 let resting =
                     resting.query_map([], |row| Ok((id::<VmId>(row, "id")?, id(row, "snapshot")?)))?;
                 let mut held: HashSet<SnapshotId> = HashSet::new();
@@ -34,13 +41,7 @@ impl Store {
                         held.insert(snapshot);
                     }
                 }
-                let mut statement = db.prepare_cached(
-                    "SELECT id FROM snapshots WHERE deleted_at IS NOT NULL AND collected_at IS NULL
-                     AND status NOT IN ('pending', 'uploading') AND id NOT IN (
-                         SELECT snapshot FROM vms
-                         WHERE snapshot IS NOT NULL AND detail IN ('queued', 'creating', 'starting'))
-                     ORDER BY seq",
-                )?;
+                let mut statement = db.prepare_cached(UNUSED)?;
                 let found = statement.query_map([], |row| id(row, "id"))?;
                 let free = found.filter(|row| row.as_ref().map_or(true, |snapshot| !held.contains(snapshot)));
                 Ok(free.take(COLLECTED).collect::<rusqlite::Result<_>>()?)

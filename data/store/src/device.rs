@@ -17,6 +17,8 @@ const LIFE: i64 = 15 * 60 * 1_000_000;
 /// Open codes for one requester.
 const OPEN: i64 = 10;
 
+pub(crate) const LONG_OVER: &str = "DELETE FROM device_codes WHERE expires_at < ?1";
+
 /// A fresh code.
 #[derive(Clone, Debug)]
 pub struct DeviceCode {
@@ -57,7 +59,7 @@ impl Store {
         self.db
             .write(move |tx| {
                 let now = now_us();
-                tx.execute("DELETE FROM device_codes WHERE expires_at < ?1", [now - LIFE])?;
+                tx.execute(LONG_OVER, [now - LIFE])?;
                 let open: i64 = tx.query_row(
                     "SELECT count(*) FROM device_codes WHERE requester = ?1 AND expires_at > ?2",
                     params![requester, now],

@@ -1,9 +1,12 @@
 //! Answers kept for retries.
 
+mod room;
+
 use crate::error::Result;
 use crate::seal::SealKey;
 use crate::store::Store;
 use crate::time::now_us;
+use room::BOUNDS;
 use rusqlite::{OptionalExtension as _, Transaction, params};
 use tapgate_model::UserId;
 
@@ -11,8 +14,6 @@ use tapgate_model::UserId;
 const KEPT: i64 = 86_400_000_000;
 /// After this, one that never ended (the daemon was killed) no longer stands in the way.
 const RUNNING: i64 = 300_000_000;
-/// Answers of one account at most; the oldest goes first.
-const MOST: i64 = 10_000;
 /// The name that answers are sealed under.
 const TABLE: &str = "idempotency";
 
@@ -32,6 +33,8 @@ pub enum Known {
     },
     /// The key was used for another request.
     Other,
+    /// As many requests of the account run as may.
+    Full,
 }
 
 fn row(user: &str, key: &str) -> String {
@@ -40,19 +43,25 @@ fn row(user: &str, key: &str) -> String {
 
 /// Seals the kept answers with the key's newest part: a retry after a rotation is answered all the same.
 pub(crate) fn seal_anew(tx: &Transaction<'_>, seal: &SealKey) -> Result<usize> {
-    let mut select = tx.prepare("SELECT user, key, body FROM idempotency WHERE body IS NOT NULL")?;
-    let rows: Vec<(String, String, Vec<u8>)> = select
-        .query_map([], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?
-        .collect::<rusqlite::Result<_>>()?;
-    for (user, key, body) in &rows {
-        let name = row(user, key);
-        let body = seal.seal(TABLE, &name, &seal.open(TABLE, &name, body)?)?;
+    let next = "SELECT user, key, body FROM idempotency
+                WHERE (user, key) > (?1, ?2) AND body IS NOT NULL ORDER BY user, key LIMIT 1";
+    let (mut next, mut at, mut count) = (tx.prepare(next)?, (String::new(), String::new()), 0);
+    // One at a time: all of them together may be large.
+    while let Some((user, key, body)) = next
+        .query_row(params![at.0, at.1], |row| {
+            Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?, row.get::<_, Vec<u8>>(2)?))
+        })
+        .optional()?
+    {
+        let name = row(&user, &key);
+        let body = seal.seal(TABLE, &name, &seal.open(TABLE, &name, &body)?)?;
         tx.execute(
             "UPDATE idempotency SET body = ?3 WHERE user = ?1 AND key = ?2",
             params![user, key, body],
         )?;
+        (at, count) = ((user, key), count + 1);
     }
-    Ok(rows.len())
+    Ok(count)
 }
 
 impl Store {
@@ -62,11 +71,8 @@ impl Store {
         self.db
             .write(move |tx| {
                 let now = now_us();
-                tx.execute("DELETE FROM idempotency WHERE created_at < ?1", [now - KEPT])?;
-                tx.execute(
-                    "DELETE FROM idempotency WHERE status IS NULL AND created_at < ?1 AND user = ?2 AND key = ?3",
-                    params![now - RUNNING, user.as_str(), key],
-                )?;
+                tx.prepare_cached(room::TOO_OLD)?.execute([now - KEPT])?;
+                tx.prepare_cached(room::GIVEN_UP)?.execute(params![user.as_str(), now - RUNNING])?;
                 type Found = (Vec<u8>, Option<u16>, Option<Vec<u8>>);
                 let found: Option<Found> = tx
                     .query_row(
@@ -82,16 +88,13 @@ impl Store {
                         Ok(Known::Ended { status, body })
                     }
                     Some(_) => Ok(Known::Running),
+                    None if room::is_full(tx, &BOUNDS, user.as_str())? => Ok(Known::Full),
                     None => {
-                        tx.execute(
-                            "DELETE FROM idempotency WHERE user = ?1 AND key IN (
-                                 SELECT key FROM idempotency WHERE user = ?1 ORDER BY created_at DESC LIMIT -1 OFFSET ?2)",
-                            params![user.as_str(), MOST - 1],
-                        )?;
                         tx.execute(
                             "INSERT INTO idempotency (user, key, fingerprint, created_at) VALUES (?1, ?2, ?3, ?4)",
                             params![user.as_str(), key, fingerprint, now],
                         )?;
+                        room::make(tx, &BOUNDS, user.as_str(), &key)?;
                         Ok(Known::New)
                     }
                 }
@@ -124,7 +127,7 @@ impl Store {
                         ],
                     )?,
                 };
-                Ok(())
+                room::make(tx, &BOUNDS, user.as_str(), &key)
             })
             .await
     }

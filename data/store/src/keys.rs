@@ -63,7 +63,7 @@ pub(crate) fn hash(token: &str) -> Vec<u8> {
 
 /// Whether the account may have another key.
 pub(crate) fn room(tx: &Transaction<'_>, user: &UserId, limit: u32) -> Result<()> {
-    let count = "SELECT count(*) FROM api_keys WHERE user = ?1 AND revoked_at IS NULL";
+    let count = "SELECT count(*) FROM api_keys WHERE user = ?1";
     quota(tx, "API keys", count, user.as_str(), limit)
 }
 
@@ -100,7 +100,7 @@ impl Store {
                     .prepare_cached(
                         "SELECT k.id AS id, k.user AS user, k.last_used_at AS used FROM api_keys k
                          JOIN users u ON u.id = k.user
-                         WHERE k.hash = ?1 AND k.revoked_at IS NULL AND u.disabled = 0",
+                         WHERE k.hash = ?1 AND u.disabled = 0",
                     )?
                     .query_row([hash], |row| {
                         let caller = Caller { user: id(row, "user")?, key: id(row, "id")? };
@@ -139,14 +139,14 @@ impl Store {
             .await
     }
 
-    /// The account's keys that are not revoked, oldest first.
+    /// The account's keys, oldest first.
     pub async fn keys(&self, user: &UserId) -> Result<Vec<ApiKeyRecord>> {
         let user = user.clone();
         self.db
             .read(move |db| {
                 let mut statement = db.prepare_cached(
                     "SELECT id, name, created_at, last_used_at FROM api_keys
-                     WHERE user = ?1 AND revoked_at IS NULL ORDER BY created_at, seq",
+                     WHERE user = ?1 ORDER BY created_at, seq",
                 )?;
                 let keys = statement.query_map([user.as_str()], read)?.collect::<rusqlite::Result<_>>()?;
                 Ok(keys)
@@ -160,22 +160,22 @@ impl Store {
         self.db
             .read(move |db| {
                 let sql = "SELECT EXISTS (SELECT 1 FROM api_keys k JOIN users u ON u.id = k.user
-                           WHERE k.id = ?1 AND k.revoked_at IS NULL AND u.disabled = 0)";
+                           WHERE k.id = ?1 AND u.disabled = 0)";
                 Ok(db.prepare_cached(sql)?.query_row([key.as_str()], |row| row.get(0))?)
             })
             .await
     }
 
-    /// Revokes a key at once.
+    /// Revokes a key at once. Nothing of it is kept: keys may be made and revoked without end.
     pub async fn key_revoke(&self, user: &UserId, key: &ApiKeyId) -> Result<()> {
         let (user, key) = (user.clone(), key.clone());
         self.db
             .write(move |tx| {
-                let changed = tx.execute(
-                    "UPDATE api_keys SET revoked_at = ?3 WHERE id = ?2 AND user = ?1 AND revoked_at IS NULL",
-                    params![user.as_str(), key.as_str(), now_us()],
+                let gone = tx.execute(
+                    "DELETE FROM api_keys WHERE id = ?2 AND user = ?1",
+                    params![user.as_str(), key.as_str()],
                 )?;
-                if changed == 0 { Err(StoreError::NotFound(Kind::ApiKey)) } else { Ok(()) }
+                if gone == 0 { Err(StoreError::NotFound(Kind::ApiKey)) } else { Ok(()) }
             })
             .await
     }

@@ -14,6 +14,7 @@ const TAPGATE: &[&str] = &[
     include_str!("migrations/tapgate-3.sql"),
     include_str!("migrations/tapgate-4.sql"),
     include_str!("migrations/tapgate-5.sql"),
+    include_str!("migrations/tapgate-6.sql"),
 ];
 const AUDIT: &[&str] = &[
     include_str!("migrations/audit-1.sql"),
@@ -163,6 +164,39 @@ mod tests {
                     assert_eq!(usize::try_from(of("PRAGMA user_version")).unwrap(), version);
                 }
             }
+        }
+    }
+
+    /// However much was there once: what is destroyed stays for good, and codes come from anywhere.
+    #[test]
+    fn no_statement_goes_through_all_that_ever_was() {
+        use crate::{collection, device, vms};
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tapgate.db");
+        prepare_main(&path).unwrap();
+        let db = connect(&path, Durability::Full, true).unwrap();
+        for sql in [
+            vms::MEMORY_TAKEN,
+            vms::DISK_TAKEN,
+            vms::LIVING,
+            vms::HELD,
+            vms::LIVING_STATES,
+            collection::RESTING,
+            collection::UNUSED,
+            device::LONG_OVER,
+        ] {
+            let mut plan = db.prepare(&format!("EXPLAIN QUERY PLAN {sql}")).unwrap();
+            let none: Vec<Option<i64>> = vec![None; plan.parameter_count()];
+            let rows = plan.query_map(rusqlite::params_from_iter(none), |row| row.get(3)).unwrap();
+            let lines: Vec<String> = rows.map(std::result::Result::unwrap).collect();
+            // Of these indexes all rows are what there is now.
+            let now = ["vms_port", "vms_slot", "vms_living", "snapshots_uncollected"];
+            let bad = |line: &&String| {
+                line.starts_with("SCAN") && !now.iter().any(|index| line.contains(&format!("INDEX {index}")))
+                    || line.contains("INDEX vms_detail")
+                    || line.contains("INDEX vms_created")
+            };
+            assert!(!lines.iter().any(|line| bad(&line)), "{lines:?}: {sql}");
         }
     }
 

@@ -5,6 +5,8 @@ mod record;
 
 pub(crate) use create::insert;
 pub use create::{Capacity, NewVm};
+#[cfg(test)]
+pub(crate) use create::{DISK_TAKEN, HELD, LIVING, MEMORY_TAKEN};
 pub use record::{CaPem, Desired, Resources, VmRecord};
 
 use crate::error::{Conflict, Kind, Result, StoreError};
@@ -42,6 +44,8 @@ pub enum VmSort {
     /// Name.
     Name,
 }
+
+pub(crate) const LIVING_STATES: &str = "SELECT id, detail FROM vms WHERE detail <> 'destroyed'";
 
 /// The VM if it is the user's; else the answer for one that never was.
 pub(crate) fn owned(db: &Connection, user: &UserId, vm: &VmId) -> Result<VmRecord> {
@@ -112,8 +116,7 @@ impl Store {
     pub async fn vms_living_states(&self) -> Result<Vec<(VmId, StatusDetail)>> {
         self.db
             .read(|db| {
-                let mut statement =
-                    db.prepare_cached("SELECT id, detail FROM vms WHERE detail <> 'destroyed'")?;
+                let mut statement = db.prepare_cached(LIVING_STATES)?;
                 let rows = statement.query_map([], |row| {
                     let detail: String = row.get("detail")?;
                     let detail = StatusDetail::from_word(&detail);

@@ -4,6 +4,7 @@
 mod common;
 
 use common::*;
+use std::os::unix::fs::PermissionsExt as _;
 use std::sync::Arc;
 use tapgate_model::lifecycle::{Call, Refusal};
 use tapgate_model::policy::SecretsOverHttp;
@@ -279,7 +280,7 @@ async fn pages_stay_right_while_rows_come_and_go() {
 
 #[tokio::test]
 async fn keys_authenticate_until_revoked() {
-    let (_folder, store) = fresh();
+    let (folder, store) = fresh();
     let user = user(&store, "a@example.com").await;
     let issued = store.key_create(&user, "ci", 2).await.unwrap();
     assert!(matches!(
@@ -296,6 +297,12 @@ async fn keys_authenticate_until_revoked() {
     store.user_disable(&user, false).await.unwrap();
     store.key_revoke(&user, &issued.record.id).await.unwrap();
     assert!(store.authenticate(&issued.token).await.unwrap().is_none());
+    let again = store.key_revoke(&user, &issued.record.id).await;
+    assert!(matches!(again, Err(StoreError::NotFound(Kind::ApiKey))));
+    // Keys are made and revoked as often as anybody likes: nothing stays.
+    let db = rusqlite::Connection::open(folder.path().join("db/tapgate.db")).unwrap();
+    let rows = db.query_row("SELECT count(*) FROM api_keys", [], |row| row.get::<_, i64>(0)).unwrap();
+    assert_eq!(rows, 1, "the first, which came with the account");
 }
 
 #[tokio::test]
@@ -484,6 +491,25 @@ async fn a_rotated_key_seals_everything_and_the_old_one_nothing() {
     assert!(store.audit().verify().await.unwrap().is_ok());
 }
 
+/// What an account's retries find is bounded in octets as well; a request that runs all the while is not run beside itself.
+#[tokio::test]
+async fn answers_for_retries_take_no_more_than_their_octets() {
+    let (_folder, store) = fresh();
+    let user = user(&store, "a@example.com").await;
+    store.idempotency_begin(&user, "slow", vec![1]).await.unwrap();
+    for key in 0..40 {
+        store.idempotency_begin(&user, &key.to_string(), vec![1]).await.unwrap();
+        let answer = Some((201, vec![b'x'; 256 * 1024]));
+        store.idempotency_end(&user, &key.to_string(), answer).await.unwrap();
+    }
+    let known = async |key: &str| store.idempotency_begin(&user, key, vec![1]).await.unwrap();
+    assert!(matches!(known("slow").await, Known::Running));
+    assert!(
+        matches!(known("39").await, Known::Ended { .. }) && matches!(known("15").await, Known::Ended { .. })
+    );
+    assert!(matches!(known("0").await, Known::New));
+}
+
 #[tokio::test]
 async fn a_backup_is_put_back_and_what_was_there_is_kept() {
     let (folder, store) = fresh();
@@ -503,7 +529,17 @@ async fn a_backup_is_put_back_and_what_was_there_is_kept() {
         "now",
         "refused ones change nothing"
     );
+    // A backup that came by another way than ours: others may read it, and nobody may what is made of it.
+    let mode = |path: &std::path::Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    for name in ["tapgate.db", "audit.db"] {
+        let open_to_all = std::fs::Permissions::from_mode(0o644);
+        std::fs::set_permissions(backup.join(name), open_to_all).unwrap();
+    }
     let aside = Store::restore(&db, &backup, key()).unwrap();
+    assert_eq!(mode(&aside), 0o700);
+    for name in ["tapgate.db", "audit.db"] {
+        assert_eq!((mode(&db.join(name)), mode(&aside.join(name))), (0o600, 0o600), "{name}");
+    }
     assert_eq!(open(folder.path()).env(&user, "E").await.unwrap().value, "then");
     let before = Store::open(&aside, key()).unwrap();
     assert_eq!(before.env(&user, "E").await.unwrap().value, "now");

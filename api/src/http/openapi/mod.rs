@@ -8,9 +8,13 @@ mod schemas;
 
 pub(crate) use page::escape;
 
-use axum::Json;
-use axum::response::Html;
+use super::form::NoParams;
+use super::{ApiError, Params};
+use axum::body::Bytes;
+use axum::http::header;
+use axum::response::IntoResponse;
 use serde_json::{Value, json};
+use std::sync::LazyLock;
 
 /// The document.
 pub fn document() -> Value {
@@ -45,10 +49,15 @@ pub fn document() -> Value {
     })
 }
 
-pub(super) async fn json_document() -> Json<Value> {
-    Json(document())
+/// Both are the same for everybody, and anybody may ask: they are put together once.
+static JSON: LazyLock<Bytes> = LazyLock::new(|| document().to_string().into());
+static PAGE: LazyLock<Bytes> = LazyLock::new(|| page::render(&document()).into());
+
+pub(super) async fn json_document(params: Params) -> Result<impl IntoResponse, ApiError> {
+    params.finish()?;
+    Ok(([(header::CONTENT_TYPE, "application/json")], JSON.clone()))
 }
 
-pub(super) async fn html_page() -> Html<String> {
-    Html(page::render(&document()))
+pub(super) async fn html_page(_: NoParams) -> impl IntoResponse {
+    ([(header::CONTENT_TYPE, "text/html; charset=utf-8")], PAGE.clone())
 }

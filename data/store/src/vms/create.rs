@@ -49,6 +49,17 @@ pub struct Capacity {
     pub disk_bytes: u64,
 }
 
+// Destroyed VMs stay for good: none of these goes through them.
+pub(crate) const MEMORY_TAKEN: &str = "SELECT count(*), coalesce(sum(memory_mib), 0) FROM vms
+     WHERE detail <> 'destroyed'
+       AND (detail IN ('queued', 'creating', 'starting', 'running', 'ready', 'stopping')
+            OR (detail = 'destroying' AND handle IS NOT NULL))";
+pub(crate) const DISK_TAKEN: &str =
+    "SELECT coalesce(sum(disk_bytes), 0) FROM vms WHERE detail <> 'destroyed'";
+pub(crate) const LIVING: &str = "SELECT count(*) FROM vms WHERE user = ?1 AND detail <> 'destroyed'
+     AND (detail <> 'destroying' OR handle IS NOT NULL)";
+pub(crate) const HELD: &str = "SELECT count(*) FROM vms WHERE user = ?1 AND detail <> 'destroyed'";
+
 impl Default for Capacity {
     fn default() -> Self {
         Self { memory_mib: u64::MAX, overhead_mib: 0, disk_bytes: u64::MAX }
@@ -58,13 +69,8 @@ impl Default for Capacity {
 impl Capacity {
     /// Refuses a VM whose memory would be more than is there.
     pub(super) fn check_memory(&self, tx: &Transaction<'_>, vm: Resources) -> Result<()> {
-        let (count, sum): (i64, i64) = tx.query_row(
-            "SELECT count(*), coalesce(sum(memory_mib), 0) FROM vms
-             WHERE detail IN ('queued', 'creating', 'starting', 'running', 'ready', 'stopping')
-                OR (detail = 'destroying' AND handle IS NOT NULL)",
-            [],
-            |row| Ok((row.get(0)?, row.get(1)?)),
-        )?;
+        let (count, sum): (i64, i64) =
+            tx.query_row(MEMORY_TAKEN, [], |row| Ok((row.get(0)?, row.get(1)?)))?;
         let number = |n: i64| u64::try_from(n).unwrap_or(0);
         let taken = number(sum).saturating_add(number(count).saturating_mul(self.overhead_mib));
         let free_mib = self.memory_mib.saturating_sub(taken);
@@ -77,8 +83,7 @@ impl Capacity {
     }
 
     fn check_disk(&self, tx: &Transaction<'_>, vm: Resources) -> Result<()> {
-        let query = "SELECT coalesce(sum(disk_bytes), 0) FROM vms WHERE detail <> 'destroyed'";
-        let sum: i64 = tx.query_row(query, [], |row| row.get(0))?;
+        let sum: i64 = tx.query_row(DISK_TAKEN, [], |row| row.get(0))?;
         let free = self.disk_bytes.saturating_sub(u64::try_from(sum).unwrap_or(0));
         if vm.disk_bytes <= free { Ok(()) } else { Err(Conflict::HostDisk { free_gib: free >> 30 }.into()) }
     }
@@ -111,12 +116,9 @@ pub(crate) fn insert(store: &Store, tx: &Transaction<'_>, new: &NewVm) -> Result
         return Err(Conflict::VmName.into());
     }
     // One that is being destroyed counts as long as it may still run.
-    let living = "SELECT count(*) FROM vms WHERE user = ?1 AND detail <> 'destroyed'
-                  AND (detail <> 'destroying' OR handle IS NOT NULL)";
-    quota(tx, "VMs", living, user, new.quota)?;
+    quota(tx, "VMs", LIVING, user, new.quota)?;
     // What is being destroyed holds its address and its disk until that is done: nobody has any number of these either.
-    let held = "SELECT count(*) FROM vms WHERE user = ?1 AND detail <> 'destroyed'";
-    quota(tx, "VMs, with those that are being destroyed", held, user, new.quota.saturating_mul(2))?;
+    quota(tx, "VMs, with those that are being destroyed", HELD, user, new.quota.saturating_mul(2))?;
     let mut clone = false;
     if let Some(snapshot) = &new.snapshot {
         let found: Option<(String, String)> = tx
