@@ -11,6 +11,7 @@ use crate::{
     secret::{
         known::{Known, Made, Shelf},
         patterns::Patterns,
+        room::Decoders,
     },
     throttle::Throttle,
     unread::Unread,
@@ -65,6 +66,8 @@ pub(crate) struct VmEntry {
     pub heads: Unread,
     /// Its requests under way.
     pub burden: Burden,
+    /// Its answers that have to be decoded.
+    pub decoders: Decoders,
     /// New connections: tokens left, and when they were counted last.
     arrivals: Mutex<(f64, Instant)>,
 }
@@ -182,6 +185,7 @@ impl PolicyTable {
             uploads: Unread::default(),
             heads: Unread::default(),
             burden: Burden::default(),
+            decoders: Decoders::default(),
             arrivals: Mutex::new((f64::from(limits.new_per_second) * 2.0, Instant::now())),
         });
         let gone = self.change(|state| {
