@@ -5,7 +5,7 @@ use crate::{
     config::Limits,
     dns::pins::Pins,
     http::burden::Burden,
-    intercept::ca::VmCa,
+    intercept::{ca::VmCa, leaf::Leaves},
     place::{Place, Places},
     registry::{Registry, Subject, Ticket},
     secret::{
@@ -37,6 +37,8 @@ pub(crate) struct VmEntry {
     pub net: GuestNet,
     /// Its CA.
     pub ca: Arc<VmCa>,
+    /// What that minted.
+    pub leaves: Leaves,
     /// Its policy of the moment.
     pub policy: ArcSwap<VmPolicy>,
     /// What DNS gave it.
@@ -169,6 +171,7 @@ impl PolicyTable {
         let entry = Arc::new(VmEntry {
             net,
             ca,
+            leaves: Leaves::default(),
             policy: ArcSwap::new(policy),
             pins: Pins::new(limits.pins),
             live: Arc::default(),
