@@ -135,7 +135,8 @@ impl Conn {
         let mut record = self.record(Protocol::Http, Verdict::Deny { reason }, None);
         record.counters.out.fetch_add(raw.len() as u64, Ordering::Relaxed);
         record.status(deny::status_for(reason).as_u16());
-        let detail = Some("the request line is too long, or was not finished");
+        let detail =
+            Some("the first line is no request line as HTTP/1.1 has it, is too long, or was not finished");
         let response =
             Denial { reason, host: None, event: record.id(), detail }.response(&http::HeaderMap::new());
         let head = format!(

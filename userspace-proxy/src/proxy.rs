@@ -8,7 +8,6 @@ use crate::{
     dial::Dialer,
     dns,
     http::{pool::Pool, upstream::Connector},
-    intercept::leaf::Leaves,
     listener::{Family, Listeners},
     resolve::Resolve,
     splice::Pipes,
@@ -51,7 +50,7 @@ pub(crate) struct Shared {
     pub(crate) table: Arc<PolicyTable>,
     pub(crate) sink: Arc<dyn AuditSink>,
     pub(crate) connector: Connector,
-    pub(crate) leaves: Leaves,
+    pub(crate) provider: Arc<CryptoProvider>,
     pub(crate) pool: Pool,
     pub(crate) pipes: Pipes,
     pub(crate) stop: CancellationToken,
@@ -86,7 +85,7 @@ impl Proxy {
         let dialer = Dialer { resolve, table: self.table.clone(), patience };
         Ok(Arc::new(Shared {
             connector: Connector::new(dialer, &trust, patience)?,
-            leaves: Leaves::new(provider),
+            provider,
             pool: Pool::default(),
             pipes: Pipes::default(),
             config: self.config,

@@ -5,10 +5,13 @@ use crate::{
     config::Limits,
     dns::pins::Pins,
     http::burden::Burden,
-    intercept::ca::VmCa,
+    intercept::{ca::VmCa, leaf::Leaves},
     place::{Place, Places},
     registry::{Registry, Subject, Ticket},
-    secret::known::{Known, Made, Scope, Shelf},
+    secret::{
+        known::{Known, Made, Scope, Shelf},
+        room::Decoders,
+    },
     throttle::Throttle,
     unread::Unread,
     window::Windows,
@@ -32,6 +35,8 @@ pub(crate) struct VmEntry {
     pub net: GuestNet,
     /// Its CA.
     pub ca: Arc<VmCa>,
+    /// What that minted.
+    pub leaves: Leaves,
     /// Its policy of the moment.
     pub policy: ArcSwap<VmPolicy>,
     /// What DNS gave it.
@@ -61,6 +66,8 @@ pub(crate) struct VmEntry {
     pub heads: Unread,
     /// Its requests under way.
     pub burden: Burden,
+    /// Its answers that have to be decoded.
+    pub decoders: Decoders,
     /// New connections: tokens left, and when they were counted last.
     arrivals: Mutex<(f64, Instant)>,
 }
@@ -159,6 +166,7 @@ impl PolicyTable {
         let entry = Arc::new(VmEntry {
             net,
             ca,
+            leaves: Leaves::default(),
             policy: ArcSwap::new(policy),
             pins: Pins::new(limits.pins),
             live: Arc::default(),
@@ -175,6 +183,7 @@ impl PolicyTable {
             uploads: Unread::default(),
             heads: Unread::default(),
             burden: Burden::default(),
+            decoders: Decoders::default(),
             arrivals: Mutex::new((f64::from(limits.new_per_second) * 2.0, Instant::now())),
         });
         let gone = self.change(|state| {

@@ -3,8 +3,14 @@
 
 mod support;
 
-use support::{ATTACKER, OTHER, SERVER, World, world};
-use tapgate_model::{Mode, Protocol, Reason, Verdict};
+use rustls::{
+    ClientConfig, NamedGroup,
+    client::{ClientSessionStore, Resumption, Tls12ClientSessionValue, Tls13ClientSessionValue},
+};
+use rustls_pki_types::ServerName;
+use std::{net::Ipv4Addr, sync::Arc};
+use support::{ATTACKER, GUEST, OTHER, SERVER, World, world};
+use tapgate_model::{GuestNet, Mode, Protocol, Reason, Verdict, VmId, VmPolicy};
 
 const VALUE: &str = "ghp_realvalue0123456789";
 
@@ -314,6 +320,59 @@ fn sessions_are_resumed_and_only_for_their_own_name() {
         }
         use rustls::HandshakeKind::{Full, Resumed};
         assert_eq!(kinds, [Full, Resumed, Full]);
+    });
+}
+
+/// A client that offers the tickets of one name to every other.
+#[derive(Debug, Default)]
+struct Mixed(std::sync::Mutex<Vec<Tls13ClientSessionValue>>);
+
+impl ClientSessionStore for Mixed {
+    fn set_kx_hint(&self, _: ServerName<'static>, _: NamedGroup) {}
+    fn kx_hint(&self, _: &ServerName<'_>) -> Option<NamedGroup> {
+        None
+    }
+    fn set_tls12_session(&self, _: ServerName<'static>, _: Tls12ClientSessionValue) {}
+    fn tls12_session(&self, _: &ServerName<'_>) -> Option<Tls12ClientSessionValue> {
+        None
+    }
+    fn remove_tls12_session(&self, _: &ServerName<'static>) {}
+    fn insert_tls13_ticket(&self, _: ServerName<'static>, value: Tls13ClientSessionValue) {
+        self.0.lock().unwrap().push(value);
+    }
+    fn take_tls13_ticket(&self, _: &ServerName<'static>) -> Option<Tls13ClientSessionValue> {
+        self.0.lock().unwrap().pop()
+    }
+}
+
+#[test]
+fn a_ticket_is_good_for_its_own_name_and_vm_alone() {
+    world(|mut w| async move {
+        start(&mut w).await;
+        w.rules(Mode::Enforce, &["*"], &[("token", VALUE, &["*"])]);
+        let second = GuestNet::new(1, Ipv4Addr::new(10, 214, 0, 0), None);
+        let policy = VmPolicy { vm: VmId::generate(), ..VmPolicy::clone(&w.policy) };
+        w.table.insert(second, w.vm_ca.clone(), Arc::new(policy));
+        let mut client = ClientConfig::clone(&w.client(&["http/1.1"]));
+        let tickets = Arc::new(Mixed::default());
+        client.resumption = Resumption::store(tickets.clone());
+        let connector = tokio_rustls::TlsConnector::from(Arc::new(client));
+        let mut kinds = Vec::new();
+        for (guest, to, name) in [
+            (GUEST, SERVER, "api.example"),
+            (GUEST, OTHER, "other.example"),
+            (GUEST, OTHER, "other.example"),
+            (second.v4, OTHER, "other.example"),
+        ] {
+            let stream = w.connect_as(guest, (to, 443)).await;
+            let mut stream = connector.connect(name.try_into().unwrap(), stream).await.unwrap();
+            tokio::io::AsyncWriteExt::write_all(&mut stream, get(name, "/", "").as_bytes()).await.unwrap();
+            let _ = tokio::io::AsyncReadExt::read_to_end(&mut stream, &mut Vec::new()).await;
+            assert!(!tickets.0.lock().unwrap().is_empty());
+            kinds.push(stream.get_ref().1.handshake_kind().unwrap());
+        }
+        use rustls::HandshakeKind::{Full, Resumed};
+        assert_eq!(kinds, [Full, Full, Resumed, Full]);
     });
 }
 

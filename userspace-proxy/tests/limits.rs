@@ -337,3 +337,94 @@ fn requests_under_way_are_bounded_by_what_they_hold_and_only_that_vms() {
         );
     });
 }
+
+/// Answers every request with a head that names a coding and a beginning in it, and breaks off when it is told to.
+async fn begun(coding: &'static str, beginning: Vec<u8>) -> CancellationToken {
+    let listener = TcpListener::bind((OTHER, 80)).await.unwrap();
+    let end = CancellationToken::new();
+    let told = end.clone();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let head = format!("HTTP/1.1 200 OK\r\nContent-Encoding: {coding}\r\n\r\n");
+            let (answer, told) = ([head.as_bytes(), &beginning].concat(), told.clone());
+            tokio::spawn(async move {
+                let _ = stream.read(&mut [0; 4096]).await;
+                stream.write_all(&answer).await.unwrap();
+                told.cancelled().await;
+            });
+        }
+    });
+    end
+}
+
+/// Asks for it on so many connections, and gives those on which it came, with how many were refused.
+async fn ask_for_it(w: &World, guest: Ipv4Addr, times: usize) -> (Vec<TcpStream>, usize) {
+    let asked = (0..times).map(|_| async {
+        let mut stream = w.connect_as(guest, (OTHER, 80)).await;
+        stream
+            .write_all(b"GET / HTTP/1.1\r\nHost: coded.example\r\nAccept-Encoding: br, zstd\r\n\r\n")
+            .await
+            .unwrap();
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            head.push(stream.read_u8().await.unwrap());
+        }
+        let head = String::from_utf8(head).unwrap();
+        if head.starts_with("HTTP/1.1 200") {
+            // Its decoder is there when something has come out of it.
+            let _ = timeout(Duration::from_secs(1), stream.read_u8()).await;
+            return Some(stream);
+        }
+        assert!(head.starts_with("HTTP/1.1 429") && head.contains("reason: limit"), "{head}");
+        None
+    });
+    let came: Vec<_> = futures_util::future::join_all(asked).await.into_iter().flatten().collect();
+    let refused = times - came.len();
+    (came, refused)
+}
+
+/// An upstream chooses how much memory a decoder takes, and a guest how long.
+#[test]
+fn decoders_of_answers_are_bounded_by_what_they_hold_and_only_that_vms() {
+    world(|mut w| async move {
+        start(&mut w).await;
+        w.zone.set("coded.example", &[OTHER]);
+        w.rules(
+            Mode::Enforce,
+            &["api.example", "coded.example"],
+            &[("s", "a-real-value", &["coded.example"])],
+        );
+        let other = VmPolicy { vm: VmId::generate(), ..VmPolicy::clone(&w.policy) };
+        w.table.insert(GuestNet::new(1, Ipv4Addr::new(10, 214, 0, 0), None), w.vm_ca.clone(), other.into());
+        let mut config = support::config(&w.ca);
+        config.timeouts.connect = Duration::from_secs(1);
+        w.restart(config);
+        // A frame with a window of 8 MiB, and a block of 1000 times the same octet.
+        let end =
+            begun("zstd", [&[0x28, 0xb5, 0x2f, 0xfd, 0, 0x68][..], &[0x43, 0x1f, 0][..], b"a"].concat())
+                .await;
+        let (held, refused) = ask_for_it(&w, GUEST, 60).await;
+        // 128 MiB (docs/proxy.md).
+        assert!(held.len() * 8 <= 128 && held.len() > 10, "{} of 60 are decoded", held.len());
+        assert_eq!(held.len() + refused, 60);
+        assert_eq!(ask_for_it(&w, OTHER_GUEST, 1).await.1, 0, "the other VM is served");
+        // What they held is there again when they have ended.
+        end.cancel();
+        while w.table.open_connections(&w.policy.vm) > 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        assert_eq!(ask_for_it(&w, GUEST, 1).await.1, 0);
+    });
+}
+
+#[test]
+fn answers_that_say_that_they_need_little_are_many_at_a_time() {
+    world(|mut w| async move {
+        start(&mut w).await;
+        w.zone.set("coded.example", &[OTHER]);
+        w.rules(Mode::Enforce, &["coded.example"], &[("s", "a-real-value", &["coded.example"])]);
+        // A window of 64 KiB.
+        begun("zstd", [&[0x28, 0xb5, 0x2f, 0xfd, 0, 0x30][..], &[0x43, 0x1f, 0][..], b"a"].concat()).await;
+        assert_eq!(ask_for_it(&w, GUEST, 90).await.1, 0);
+    });
+}

@@ -324,6 +324,90 @@ fn what_a_guest_says_after_a_silence_is_judged_as_if_said_at_once() {
     });
 }
 
+/// Requests as lenient servers take them: after empty lines, with other whitespace, without a version, in lower case, behind
+/// a header of the PROXY protocol.
+const LENIENT: &[&[u8]] = &[
+    b"\r\nGET / HTTP/1.1\r\nHost: evil.example\r\n\r\n",
+    b"\n \t\x0bGET / HTTP/1.1\r\nHost: evil.example\r\n\r\n",
+    b"GET / HTTP/1.1 \r\nHost: evil.example\r\n\r\n",
+    b"GET\t/\tHTTP/1.1\r\nHost: evil.example\r\n\r\n",
+    b"GET / http/1.1\r\nHost: evil.example\r\n\r\n",
+    b"GET / HTTP/2.0\r\nHost: evil.example\r\n\r\n",
+    b"GET / HTTP/1.1\rHost: evil.example\r\r\n",
+    b"get http://evil.example/ HTTP/1.1 x\r\n\r\n",
+    b"get / HTTP/1.1\r\nHost: evil.example\r\n\r\n",
+    b"A-METHOD-OF-MORE-THAN-THIRTY-TWO-LETTERS / HTTP/1.1\r\nHost: evil.example\r\n\r\n",
+    b"GET http://evil.example/\r\n\r\n",
+    b"GET /\r\n\r\n",
+    b"POST * RTSP/1.0\r\nHost: evil.example\r\n\r\n",
+    b"PRI * HTTP/2.0\r\nHost: evil.example\r\n\r\n",
+    b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\nGET / HTTP/1.1\r\nHost: evil.example\r\n\r\n",
+    b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0GET / HTTP/1.1\r\nHost: evil.example\r\n\r\n",
+    b"\r\n\r\n",
+    b"GET / HT",
+];
+
+/// What other protocols begin with.
+const OTHERS: &[&[u8]] = &[
+    b"SSH-2.0-OpenSSH_9.2p1 Debian-2+deb12u3\r\n",
+    b"EHLO a.example\r\n",
+    b"PING\r\n",
+    b"*1\r\n$4\r\nPING\r\n",
+    b"NICK someone\r\nUSER someone 0 * :Some One\r\n",
+    b"CONNECT {\"verbose\":false}\r\n",
+    b"0033git-upload-pack /project.git\0host=a.example\0",
+    b"\0\0\0\x08\x04\xd2\x16\x2f",
+    b"{\"id\":1}",
+];
+
+#[test]
+fn no_request_passes_as_another_protocol_to_an_address_that_names_share() {
+    world_of(HERE, |mut w| async move {
+        let guest = Guest::new("y");
+        serve(&w);
+        let listener = tokio::net::TcpListener::bind((SERVER, 8080)).await.unwrap();
+        let (heard, mut hears) = tokio::sync::mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            loop {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let mut all = Vec::new();
+                let _ = tokio::io::AsyncReadExt::read_to_end(&mut stream, &mut all).await;
+                heard.send(all).unwrap();
+            }
+        });
+        w.zone.set("db.example", &[SERVER]);
+        w.rules(Mode::Enforce, &["db.example"], &[]);
+        guest.query("db.example.", RecordType::A).await;
+        let say = |bytes: &'static [u8]| {
+            move || {
+                let mut stream = TcpStream::connect((SERVER, 8080)).unwrap();
+                // In two pieces, as a network may split it.
+                let (first, second) = bytes.split_at(1);
+                stream.write_all(first).unwrap();
+                std::thread::sleep(Duration::from_millis(5));
+                let _ = stream.write_all(second);
+                let _ = stream.shutdown(std::net::Shutdown::Write);
+                let mut all = Vec::new();
+                let _ = stream.read_to_end(&mut all);
+                String::from_utf8_lossy(&all).into_owned()
+            }
+        };
+        for bytes in LENIENT {
+            let text = String::from_utf8_lossy(bytes);
+            let answer = guest.run(say(bytes)).await;
+            assert!(answer.starts_with("HTTP/1.1 40"), "{text:?}: {answer}");
+            let verdict = w.event().await.verdict;
+            assert!(matches!(verdict, Verdict::Deny { .. }), "{text:?}: {verdict:?}");
+            assert!(hears.try_recv().is_err(), "{text:?}");
+        }
+        for bytes in OTHERS {
+            guest.run(say(bytes)).await;
+            assert_eq!(hears.recv().await.unwrap(), *bytes);
+            assert_eq!(w.event().await.verdict.reason(), Reason::Pin, "{}", String::from_utf8_lossy(bytes));
+        }
+    });
+}
+
 #[test]
 fn ipv6_is_delivered_decided_and_answered_like_ipv4() {
     world_of(HERE, |mut w| async move {

@@ -5,7 +5,7 @@
 mod support;
 
 use support::{ATTACKER, OTHER, SERVER, World, world};
-use tapgate_model::Mode;
+use tapgate_model::{Mode, Protocol};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 const VALUE: &str = "ghp_realvalue0123456789";
@@ -177,6 +177,29 @@ fn no_other_protocol_makes_a_tunnel() {
                 .all(|seen| seen.server == SERVER && !seen.headers.contains_key("http2-settings"))
         );
         assert!(!w.log.attacker_got("GET") && !w.log.attacker_got("\u{4}"));
+    });
+}
+
+#[test]
+fn no_request_hides_in_opened_tls_as_another_protocol() {
+    world(|mut w| async move {
+        start(&mut w).await;
+        w.serve((SERVER, 8443), Some(w.ca.server(&["api.example"], &[]))).await;
+        for request in [
+            "\r\nGET /h HTTP/1.1\r\nHost: api.example\r\n",
+            "\r\nGET /h HTTP/1.1\r\nHost: evil.example\r\n",
+            "GET /h HTTP/1.1 \r\nHost: evil.example\r\n",
+            "GET /h HTTP/2.0\r\nHost: evil.example\r\n",
+        ] {
+            for port in [443, 8443] {
+                let stream = w.tls((SERVER, port), "api.example", &[]).await.unwrap();
+                let answer = support::talk(stream, &format!("{request}{TOKEN}")).await;
+                assert!(answer.starts_with("HTTP/1.1 400"), "{request:?}: {answer}");
+                let event = w.event().await;
+                assert_eq!((event.protocol, event.status), (Protocol::Http, Some(400)), "{request:?}");
+            }
+        }
+        assert!(w.log.seen().is_empty(), "{:?}", w.log.seen());
     });
 }
 

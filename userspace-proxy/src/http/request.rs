@@ -290,19 +290,27 @@ impl HttpConn {
         }
         self.keep(upstream);
         let response = response.map(|body| body.boxed_unsync());
-        match response::fit(response, &method, patterns) {
-            Ok(mut response) => {
-                if !self.has_room_for(response.headers_mut()) {
-                    drop(ticket);
-                    return self.deny(record, Reason::Limit, host, Some(TOO_MANY_HEADS), &asked);
-                }
-                response.map(|body| Incoming::wrap(body, record, Some(ticket), self.entry.clone()))
+        let coded = match &patterns {
+            Some(_) => {
+                let patience = self.shared.config.timeouts.connect;
+                let head = (response.status(), response.headers());
+                response::coded(head, &method, &self.entry.decoders, patience).await
             }
+            None => Ok(None),
+        };
+        let coded = match coded {
+            Ok(coded) => coded,
             Err(error) => {
                 drop(ticket);
-                self.deny(record, Reason::Unreachable, host, Some(&error.to_string()), &asked)
+                return self.deny(record, error.reason(), host, Some(&error.to_string()), &asked);
             }
+        };
+        let mut response = response::fit(response, &method, patterns, coded);
+        if !self.has_room_for(response.headers_mut()) {
+            drop(ticket);
+            return self.deny(record, Reason::Limit, host, Some(TOO_MANY_HEADS), &asked);
         }
+        response.map(|body| Incoming::wrap(body, record, Some(ticket), self.entry.clone()))
     }
 
     /// Whether an answer's head may wait to be read. Over HTTP/1 there is one of them to a connection.

@@ -8,12 +8,14 @@ use super::{
 use crate::secret::{
     decode::{self, Unreadable},
     patterns::Patterns,
+    room::{Decoders, NoRoom, Room},
 };
 use futures_util::TryStreamExt as _;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, header};
 use http_body::{Body as _, Frame};
 use http_body_util::{BodyExt as _, Empty, StreamBody};
-use std::{io, sync::Arc};
+use std::{io, sync::Arc, time::Duration};
+use tapgate_model::Reason;
 use tokio_util::io::{ReaderStream, StreamReader};
 
 /// Offers of another way to the same host, past the gate.
@@ -29,39 +31,87 @@ pub(crate) fn clean_headers(headers: &mut HeaderMap, patterns: &Patterns) {
     }
 }
 
-/// Makes the answer fit. `patterns` is `None` where there is no secret to look for.
+/// Why an answer is not passed on.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Unfit {
+    #[error(transparent)]
+    Unreadable(#[from] Unreadable),
+    #[error(transparent)]
+    NoRoom(#[from] NoRoom),
+}
+
+impl Unfit {
+    /// The word for the audit.
+    pub(crate) const fn reason(&self) -> Reason {
+        match self {
+            Self::Unreadable(_) => Reason::Unreachable,
+            Self::NoRoom(_) => Reason::Limit,
+        }
+    }
+}
+
+/// Codings to be undone, and the room for it.
+pub(crate) struct Coded {
+    codings: Vec<&'static str>,
+    room: Room,
+}
+
+fn is_bodiless(method: &Method, status: StatusCode) -> bool {
+    *method == Method::HEAD
+        || status.is_informational()
+        || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)
+}
+
+/// What has to be undone of an answer in which values are looked for; waits for room.
+pub(crate) async fn coded(
+    (status, headers): (StatusCode, &HeaderMap),
+    method: &Method,
+    decoders: &Decoders,
+    patience: Duration,
+) -> Result<Option<Coded>, Unfit> {
+    if is_bodiless(method, status) {
+        return Ok(None);
+    }
+    let codings = decode::codings(headers)?;
+    if codings.is_empty() {
+        return Ok(None);
+    }
+    // A part of a coded body cannot be decoded, and would carry a value past.
+    if status == StatusCode::PARTIAL_CONTENT {
+        return Err(Unreadable.into());
+    }
+    // Apart, so that an answer in no coding has no room for it.
+    let room = Box::pin(decoders.take(decode::needs(&codings), patience)).await?;
+    Ok(Some(Coded { codings, room }))
+}
+
+/// Makes the answer fit. `patterns` is `None` where there is no secret to look for; `coded` is what has to be undone to look.
 pub(crate) fn fit(
     response: Response<Body>,
     method: &Method,
     patterns: Option<Arc<Patterns>>,
-) -> Result<Response<Body>, Unreadable> {
+    coded: Option<Coded>,
+) -> Response<Body> {
     let (mut parts, mut body) = response.into_parts();
     strip_hop_by_hop(&mut parts.headers);
     parts.headers.remove(ALT_SVC);
-    let bodiless = *method == Method::HEAD
-        || parts.status.is_informational()
-        || matches!(parts.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
+    let bodiless = is_bodiless(method, parts.status);
     if bodiless {
         // What comes all the same, in HTTP/2's frames or as trailers, is part of no answer.
         body = Empty::new().map_err(|never| match never {}).boxed_unsync();
     }
-    let Some(patterns) = patterns else { return Ok(Response::from_parts(parts, body)) };
+    let Some(patterns) = patterns else { return Response::from_parts(parts, body) };
     // A reason phrase of the server's own is text too.
     parts.extensions.remove::<hyper::ext::ReasonPhrase>();
     clean_headers(&mut parts.headers, &patterns);
     if bodiless {
-        return Ok(Response::from_parts(parts, body));
+        return Response::from_parts(parts, body);
     }
-    let codings = decode::codings(&parts.headers)?;
-    if !codings.is_empty() {
-        // A part of a coded body cannot be decoded, and would carry a value past.
-        if parts.status == StatusCode::PARTIAL_CONTENT {
-            return Err(Unreadable);
-        }
+    if let Some(coded) = coded {
         parts.headers.remove(header::CONTENT_ENCODING);
         // Nothing at all is in no coding, whatever is said of it.
         if !body.is_end_stream() {
-            body = decoded(codings, body);
+            body = decoded(coded, body);
         }
     }
     parts.headers.remove(header::CONTENT_LENGTH);
@@ -69,15 +119,18 @@ pub(crate) fn fit(
     for digest in ["content-md5", "digest", "content-digest", "repr-digest"] {
         parts.headers.remove(digest);
     }
-    Ok(Response::from_parts(parts, Cleaned::wrap(body, patterns)))
+    Response::from_parts(parts, Cleaned::wrap(body, patterns))
 }
 
-fn decoded(codings: Vec<&'static str>, body: Body) -> Body {
+fn decoded(coded: Coded, body: Body) -> Body {
+    let Coded { codings, mut room } = coded;
     let data = body.into_data_stream().map_err(io::Error::other);
     let reader = StreamReader::new(Box::pin(data));
     let stream = async move {
-        let reader = decode::decoded(&codings, Box::pin(reader)).await?;
-        io::Result::Ok(ReaderStream::with_capacity(reader, 16 * 1024))
+        let reader = decode::decoded(&codings, Box::pin(reader), &mut room).await?;
+        let pieces = ReaderStream::with_capacity(reader, 16 * 1024);
+        // The room is held as long as what is in it.
+        io::Result::Ok(pieces.inspect_ok(move |_| _ = &room))
     };
     let frames = futures_util::stream::once(stream)
         .try_flatten()

@@ -5,7 +5,6 @@ use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, 
 use rustls_pki_types::{CertificateDer, pem::PemObject as _};
 use std::{
     fmt,
-    sync::atomic::{AtomicU64, Ordering},
     time::{Duration, SystemTime},
 };
 use tapgate_model::VmId;
@@ -30,17 +29,10 @@ pub enum CaError {
 
 /// One VM's CA.
 pub struct VmCa {
-    /// Tells this CA from every other of this process: what minted certificates are kept by.
-    pub(crate) number: u64,
     cert_pem: String,
     pub(crate) cert_der: CertificateDer<'static>,
     key_pem: Zeroizing<String>,
     pub(crate) issuer: Issuer<'static, KeyPair>,
-}
-
-fn next() -> u64 {
-    static NEXT: AtomicU64 = AtomicU64::new(0);
-    NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
 impl VmCa {
@@ -59,7 +51,6 @@ impl VmCa {
         params.not_after = (now + LIFE + DAY).into();
         let cert = params.self_signed(&key).map_err(CaError::Make)?;
         Ok(Self {
-            number: next(),
             cert_pem: cert.pem(),
             cert_der: cert.der().clone(),
             key_pem,
@@ -74,7 +65,6 @@ impl VmCa {
         let cert_der = CertificateDer::from_pem_slice(cert_pem.as_bytes()).map_err(|error| parse(&error))?;
         let issuer = Issuer::from_ca_cert_der(&cert_der, key).map_err(|error| parse(&error))?;
         Ok(Self {
-            number: next(),
             cert_pem: cert_pem.to_owned(),
             cert_der,
             key_pem: Zeroizing::new(key_pem.to_owned()),

@@ -47,7 +47,7 @@ impl Conn {
             true => Alpn::Http2,
             false => upstream.as_ref().map_or(Alpn::Http1, Upstream::alpn),
         };
-        let config = match self.shared.leaves.config(&self.entry.ca, &name, alpn) {
+        let config = match self.entry.leaves.config(&self.shared.provider, &self.entry.ca, &name, alpn) {
             Ok(config) => config,
             Err(error) => {
                 tracing::error!(%error, %name, "no certificate could be made");

@@ -9,39 +9,6 @@ use tapgate_model::Reason;
 /// Most header fields of one request.
 const MAX_FIELDS: usize = 100;
 
-/// What the bytes up to the first line end look like.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Line {
-    /// An HTTP/1.x request line.
-    Request,
-    /// No request line.
-    Unlike,
-    /// It could become one.
-    Partial,
-}
-
-/// Tells whether a connection begins with an HTTP/1 request line.
-pub(crate) fn first_line(bytes: &[u8]) -> Line {
-    let method = bytes.iter().position(|b| !is_token(*b)).unwrap_or(bytes.len());
-    // Every method in use is in capitals; a lower-case word is some other protocol's, and not made to wait.
-    if method == 0 || method > 32 || !bytes[0].is_ascii_uppercase() {
-        return Line::Unlike;
-    }
-    if method < bytes.len() && bytes[method] != b' ' {
-        return Line::Unlike;
-    }
-    let Some(end) = bytes.iter().position(|b| *b == b'\n') else { return Line::Partial };
-    let line = bytes[..end].strip_suffix(b"\r").unwrap_or(&bytes[..end]);
-    match line.len().checked_sub(9).map(|at| &line[at..]) {
-        Some([b' ', b'H', b'T', b'T', b'P', b'/', b'1', b'.', b'0'..=b'9']) => Line::Request,
-        _ => Line::Unlike,
-    }
-}
-
-fn is_token(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
-}
-
 /// How long the body is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Framing {
@@ -268,14 +235,5 @@ mod tests {
         ] {
             assert_eq!(head(text).unwrap_err().0, reason, "{text:?}");
         }
-    }
-
-    #[test]
-    fn first_lines_of_other_protocols_are_no_requests() {
-        assert_eq!(first_line(b"GE"), Line::Partial);
-        assert_eq!(first_line(b"GET /index.html"), Line::Partial);
-        assert_eq!(first_line(b"EHLO a.example\r\n"), Line::Unlike);
-        assert_eq!(first_line(b"GET / HTTP/2.0\r\n"), Line::Unlike);
-        assert_eq!(first_line(b"\r\nGET / HTTP/1.1\r\n"), Line::Unlike);
     }
 }

@@ -2,10 +2,12 @@
 //!
 //! No verdict before the whole ClientHello or request line; one deadline over all of it; a bound on size.
 
+mod first_line;
 pub(crate) mod http1;
 pub(crate) mod tls;
 
 use bytes::{Bytes, BytesMut};
+use first_line::{Line, first_line};
 use std::io;
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _},
@@ -32,7 +34,7 @@ pub(crate) enum First {
     Http1,
     /// HTTP/2 without TLS.
     Http2,
-    /// It began like HTTP and ended unlike anything.
+    /// Some server could take it for HTTP, and it is not, or not for every server.
     BadHttp,
     /// Something else.
     Other,
@@ -102,11 +104,12 @@ fn guess(bytes: &[u8], hello: &mut tls::HelloReader) -> Guess {
     if HTTP2_PREFACE.starts_with(bytes) {
         return Guess::More(First::BadHttp);
     }
-    match http1::first_line(&bytes[..bytes.len().min(MAX_LINE)]) {
-        http1::Line::Request => Guess::Known(First::Http1),
-        http1::Line::Unlike => Guess::Known(First::Other),
-        http1::Line::Partial if bytes.len() >= MAX_LINE => Guess::Known(First::BadHttp),
-        http1::Line::Partial => Guess::More(First::BadHttp),
+    match first_line(&bytes[..bytes.len().min(MAX_LINE)]) {
+        Line::Request => Guess::Known(First::Http1),
+        Line::Malformed => Guess::Known(First::BadHttp),
+        Line::Unlike => Guess::Known(First::Other),
+        Line::Partial if bytes.len() >= MAX_LINE => Guess::Known(First::BadHttp),
+        Line::Partial => Guess::More(First::BadHttp),
     }
 }
 
@@ -133,7 +136,9 @@ mod tests {
         assert!(matches!(of(&[b"PRI * HTTP/2.0\r\n\r\nSM", b"\r\n\r\n"]).await, First::Http2));
         assert!(matches!(of(&[b"SSH-2.0-OpenSSH_9.2\r\n"]).await, First::Other));
         assert!(matches!(of(&[b"PING\r\n"]).await, First::Other));
-        assert!(matches!(of(&[b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n"]).await, First::Other));
+        assert!(matches!(of(&[b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n"]).await, First::BadHttp));
+        assert!(matches!(of(&[b"\r", b"\nGET / HTTP/1.1\r\n"]).await, First::BadHttp));
+        assert!(matches!(of(&[b"GET / HTTP/1.1 \r\n"]).await, First::BadHttp));
         assert!(matches!(of(&[b"\x05\x01\x00"]).await, First::Other));
         assert!(matches!(of(&[b"\0\0\0\x08\x04\xd2\x16\x2f"]).await, First::Other));
         assert!(matches!(of(&[]).await, First::Closed));

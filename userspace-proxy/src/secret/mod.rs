@@ -5,4 +5,5 @@ pub(crate) mod clean;
 pub(crate) mod decode;
 pub(crate) mod known;
 pub(crate) mod patterns;
+pub(crate) mod room;
 pub(crate) mod substitute;
