@@ -54,11 +54,20 @@ impl RunningParts {
         format!("the {} {why}", self.names.get(&id).copied().unwrap_or("unknown part"))
     }
 
-    /// Tells all parts to end and waits for them, but no longer than so. Answers whether all did.
-    pub async fn end(mut self, within: Duration) -> bool {
+    /// Tells all parts to end and waits for them, but no longer than so after there is nothing more that has to be finished.
+    /// Answers whether all did.
+    pub async fn end(mut self, within: Duration, has_to_finish: impl Fn() -> bool) -> bool {
         self.stop.cancel();
         let all = async { while self.tasks.join_next().await.is_some() {} };
-        tokio::time::timeout(within, all).await.is_ok()
+        tokio::pin!(all);
+        loop {
+            let busy = has_to_finish();
+            match tokio::time::timeout(within, &mut all).await {
+                Ok(()) => return true,
+                Err(_) if busy || has_to_finish() => {}
+                Err(_) => return false,
+            }
+        }
     }
 }
 
@@ -98,7 +107,7 @@ mod tests {
             parts.spawn("engine", part);
             let why = parts.ended().await;
             assert!(why.starts_with(says), "{why}");
-            assert!(parts.end(Duration::from_secs(60)).await);
+            assert!(parts.end(Duration::from_secs(60), || false).await);
         }
     }
 
@@ -109,5 +118,21 @@ mod tests {
         steady(&mut parts, "proxy");
         stop.cancel();
         assert_eq!(parts.ended().await, "no part of the daemon runs");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_has_to_be_finished_is_waited_for_and_nothing_else() {
+        for (takes, busy_for, all) in [(5, 0, true), (15, 0, false), (45, 40, true), (90, 40, false)] {
+            let mut parts = RunningParts::new(CancellationToken::new());
+            let stop = parts.stop.clone();
+            parts.spawn("engine", async move {
+                stop.cancelled().await;
+                tokio::time::sleep(Duration::from_secs(takes)).await;
+                Ok::<_, String>(())
+            });
+            let began = tokio::time::Instant::now();
+            let busy = || began.elapsed() < Duration::from_secs(busy_for);
+            assert_eq!(parts.end(Duration::from_secs(10), busy).await, all, "{takes} {busy_for}");
+        }
     }
 }

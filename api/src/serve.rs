@@ -29,7 +29,7 @@ use tokio_util::sync::CancellationToken;
 /// How long the API waits for the engine to have looked at each VM that ran; one that hangs holds up no other.
 const FIRST_LOOK: std::time::Duration = std::time::Duration::from_secs(5);
 
-/// How long parts may take to end.
+/// How long parts may take to end, once no guest is held: what holds one has a limit of its own.
 const DRAIN: std::time::Duration = std::time::Duration::from_secs(10);
 
 /// Options of `tapgate serve`.
@@ -150,7 +150,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let state = AppState::try_new(store.clone(), handle, Arc::new(make_ca), api_settings(&config)?)
         .context("cannot set up the API")?;
 
-    let looked = engine.looked();
+    let (looked, held) = (engine.looked(), engine.held());
     let audit = store.audit().clone();
     let mut parts = RunningParts::new(stop.clone());
     parts.spawn("proxy", proxy.serve(listeners, stop.clone()));
@@ -180,7 +180,8 @@ async fn serve(config: Config) -> anyhow::Result<()> {
             ))
         }
     };
-    if !parts.end(DRAIN).await || tokio::time::timeout(DRAIN, audit.flush()).await.is_err() {
+    let drained = parts.end(DRAIN, || held.any()).await;
+    if !drained || tokio::time::timeout(DRAIN, audit.flush()).await.is_err() {
         tracing::warn!("serve.drain_timed_out");
     }
     ended

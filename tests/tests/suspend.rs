@@ -166,6 +166,33 @@ fn real_vm_suspended_and_resumed_behind_its_gate() {
 }
 
 /// Kills the daemon, and the VMM with it one time in four, and starts another.
+#[test]
+fn real_vm_suspension_under_way_is_finished_by_a_daemon_that_is_told_to_end() {
+    let world = World::new().unwrap();
+    let mut stage = stage(&world);
+    stage.boot("box").unwrap();
+    let vm = stage.vm().unwrap().to_owned();
+    stage.guest().unwrap().expect(RUNNING).unwrap();
+    let before = moment(&stage);
+    stage.guest().unwrap().hang_up();
+    let signal = |name: &str, pid: u32| sh::run("kill", [name, pid.to_string().as_str()]).unwrap();
+    let vmm = stage.daemon().vmm(&vm).unwrap();
+    signal("-STOP", vmm);
+    call(&stage, &vm, "suspend", 200);
+    thread::sleep(Duration::from_secs(1));
+    signal("-TERM", stage.daemon().pid());
+    // Longer than anything else is waited for.
+    thread::sleep(Duration::from_secs(15));
+    signal("-CONT", vmm);
+    stage.daemon_mut().wait_for_death().unwrap();
+    assert!(stage.daemon().vm_folder(&vm).join("memory.json").exists(), "the guest is left as it was");
+    stage.daemon_mut().start_again().unwrap();
+    let stopped = shown(&stage, &vm);
+    assert_eq!((&stopped["status_detail"], &stopped["suspended"]), (&json!("stopped"), &json!(true)));
+    start(&stage, &vm);
+    assert_eq!(moment(&stage), before);
+}
+
 fn deaths(stage: &mut Stage<'_>, choices: &mut Choices, vm: &str) {
     thread::sleep(Duration::from_millis(choices.below(900) as u64));
     stage.daemon_mut().kill().unwrap();

@@ -60,6 +60,11 @@ pub trait Running: Send + Sync {
         Box::pin(async { Err(VmmError::Unsupported { what: "take snapshots" }) })
     }
 
+    /// Whether the guest may be held while its disk is copied: a copy that was begun is not to be given up then.
+    fn holds_for_snapshots(&self) -> bool {
+        false
+    }
+
     /// The same, and its memory of the same moment to another new file.
     fn snapshot_memory<'a>(
         &'a self,

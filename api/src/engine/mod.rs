@@ -14,6 +14,7 @@ mod files;
 mod gates;
 mod guests;
 pub mod handle;
+mod held;
 mod host;
 mod life;
 mod meters;
@@ -36,6 +37,7 @@ use crate::{
 };
 use adopting::Adopting;
 use gates::Gates;
+pub use held::Held;
 use round::Round;
 use std::{
     collections::HashMap,
@@ -80,6 +82,8 @@ pub(crate) struct Shared {
     changes: enforcer::Changes,
     /// The VMs whose snapshots are being taken.
     taking: Taking<Arc<dyn Running>>,
+    /// The guests that are held meanwhile.
+    held: Held,
     /// Rises with every change of an environment.
     news: watch::Sender<u64>,
     /// Where snapshots are stored.
@@ -179,6 +183,7 @@ impl Engine {
             installing: tokio::sync::Mutex::default(),
             changes: enforcer::Changes::default(),
             taking: Taking::default(),
+            held: Held::default(),
             news: watch::Sender::new(0),
             storage,
             boots: Semaphore::new(std::thread::available_parallelism().map_or(2, usize::from).max(2)),
@@ -257,7 +262,7 @@ impl Engine {
         }
         self.tasks.close();
         self.tasks.wait().await;
-        self.parts.end(DRAIN).await;
+        self.parts.end(DRAIN, || self.shared.held.any()).await;
         Ok(())
     }
 
@@ -275,6 +280,11 @@ impl Engine {
         let watch = host::watch(self.shared.clone(), known);
         self.parts.spawn("watch over the host's addresses", parts::never_fails(watch));
         Ok(())
+    }
+
+    /// The guests that are held at any time.
+    pub fn held(&self) -> Held {
+        self.shared.held.clone()
     }
 
     /// Ends when each VM that ran under a former daemon was looked at: adopted, or its record says that it is started anew.

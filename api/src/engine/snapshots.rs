@@ -93,14 +93,17 @@ async fn take_all(shared: &Shared, vm: &VmId, mut machine: Arc<dyn Running>) {
         if let Some(newer) = shared.taking.newer(vm) {
             machine = newer;
         }
-        let taken = match snapshot.kind {
-            SnapshotKind::Disk => tokio::select! {
+        let taken = if snapshot.kind == SnapshotKind::Disk && !machine.holds_for_snapshots() {
+            tokio::select! {
                 () = shared.stop.cancelled() => return,
                 taken = take(shared, &snapshot, machine.as_ref()) => taken,
-            },
+            }
+        } else if shared.stop.is_cancelled() {
+            return;
+        } else {
             // Cut off in the middle it would leave the guest held until there is a daemon again.
-            SnapshotKind::Memory if shared.stop.is_cancelled() => return,
-            SnapshotKind::Memory => take(shared, &snapshot, machine.as_ref()).await,
+            let _held = shared.held.hold();
+            take(shared, &snapshot, machine.as_ref()).await
         };
         let kept = taken.is_ok();
         let (status, reason) = match taken {

@@ -33,14 +33,17 @@ pub(super) async fn suspend(
     let vm = &record.id;
     let failed = match live {
         None => None,
-        Some(running) => match running.machine.suspend().await {
-            Err(error) => Some(error.to_string()),
-            Ok(done) => {
-                tracing::info!(%vm, memory_bytes = done.memory_bytes, stored_bytes = done.stored_bytes,
-                    took_us = done.took_us, "vm.suspended");
-                None
+        Some(running) => {
+            let _held = shared.held.hold();
+            match running.machine.suspend().await {
+                Err(error) => Some(error.to_string()),
+                Ok(done) => {
+                    tracing::info!(%vm, memory_bytes = done.memory_bytes, stored_bytes = done.stored_bytes,
+                        took_us = done.took_us, "vm.suspended");
+                    None
+                }
             }
-        },
+        }
     };
     let noted = match failed {
         Some(reason) => {

@@ -93,6 +93,10 @@ impl Running for ApiRunning {
         Box::pin(snapshot::take(self, to))
     }
 
+    fn holds_for_snapshots(&self) -> bool {
+        true
+    }
+
     fn check(&self) -> BoxFuture<'_, Result<(), VmmError>> {
         Box::pin(async {
             let live = self.live();
