@@ -103,3 +103,44 @@ impl Store {
         Ok(aside)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Expected, NewUser};
+
+    /// Killed after the new key was written, and after everything was sealed but before the old key went: both open.
+    #[tokio::test]
+    async fn a_rotation_that_was_cut_off_opens_and_can_be_done_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let (db, file) = (folder.path().join("db"), folder.path().join("seal.key"));
+        let store = Store::open(&db, SealKey::load_or_create(&file).unwrap()).unwrap();
+        let new = NewUser {
+            email: "a@example.com".into(),
+            first_name: "A".into(),
+            last_name: "L".into(),
+            password: "$argon2id$".into(),
+        };
+        let user = store.user_create(new, "key").await.unwrap().0.id;
+        store.env_set(&user, "E", "value", 10, Expected::any()).await.unwrap();
+        drop(store);
+        let opens = async || {
+            let store = Store::open(&db, SealKey::load(&file).unwrap()).unwrap();
+            store.env(&user, "E").await.unwrap().value == "value"
+        };
+        let first = std::fs::read_to_string(&file).unwrap();
+        SealKey::add_fresh(&file).unwrap();
+        assert!(opens().await);
+        let both = std::fs::read_to_string(&file).unwrap();
+        assert_eq!(both.lines().count(), first.lines().count() + 1);
+        Store::rotate_key(&db, &file).unwrap();
+        assert!(opens().await);
+        // What was sealed by the newest key opens with the older ones still beside it.
+        let newest = std::fs::read_to_string(&file).unwrap();
+        assert_eq!(newest.lines().count(), 2, "a key that seals, and the one that authenticates");
+        std::fs::write(&file, format!("{}\n{both}", newest.lines().next().unwrap())).unwrap();
+        assert!(opens().await);
+        Store::rotate_key(&db, &file).unwrap();
+        assert!(opens().await);
+    }
+}

@@ -425,6 +425,32 @@ async fn a_device_code_is_for_its_requester_and_once() {
     assert!(store.device_code("192.0.2.9").await.unwrap().is_none(), "too many open");
 }
 
+/// Fifteen minutes, whatever has become of it by then.
+#[tokio::test]
+async fn a_device_code_is_over_after_its_life() {
+    let (folder, store) = fresh();
+    let user = user(&store, "a@example.com").await;
+    let (open, confirmed) = (
+        store.device_code("192.0.2.1").await.unwrap().unwrap(),
+        store.device_code("192.0.2.1").await.unwrap().unwrap(),
+    );
+    let life = open.expires_at - now_us();
+    assert!((890_000_000..=900_000_000).contains(&life), "{life}");
+    store.device_confirm(&confirmed.code, &user, 10).await.unwrap();
+    let db = rusqlite::Connection::open(folder.path().join("db/tapgate.db")).unwrap();
+    // As if they had been asked for a life and a second ago.
+    db.execute("UPDATE device_codes SET expires_at = expires_at - 901000000", []).unwrap();
+    assert_eq!(store.device_pending(&open.code).await.unwrap(), None);
+    assert!(matches!(
+        store.device_confirm(&open.code, &user, 10).await,
+        Err(StoreError::NotFound(Kind::ApiKey))
+    ));
+    for code in [&open.code, &confirmed.code] {
+        assert!(matches!(store.device_poll(code, "192.0.2.1", 10).await.unwrap(), DeviceState::Expired));
+    }
+    assert_eq!(store.keys(&user).await.unwrap().len(), 1, "no key was made");
+}
+
 #[tokio::test]
 async fn a_backup_opens_and_holds_everything() {
     let (folder, store) = fresh();
