@@ -190,27 +190,22 @@ async fn a_cursor_is_good_for_its_own_list_alone() {
     let app = TestApp::new();
     let (key, other) = (app.user("alice@example.com").await, app.user("bob@example.com").await);
     let mut of_vms = Vec::new();
-    for account in [&key, &other] {
-        for name in ["a", "b"] {
-            let vm = app.vm(account, name).await;
-            app.make_ready(&vm).await;
-            for at in ["/v1/egress/rules".to_owned(), format!("/v1/vms/{vm}/egress/rules")] {
-                for host in ["a.example", "b.example"] {
-                    app.post(account, &at, json!({ "host": host })).await.is(201);
-                }
-            }
-            for _ in 0..2 {
-                app.post(account, &format!("/v1/vms/{vm}/snapshots"), json!({})).await.is(201);
-            }
-            let body = json!({ "name": name, "secret": "v", "env_var": name.to_uppercase() });
-            app.post(account, "/v1/secrets", body).await.is(201);
-            let path = format!("/v1/env/{}", name.to_uppercase());
-            app.call(account, "PUT", &path, Some(json!({ "value": "v" }))).await.is(200);
-            app.post(account, "/v1/agents", json!({ "name": name, "repo": "o/r", "prompt": "p" }))
-                .await
-                .is(201);
-            of_vms.push(vm);
+    for name in ["a", "b"] {
+        let vm = app.vm(&key, name).await;
+        app.make_ready(&vm).await;
+        let of_vm = format!("/v1/vms/{vm}/egress/rules");
+        for at in ["/v1/egress/rules", &of_vm, &of_vm] {
+            app.post(&key, at, json!({ "host": "a.example" })).await.is(201);
         }
+        for _ in 0..2 {
+            app.post(&key, &format!("/v1/vms/{vm}/snapshots"), json!({})).await.is(201);
+        }
+        let body = json!({ "name": name, "secret": "v", "env_var": name.to_uppercase() });
+        app.post(&key, "/v1/secrets", body).await.is(201);
+        let path = format!("/v1/env/{}", name.to_uppercase());
+        app.call(&key, "PUT", &path, Some(json!({ "value": "v" }))).await.is(200);
+        app.post(&key, "/v1/agents", json!({ "name": name, "repo": "o/r", "prompt": "p" })).await.is(201);
+        of_vms.push(vm);
     }
     let vm = |n: usize, list: &str| format!("/v1/vms/{}/{list}", of_vms[n]);
     let lists = [
