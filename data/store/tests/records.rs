@@ -569,4 +569,21 @@ async fn a_backup_is_put_back_and_what_was_there_is_kept() {
     assert_eq!(open(folder.path()).env(&user, "E").await.unwrap().value, "then");
     let before = Store::open(&aside, key()).unwrap();
     assert_eq!(before.env(&user, "E").await.unwrap().value, "now");
+    drop(before);
+    // Killed between the two: an empty store in its place would be taken for the whole one.
+    std::fs::create_dir(db.join("restoring-1")).unwrap();
+    drop(open(folder.path()));
+    for name in ["tapgate.db", "audit.db"] {
+        std::fs::rename(db.join(name), folder.path().join(name)).unwrap();
+        let refused = Store::open(&db, key()).unwrap_err().to_string();
+        assert!(refused.contains("cut off") && refused.contains("restore"), "{refused}");
+        assert!(!db.join(name).exists());
+        std::fs::rename(folder.path().join(name), db.join(name)).unwrap();
+    }
+    std::fs::remove_file(db.join("tapgate.db")).unwrap();
+    // The folders' names have the second in them.
+    std::thread::sleep(std::time::Duration::from_millis(1100));
+    Store::restore(&db, &backup, key()).unwrap();
+    assert_eq!(open(folder.path()).env(&user, "E").await.unwrap().value, "then");
+    assert!(!db.join("restoring-1").exists());
 }
