@@ -568,6 +568,40 @@ async fn agents() {
     is_list(app.get(&key, "/v1/agents").await, 0);
 }
 
+/// Beyond the reference, whose keys come by signing up and by device codes alone.
+#[tokio::test]
+async fn api_keys() {
+    let app = TestApp::new();
+    let key = app.user("alice@example.com").await;
+    let made = app.post(&key, "/v1/keys", json!({ "name": "ci" })).await.is(201);
+    assert_eq!(keys(&made), ["created_at", "id", "name", "token"]);
+    is_id(&made["id"], "key_");
+    is_time(&made["created_at"]);
+    let token = made["token"].as_str().unwrap();
+    assert!(token.starts_with("iron_live_") && token.len() > 50, "{token}");
+    for wrong in
+        [json!({}), json!({ "name": "" }), json!({ "name": "a".repeat(65) }), json!({ "name": "a\n" })]
+    {
+        assert_eq!(app.post(&key, "/v1/keys", wrong).await.error(422), "validation_error");
+    }
+    // Oldest first, and never with a token.
+    let listed = is_list(app.get(&key, "/v1/keys").await, 2);
+    assert!(listed.iter().all(|one| keys(one) == ["created_at", "id", "last_used_at", "name"]), "{listed:?}");
+    assert_eq!((&listed[0]["name"], &listed[1]["name"]), (&json!("CLI"), &json!("ci")));
+    is_time(&listed[0]["last_used_at"]);
+    assert_eq!(listed[1]["last_used_at"], Value::Null);
+    app.get(token, "/v1/vms").await.is(200);
+    is_time(&is_list(app.get(&key, "/v1/keys").await, 2)[1]["last_used_at"]);
+    // A key may revoke another, and itself.
+    let path = format!("/v1/keys/{}", made["id"].as_str().unwrap());
+    assert_eq!(app.call(&key, "DELETE", &path, None).await.is(204), Value::Null);
+    assert_eq!(app.get(token, "/v1/vms").await.error(401), "unauthorized");
+    assert_eq!(app.call(&key, "DELETE", &path, None).await.error(404), "api_key_not_found");
+    let own = format!("/v1/keys/{}", listed[0]["id"].as_str().unwrap());
+    app.call(&key, "DELETE", &own, None).await.is(204);
+    assert_eq!(app.get(&key, "/v1/keys").await.error(401), "unauthorized");
+}
+
 #[tokio::test]
 async fn device_login() {
     let app = TestApp::new();

@@ -5,6 +5,7 @@ mod common;
 
 use common::{PUBLIC_KEY, TestApp};
 use serde_json::{Value, json};
+use tapgate::engine::Command;
 use tapgate_model::StatusDetail as S;
 
 /// A list: where, its filters with the values to try, and what it sorts by; the first is the default.
@@ -182,4 +183,82 @@ async fn rules_secrets_and_agents_by_every_filter_in_every_order() {
     }
     let env = walk(&app, &key, "/v1/env?limit=2").await;
     assert_eq!(env.iter().map(|one| one["key"].as_str().unwrap()).collect::<Vec<_>>(), ["A", "B", "C"]);
+}
+
+/// A cursor of each list, taken to each other one, to other filters, another sort, another order and another account.
+#[tokio::test]
+async fn a_cursor_is_good_for_its_own_list_alone() {
+    let mut app = TestApp::new();
+    // An engine that puts policies into force at once; each change would wait for it.
+    let mut commands = std::mem::replace(&mut app.commands, tokio::sync::mpsc::unbounded_channel().1);
+    let notifier = app.engine.notifier();
+    tokio::spawn(async move {
+        while let Some(command) = commands.recv().await {
+            if matches!(command, Command::Policy(_)) {
+                notifier.policies_in_force(1);
+            }
+        }
+    });
+    let (key, other) = (app.user("alice@example.com").await, app.user("bob@example.com").await);
+    let mut of_vms = Vec::new();
+    for name in ["a", "b"] {
+        let vm = app.vm(&key, name).await;
+        app.make_ready(&vm).await;
+        let of_vm = format!("/v1/vms/{vm}/egress/rules");
+        for at in ["/v1/egress/rules", &of_vm, &of_vm] {
+            app.post(&key, at, json!({ "host": "a.example" })).await.is(201);
+        }
+        for _ in 0..2 {
+            app.post(&key, &format!("/v1/vms/{vm}/snapshots"), json!({})).await.is(201);
+        }
+        let body = json!({ "name": name, "secret": "v", "env_var": name.to_uppercase() });
+        app.post(&key, "/v1/secrets", body).await.is(201);
+        let path = format!("/v1/env/{}", name.to_uppercase());
+        app.call(&key, "PUT", &path, Some(json!({ "value": "v" }))).await.is(200);
+        app.post(&key, "/v1/agents", json!({ "name": name, "repo": "o/r", "prompt": "p" })).await.is(201);
+        of_vms.push(vm);
+    }
+    let vm = |n: usize, list: &str| format!("/v1/vms/{}/{list}", of_vms[n]);
+    let lists = [
+        (
+            "/v1/vms".to_owned(),
+            &["status=running", "status_detail=ready", "name=a", "sort=name", "order=asc"][..],
+        ),
+        (
+            "/v1/egress/rules".to_owned(),
+            &["host=a.example", "name=x", "cidr=192.0.2.0/24", "sort=host", "order=asc"],
+        ),
+        (vm(0, "egress/rules"), &["host=a.example", "name=x", "cidr=192.0.2.0/24", "sort=host", "order=asc"]),
+        (vm(1, "egress/rules"), &[]),
+        ("/v1/secrets".to_owned(), &["name=a", "sort=name", "order=asc"]),
+        ("/v1/snapshots".to_owned(), &[]),
+        (vm(0, "snapshots"), &[]),
+        (vm(1, "snapshots"), &[]),
+        ("/v1/env".to_owned(), &[]),
+        ("/v1/agents".to_owned(), &["status=provisioning", "name=a"]),
+        ("/v1/audit/egress".to_owned(), &[]),
+    ];
+    for (path, changes) in &lists {
+        if path == "/v1/audit/egress" {
+            continue;
+        }
+        let page = app.get(&key, &format!("{path}?limit=1")).await.is(200);
+        let cursor = page["cursor"].as_str().unwrap_or_else(|| panic!("{path} has one page"));
+        app.get(&key, &format!("{path}?limit=2&cursor={cursor}")).await.is(200);
+        let refused = async |token: &str, at: String| {
+            assert_eq!(app.get(token, &at).await.error(400), "invalid_cursor", "{path} to {at}");
+        };
+        for change in *changes {
+            refused(&key, format!("{path}?{change}&cursor={cursor}")).await;
+        }
+        for (at, _) in lists.iter().filter(|(at, _)| at != path) {
+            refused(&key, format!("{at}?cursor={cursor}")).await;
+        }
+        if !path.contains("vm_") {
+            refused(&other, format!("{path}?cursor={cursor}")).await;
+        }
+        for cut in [&cursor[1..], &cursor[..cursor.len() - 1], "AAAA", &format!("{cursor}A")] {
+            refused(&key, format!("{path}?cursor={cut}")).await;
+        }
+    }
 }

@@ -200,6 +200,8 @@ async fn a_forgotten_password_is_replaced_once() {
     let folder = tempfile::tempdir().unwrap();
     let app = TestApp::with(settings(folder.path()));
     let key = app.user("alice@example.com").await;
+    let user = app.store.authenticate(&key).await.unwrap().unwrap().user;
+    app.store.user_verified(&user).await.unwrap();
     let mut browser = Browser::new(&app);
     browser.open("/reset").await.is(200);
     let kept = browser.hidden.clone();
@@ -228,6 +230,41 @@ async fn a_forgotten_password_is_replaced_once() {
     assert_eq!(change("wrong", "yet an0ther").await.error(403), "password_wrong");
     change("an0ther password", "yet an0ther").await.is(204);
     login("yet an0ther").await.is(201);
+}
+
+/// Somebody signs up with another's address and waits until that one, who finds it taken, asks for a new password.
+#[tokio::test]
+async fn whoever_signed_up_with_anothers_address_is_out_once_that_one_has_shown_it_is_theirs() {
+    let folder = tempfile::tempdir().unwrap();
+    let app = TestApp::with(settings(folder.path()));
+    let strangers = app.user("alice@example.com").await;
+    app.get(&strangers, "/v1/vms").await.is(200);
+    mail(folder.path(), "Confirm your address").await;
+    let mut browser = Browser::new(&app);
+    let mut replace = async |password: &str| {
+        let whole = |entry: std::io::Result<std::fs::DirEntry>| entry.unwrap().path().extension().is_some();
+        let mails = || {
+            std::fs::read_dir(folder.path().join("mail")).unwrap().map(whole).filter(|whole| *whole).count()
+        };
+        let before = mails();
+        browser.open("/reset").await.is(200);
+        browser.submit("/reset", &[("email", "alice@example.com")]).await.is(200);
+        while mails() == before {
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+        browser.open(&link(&mail(folder.path(), "A new password").await)).await.is(200);
+        browser.submit("/reset/choose", &[("password", password)]).await.is(200)
+    };
+    let told = replace("alice's own").await;
+    assert!(told.as_str().unwrap().contains("no longer work"), "{told}");
+    app.get(&strangers, "/v1/vms").await.is(401);
+    let login = json!({ "email": "alice@example.com", "password": "alice's own" });
+    let hers = app.post("", "/v1/auth/login", login).await.is(201);
+    assert_eq!(hers["user"]["email_verified"], true);
+    // From then on the address is hers, and so are its keys.
+    let told = replace("another of hers").await;
+    assert!(told.as_str().unwrap().contains("work as before"), "{told}");
+    app.get(hers["api_key"]["token"].as_str().unwrap(), "/v1/vms").await.is(200);
 }
 
 /// However many addresses ask, and nobody is told: neither that there is an account, nor that others asked.

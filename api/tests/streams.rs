@@ -175,3 +175,24 @@ async fn a_follower_that_heard_nothing_yet_misses_nothing_either() {
     let mut again = open(&app, &alice, "/v1/audit/egress?follow", Some(place)).await;
     assert_eq!(heard(&mut again, 1).await.0, [2]);
 }
+
+/// Waits as long as a revoked key may go on listening, which is ten seconds.
+#[tokio::test]
+async fn a_follower_hears_no_more_once_its_key_or_its_account_is_gone() {
+    let app = TestApp::new();
+    let (alice, bob) = (app.user("alice@example.com").await, app.user("bob@example.com").await);
+    let made = app.post(&alice, "/v1/keys", serde_json::json!({ "name": "second" })).await.is(201);
+    let (id, second) = (made["id"].as_str().unwrap(), made["token"].as_str().unwrap());
+    let path = "/v1/audit/egress?follow";
+    let mut living = open(&app, &alice, path, None).await;
+    let (revoked, disabled) = (open(&app, second, path, None).await, open(&app, &bob, path, None).await);
+    app.call(&alice, "DELETE", &format!("/v1/keys/{id}"), None).await.is(204);
+    let user = app.store.authenticate(&bob).await.unwrap().unwrap().user;
+    app.store.user_disable(&user, true).await.unwrap();
+    let all = async |mut stream: BodyDataStream| while stream.next().await.is_some() {};
+    let ended = async { tokio::join!(all(revoked), all(disabled)) };
+    tokio::time::timeout(std::time::Duration::from_secs(60), ended).await.expect("they listen on");
+    let hers = policy(&app, &alice, "vm").await;
+    record(&app, &hers, Protocol::Tcp, 1).await;
+    assert_eq!(heard(&mut living, 1).await.0, [1], "the others go on");
+}

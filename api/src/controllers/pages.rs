@@ -200,16 +200,23 @@ pub(crate) async fn choose_set(
         return refused;
     }
     match set_password(&state, &peer, &form).await {
-        Ok(()) => message(
+        Ok(false) => message(
             StatusCode::OK,
             "Done",
             "The new password holds from now on. Your API keys work as before.",
+        ),
+        Ok(true) => message(
+            StatusCode::OK,
+            "Done",
+            "The new password holds from now on, and your address is confirmed. API keys from before, which anybody \
+             may have made with this address, no longer work: log in for a new one.",
         ),
         Err(error) => failed(&error, "/reset"),
     }
 }
 
-async fn set_password(state: &AppState, peer: &Peer, form: &Form) -> Result<(), ApiError> {
+/// Answers whether keys were revoked with it.
+async fn set_password(state: &AppState, peer: &Peer, form: &Form) -> Result<bool, ApiError> {
     state.limits().password.take(peer)?;
     let gone = || ApiError::new(Code::LinkNotFound, "The link has expired or was used. Ask for a new one.");
     let content = state.store().redeem("reset", form.field("ticket")).ok_or_else(gone)?;
@@ -222,10 +229,5 @@ async fn set_password(state: &AppState, peer: &Peer, form: &Form) -> Result<(), 
     let password = Zeroizing::new(form.field("password").to_owned());
     check_password(&password)?;
     let hash = hash_password(password).await?;
-    if !state.store().user_set_password(&user.id, &before, hash).await? {
-        return Err(gone());
-    }
-    // Who can read the address's mail has shown that it is theirs.
-    state.store().user_verified(&user.id).await?;
-    Ok(())
+    state.store().user_reset_password(&user.id, &before, hash).await?.ok_or_else(gone)
 }

@@ -3,12 +3,12 @@
 use crate::error::{Result, StoreError};
 use crate::idempotency;
 use crate::pool::{Durability, connect};
-use crate::seal::{SealError, SealKey};
+use crate::seal::SealKey;
 use crate::store::Store;
 use rusqlite::params;
 use std::fs::Permissions;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// What is sealed, answers kept for retries aside: table, id column, sealed column, and the name that it is sealed under.
 const SEALED: &[(&str, &str, &str, &str)] = &[
@@ -20,6 +20,9 @@ const SEALED: &[(&str, &str, &str, &str)] = &[
 
 /// The files of a store.
 const FILES: [&str; 2] = ["tapgate.db", "audit.db"];
+
+/// What the names of folders begin with in which a backup is made ready.
+const RESTORING: &str = "restoring-";
 
 impl Store {
     /// Makes a new sealing key and seals everything anew. Interrupted at any point, everything still opens, and doing it
@@ -59,30 +62,16 @@ impl Store {
 
     /// Puts a backup in the place of a store. The backup is opened and checked first; what was there before is moved
     /// aside, into a folder whose name is answered.
-    pub fn restore(folder: &Path, backup: &Path, key: SealKey) -> Result<std::path::PathBuf> {
-        let io = |path: &Path| {
-            let path = path.to_owned();
-            move |source| StoreError::Io { path, source }
-        };
+    pub fn restore(folder: &Path, backup: &Path, key: SealKey) -> Result<PathBuf> {
         // Others may look into the folder itself, for guests' programs pass through it.
-        let private = |path: &Path| std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
-        let beside = folder.join(format!("restoring-{}", std::process::id()));
+        let private = |path: &Path| std::fs::DirBuilder::new().mode(0o700).create(path);
+        let beside = folder.join(format!("{RESTORING}{}", std::process::id()));
         private(&beside).map_err(io(&beside))?;
-        for name in FILES {
-            let (from, to) = (backup.join(name), beside.join(name));
-            std::fs::copy(&from, &to).map_err(io(&from))?;
-            // Not as the backup's file is, which may have come from anywhere.
-            std::fs::set_permissions(&to, Permissions::from_mode(0o600)).map_err(io(&to))?;
-        }
-        let checked = Self::open(&beside, key);
-        if let Err(error) = checked {
+        let checked = take(backup, &beside).and_then(|()| Self::open(&beside, key));
+        if let Err(error) = checked.map(drop) {
             let _ = std::fs::remove_dir_all(&beside);
-            return Err(match error {
-                StoreError::Seal(SealError::WrongKey) => SealError::WrongKey.into(),
-                other => other,
-            });
+            return Err(error);
         }
-        drop(checked);
         for name in FILES {
             let connection = connect(&beside.join(name), Durability::Full, true)?;
             connection.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)")?;
@@ -99,7 +88,84 @@ impl Store {
             }
             std::fs::rename(beside.join(name), folder.join(name)).map_err(io(&beside))?;
         }
-        let _ = std::fs::remove_dir_all(&beside);
+        for left in restoring(folder) {
+            let _ = std::fs::remove_dir_all(left);
+        }
         Ok(aside)
+    }
+}
+
+/// Copies a backup's files.
+fn take(backup: &Path, to: &Path) -> Result<()> {
+    for name in FILES {
+        let (from, to) = (backup.join(name), to.join(name));
+        std::fs::copy(&from, &to).map_err(io(&from))?;
+        // Not as the backup's file is, which may have come from anywhere.
+        std::fs::set_permissions(&to, Permissions::from_mode(0o600)).map_err(io(&to))?;
+    }
+    Ok(())
+}
+
+fn io(path: &Path) -> impl FnOnce(std::io::Error) -> StoreError {
+    let path = path.to_owned();
+    move |source| StoreError::Io { path, source }
+}
+
+/// Folders of restores that go on, or were cut off.
+fn restoring(folder: &Path) -> impl Iterator<Item = PathBuf> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    entries
+        .filter(|entry| entry.file_name().as_encoded_bytes().starts_with(RESTORING.as_bytes()))
+        .map(|e| e.path())
+}
+
+/// Refuses a store of which a restore that was cut off left a part: an empty file would be made in the place of what is missing, and
+/// be taken for the whole.
+pub(crate) fn check_whole(folder: &Path) -> Result<()> {
+    let missing = FILES.iter().any(|name| !folder.join(name).exists());
+    match missing.then(|| restoring(folder).next()).flatten() {
+        Some(left) => Err(StoreError::Corrupt(format!("a restore was cut off ({})", left.display()))),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Expected, NewUser};
+
+    /// Killed after the new key was written, and after everything was sealed but before the old key went: both open.
+    #[tokio::test]
+    async fn a_rotation_that_was_cut_off_opens_and_can_be_done_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let (db, file) = (folder.path().join("db"), folder.path().join("seal.key"));
+        let store = Store::open(&db, SealKey::load_or_create(&file).unwrap()).unwrap();
+        let new = NewUser {
+            email: "a@example.com".into(),
+            first_name: "A".into(),
+            last_name: "L".into(),
+            password: "$argon2id$".into(),
+        };
+        let user = store.user_create(new, "key").await.unwrap().0.id;
+        store.env_set(&user, "E", "value", 10, Expected::any()).await.unwrap();
+        drop(store);
+        let opens = async || {
+            let store = Store::open(&db, SealKey::load(&file).unwrap()).unwrap();
+            store.env(&user, "E").await.unwrap().value == "value"
+        };
+        let first = std::fs::read_to_string(&file).unwrap();
+        SealKey::add_fresh(&file).unwrap();
+        assert!(opens().await);
+        let both = std::fs::read_to_string(&file).unwrap();
+        assert_eq!(both.lines().count(), first.lines().count() + 1);
+        Store::rotate_key(&db, &file).unwrap();
+        assert!(opens().await);
+        // What was sealed by the newest key opens with the older ones still beside it.
+        let newest = std::fs::read_to_string(&file).unwrap();
+        assert_eq!(newest.lines().count(), 2, "a key that seals, and the one that authenticates");
+        std::fs::write(&file, format!("{}\n{both}", newest.lines().next().unwrap())).unwrap();
+        assert!(opens().await);
+        Store::rotate_key(&db, &file).unwrap();
+        assert!(opens().await);
     }
 }

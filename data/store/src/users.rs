@@ -163,6 +163,31 @@ impl Store {
             .await
     }
 
+    /// The same for who came by a mail to the account's address, which confirms it. Whatever keys there are of an address that nobody
+    /// had confirmed were made by somebody who never showed that it was theirs, and go. Answers whether they did; `None` as above.
+    pub async fn user_reset_password(
+        &self,
+        user: &UserId,
+        before: &str,
+        password: String,
+    ) -> Result<Option<bool>> {
+        let (user, before) = (user.clone(), before.to_owned());
+        self.db
+            .write(move |tx| {
+                let sql = "SELECT email_verified FROM users WHERE id = ?1 AND password = ?2";
+                let verified: Option<bool> =
+                    tx.query_row(sql, params![user.as_str(), before], |row| row.get(0)).optional()?;
+                let Some(verified) = verified else { return Ok(None) };
+                let sql = "UPDATE users SET password = ?2, email_verified = 1 WHERE id = ?1";
+                tx.execute(sql, params![user.as_str(), password])?;
+                if !verified {
+                    tx.execute("DELETE FROM api_keys WHERE user = ?1", [user.as_str()])?;
+                }
+                Ok(Some(!verified))
+            })
+            .await
+    }
+
     async fn user_set(&self, user: &UserId, sql: &'static str, value: rusqlite::types::Value) -> Result<()> {
         let user = user.clone();
         self.db

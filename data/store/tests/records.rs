@@ -425,6 +425,32 @@ async fn a_device_code_is_for_its_requester_and_once() {
     assert!(store.device_code("192.0.2.9").await.unwrap().is_none(), "too many open");
 }
 
+/// Fifteen minutes, whatever has become of it by then.
+#[tokio::test]
+async fn a_device_code_is_over_after_its_life() {
+    let (folder, store) = fresh();
+    let user = user(&store, "a@example.com").await;
+    let (open, confirmed) = (
+        store.device_code("192.0.2.1").await.unwrap().unwrap(),
+        store.device_code("192.0.2.1").await.unwrap().unwrap(),
+    );
+    let life = open.expires_at - now_us();
+    assert!((890_000_000..=900_000_000).contains(&life), "{life}");
+    store.device_confirm(&confirmed.code, &user, 10).await.unwrap();
+    let db = rusqlite::Connection::open(folder.path().join("db/tapgate.db")).unwrap();
+    // As if they had been asked for a life and a second ago.
+    db.execute("UPDATE device_codes SET expires_at = expires_at - 901000000", []).unwrap();
+    assert_eq!(store.device_pending(&open.code).await.unwrap(), None);
+    assert!(matches!(
+        store.device_confirm(&open.code, &user, 10).await,
+        Err(StoreError::NotFound(Kind::ApiKey))
+    ));
+    for code in [&open.code, &confirmed.code] {
+        assert!(matches!(store.device_poll(code, "192.0.2.1", 10).await.unwrap(), DeviceState::Expired));
+    }
+    assert_eq!(store.keys(&user).await.unwrap().len(), 1, "no key was made");
+}
+
 #[tokio::test]
 async fn a_backup_opens_and_holds_everything() {
     let (folder, store) = fresh();
@@ -543,4 +569,21 @@ async fn a_backup_is_put_back_and_what_was_there_is_kept() {
     assert_eq!(open(folder.path()).env(&user, "E").await.unwrap().value, "then");
     let before = Store::open(&aside, key()).unwrap();
     assert_eq!(before.env(&user, "E").await.unwrap().value, "now");
+    drop(before);
+    // Killed between the two: an empty store in its place would be taken for the whole one.
+    std::fs::create_dir(db.join("restoring-1")).unwrap();
+    drop(open(folder.path()));
+    for name in ["tapgate.db", "audit.db"] {
+        std::fs::rename(db.join(name), folder.path().join(name)).unwrap();
+        let refused = Store::open(&db, key()).unwrap_err().to_string();
+        assert!(refused.contains("cut off") && refused.contains("restore"), "{refused}");
+        assert!(!db.join(name).exists());
+        std::fs::rename(folder.path().join(name), db.join(name)).unwrap();
+    }
+    std::fs::remove_file(db.join("tapgate.db")).unwrap();
+    // The folders' names have the second in them.
+    std::thread::sleep(std::time::Duration::from_millis(1100));
+    Store::restore(&db, &backup, key()).unwrap();
+    assert_eq!(open(folder.path()).env(&user, "E").await.unwrap().value, "then");
+    assert!(!db.join("restoring-1").exists());
 }
