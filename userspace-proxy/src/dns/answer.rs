@@ -107,7 +107,7 @@ pub(crate) async fn answer_within_bounds(
 }
 
 fn busy(asker: &Asker<'_>, message: &[u8]) -> Option<Vec<u8>> {
-    asker.limited();
+    asker.limited(1);
     let request = Message::from_vec(message).ok()?;
     (request.metadata.message_type == MessageType::Query).then_some(())?;
     encode(&request, Answer::code(ResponseCode::ServFail), Transport::Udp)
@@ -140,10 +140,10 @@ impl Asker<'_> {
         record
     }
 
-    /// Records that the VM was refused at one of its limits.
-    pub(crate) fn limited(&self) {
+    /// Records that the VM was refused so many times at one of its limits.
+    pub(crate) fn limited(&self, count: u32) {
         let policy = self.entry.policy.load_full();
-        drop(self.record(&policy, Verdict::Deny { reason: Reason::Limit }, None, Instant::now()));
+        self.record(&policy, Verdict::Deny { reason: Reason::Limit }, None, Instant::now()).count(count);
     }
 
     /// Records a refusal and gives its id.
