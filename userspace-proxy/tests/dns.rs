@@ -5,7 +5,7 @@
 mod support;
 
 use hickory_proto::{
-    op::{Message, Query, ResponseCode},
+    op::{Edns, Message, Query, ResponseCode},
     rr::{Name, RData, RecordType},
 };
 use std::{
@@ -227,6 +227,44 @@ fn questions_beyond_the_rate_are_dropped_and_counted_and_only_that_vms() {
             })
             .await;
         assert!(ended);
+    });
+}
+
+#[test]
+fn what_is_no_question_is_told_like_every_other_attempt() {
+    world_of(HERE, |mut w| async move {
+        let guest = Guest::new("e");
+        serve(&w);
+        w.rules(Mode::Enforce, &["a.example"], &[]);
+        let mut later = Message::from_vec(&question("evil.example.")).unwrap();
+        later.set_edns(Edns::new());
+        later.edns.as_mut().unwrap().set_version(1);
+        let mut answer = question("evil.example.");
+        answer[2] |= 0x80;
+        for (message, reason, host) in [
+            (later.to_vec().unwrap(), Reason::DnsQuestion, Some("evil.example")),
+            (answer.clone(), Reason::Malformed, None),
+        ] {
+            let send = move || {
+                let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+                socket.send_to(&message, "198.51.100.53:53").unwrap();
+            };
+            guest.run(send).await;
+            let event = w.event().await;
+            assert_eq!(event.verdict, Verdict::Deny { reason });
+            assert_eq!(event.host.as_ref().map(|host| host.as_str()), host);
+        }
+        // Longer than a question may be, whatever it holds; and an answer.
+        for message in [vec![0; 4097], answer] {
+            let ended = guest.run(move || {
+                let mut stream = TcpStream::connect("198.51.100.53:53").unwrap();
+                let length = u16::try_from(message.len()).unwrap().to_be_bytes();
+                stream.write_all(&[&length[..], &message].concat()).unwrap();
+                stream.read(&mut [0; 2])
+            });
+            assert!(!matches!(ended.await, Ok(1..)));
+            assert_eq!(w.event().await.verdict, Verdict::Deny { reason: Reason::Malformed });
+        }
     });
 }
 

@@ -74,8 +74,14 @@ async fn answer(asker: Asker<'_>, message: &[u8], transport: Transport) -> Optio
     let policy = asker.entry.policy.load_full();
     let request = match Message::from_vec(message) {
         Ok(request) if request.metadata.message_type == MessageType::Query => request,
-        Ok(_) => return None,
-        Err(_) => return malformed(&asker, &policy, message, started),
+        Ok(_) => {
+            asker.malformed();
+            return None;
+        }
+        Err(_) => {
+            asker.malformed();
+            return form_error(message);
+        }
     };
     let answer = asker.decide(&policy, &request, started).await;
     encode(&request, answer, transport)
@@ -113,11 +119,6 @@ fn busy(asker: &Asker<'_>, message: &[u8]) -> Option<Vec<u8>> {
     encode(&request, Answer::code(ResponseCode::ServFail), Transport::Udp)
 }
 
-fn malformed(asker: &Asker<'_>, policy: &VmPolicy, message: &[u8], started: Instant) -> Option<Vec<u8>> {
-    drop(asker.record(policy, Verdict::Deny { reason: Reason::Malformed }, None, started));
-    form_error(message)
-}
-
 fn form_error(message: &[u8]) -> Option<Vec<u8>> {
     // Only with a whole header that says "question" is there an id to answer to.
     let (id, flags) = (message.get(..2)?, *message.get(2)?);
@@ -138,6 +139,12 @@ impl Asker<'_> {
         let mut record = Record::begin(&self.shared.sink, policy, Protocol::Dns, verdict, started);
         record.destination(host, self.to.ip(), self.to.port());
         record
+    }
+
+    /// Records what is no question.
+    pub(crate) fn malformed(&self) {
+        let policy = self.entry.policy.load_full();
+        drop(self.record(&policy, Verdict::Deny { reason: Reason::Malformed }, None, Instant::now()));
     }
 
     /// Records that the VM was refused so many times at one of its limits.
@@ -163,6 +170,9 @@ impl Asker<'_> {
             return Answer::code(ResponseCode::NotImp);
         }
         if request.edns.as_ref().is_some_and(|edns| edns.version() != 0) {
+            let name = request.queries.first().map(|query| query.name().to_ascii());
+            let name = name.and_then(|name| HostName::parse_wire(name.as_bytes()).ok());
+            self.refuse(policy, Reason::DnsQuestion, name.as_ref(), started);
             return Answer::code(ResponseCode::BADVERS);
         }
         let [query] = request.queries.as_slice() else {

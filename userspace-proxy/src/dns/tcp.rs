@@ -33,12 +33,12 @@ pub(crate) async fn serve(shared: Arc<Shared>, accepted: Accepted) {
     let talk = async {
         for _ in 0..MOST {
             let Ok(Ok(length)) = timeout(IDLE, stream.read_u16()).await else { return };
+            let asker = Asker { shared: &shared, entry: &entry, to };
             let mut message = vec![0; usize::from(length)];
             if message.len() > MAX_QUESTION {
-                return;
+                return asker.malformed();
             }
             let Ok(Ok(_)) = timeout(IDLE, stream.read_exact(&mut message)).await else { return };
-            let asker = Asker { shared: &shared, entry: &entry, to };
             if !flood::admit(&asker) {
                 return reset(&stream);
             }
