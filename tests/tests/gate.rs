@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use tapgate_e2e::{
     World,
     daemon::{self, Daemon, Driver, Settings},
-    demo::Stage,
+    demo::{Stage, audit},
     net, sh, sites,
     world::GIT_TOKEN,
 };
@@ -208,8 +208,8 @@ fn a_secret_goes_out_in_clear_text_as_the_daemons_key_says() {
                 let seen = stage.world().journal().http(echo).unwrap();
                 let seen = seen[0]["headers"].to_string();
                 assert_eq!((seen.contains(REAL), seen.contains(GIT_TOKEN)), (named, any), "{key}: {seen}");
-                let events = stage.api().audit(stage.vm().unwrap(), "").unwrap();
-                let event = events.iter().find(|event| event["path"] == "/echo").unwrap();
+                let events = audit::wait_for(stage, "", |event| event["path"] == "/echo").unwrap();
+                let event = &events[0];
                 let withheld = |name| event["secrets_withheld"].as_array().unwrap().contains(&json!(name));
                 assert_eq!((withheld("named"), withheld("any")), (!named, !any), "{key}: {event}");
             },
