@@ -2,7 +2,7 @@
 //! The same steps are a runner of `cargo xtask test`.
 
 mod attempts;
-mod audit;
+pub mod audit;
 mod restart;
 mod secrets;
 mod show;

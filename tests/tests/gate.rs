@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use tapgate_e2e::{
     World,
     daemon::{self, Daemon, Driver, Settings},
-    demo::Stage,
+    demo::{Stage, audit},
     net, sh, sites,
     world::GIT_TOKEN,
 };
@@ -14,11 +14,12 @@ use tapgate_e2e::{
 const REAL: &str = "sk-live-77d1e0c6b2f94a5c";
 
 fn with_guest(test: impl FnOnce(&mut Stage<'_>)) {
-    with_guest_of(&[], |_| {}, test);
+    with_guest_of("", &[], |_| {}, test);
 }
 
-/// With settings of the daemon's beside its file, in a world that is prepared for them.
+/// With more lines in the daemon's file and settings beside it, in a world that is prepared for them.
 fn with_guest_of(
+    lines: &str,
     environment: &[(&str, &str)],
     prepare: impl FnOnce(&World),
     test: impl FnOnce(&mut Stage<'_>),
@@ -27,7 +28,7 @@ fn with_guest_of(
     let images = "/var/cache/tapgate/images".into();
     let settings = Settings { binary: daemon::binary().unwrap(), driver: Driver::Netns, images };
     prepare(&world);
-    let daemon = Daemon::start_with(&world, settings, "", environment).unwrap();
+    let daemon = Daemon::start_with(&world, settings, lines, environment).unwrap();
     let mut stage = Stage::new(&world, daemon).unwrap();
     stage.boot("box").unwrap();
     test(&mut stage);
@@ -189,6 +190,34 @@ fn a_secret_goes_only_where_it_is_for() {
 }
 
 #[test]
+fn a_secret_goes_out_in_clear_text_as_the_daemons_key_says() {
+    for (key, named, any) in [("explicit", true, false), ("never", false, false), ("always", true, true)] {
+        with_guest_of(
+            &format!("secrets_over_http = \"{key}\""),
+            &[],
+            |_| {},
+            |stage| {
+                let echo = sites::ECHO.name;
+                stage.api().rule("host", echo).unwrap();
+                let first = stage.api().secret("named", "NAMED", REAL, &[echo]).unwrap();
+                let second = stage.api().secret("any", "ANY", GIT_TOKEN, &["*"]).unwrap();
+                let headers = format!("-H 'X-One: {first}' -H 'X-Two: {second}'");
+                let (code, text) = curl(stage, &format!("{headers} http://{echo}/echo"));
+                assert_eq!(code, 0, "{key}: {text}");
+                assert!(!text.contains(REAL) && !text.contains(GIT_TOKEN), "{key}: handed back: {text}");
+                let seen = stage.world().journal().http(echo).unwrap();
+                let seen = seen[0]["headers"].to_string();
+                assert_eq!((seen.contains(REAL), seen.contains(GIT_TOKEN)), (named, any), "{key}: {seen}");
+                let events = audit::wait_for(stage, "", |event| event["path"] == "/echo").unwrap();
+                let event = &events[0];
+                let withheld = |name| event["secrets_withheld"].as_array().unwrap().contains(&json!(name));
+                assert_eq!((withheld("named"), withheld("any")), (!named, !any), "{key}: {event}");
+            },
+        );
+    }
+}
+
+#[test]
 fn one_name_all_the_way() {
     with_guest(|stage| {
         let (echo, api) = (sites::ECHO.name, sites::API.name);
@@ -300,7 +329,7 @@ fn the_public_address_is_the_hosts_own() {
         );
         sh::expect(net::inside(&host, "nft").arg(table), b"").unwrap();
     };
-    with_guest_of(&[("TAPGATE_PUBLIC_HOST", PUBLIC)], translate, |stage| {
+    with_guest_of("", &[("TAPGATE_PUBLIC_HOST", PUBLIC)], translate, |stage| {
         stage.api().rule("cidr", "0.0.0.0/0").unwrap();
         let (code, said) = curl(stage, &format!("http://{PUBLIC}:2222/"));
         assert_ne!(code, 0, "{said}");

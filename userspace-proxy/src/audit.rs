@@ -117,6 +117,11 @@ impl Record {
         self.edit(|event| event.status = Some(status));
     }
 
+    /// How many attempts it stands for.
+    pub(crate) fn count(&mut self, count: u32) {
+        self.edit(|event| event.count = count);
+    }
+
     /// Another verdict than the one it began with (the upstream failed, the rules changed).
     pub(crate) fn verdict(&mut self, verdict: Verdict) {
         self.edit(|event| event.verdict = verdict);

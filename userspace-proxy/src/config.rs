@@ -52,6 +52,8 @@ pub struct Limits {
     pub new_per_second: u32,
     /// Octets a second through the proxy, both ways together; none means no bound.
     pub octets_per_second: Option<u64>,
+    /// DNS questions a second, sustained, over UDP and TCP; a burst of twice as many is let through.
+    pub dns_per_second: u32,
     /// DNS questions being answered, and names looked up to dial them, at one time.
     pub dns_in_flight: usize,
     /// Addresses kept as given to the VM by DNS.
@@ -72,6 +74,8 @@ impl Default for Limits {
             connections: 2048,
             new_per_second: 1000,
             octets_per_second: None,
+            // Two for each new connection.
+            dns_per_second: 2000,
             dns_in_flight: 64,
             pins: 4096,
         }

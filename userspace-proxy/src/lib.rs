@@ -19,6 +19,7 @@ mod listener;
 mod peek;
 mod place;
 mod proxy;
+mod rate;
 mod registry;
 mod resolve;
 mod resolver;

@@ -11,6 +11,8 @@ use std::{
 use tapgate_ebpf_common::net::port;
 
 const BACKLOG: i32 = 4096;
+/// What the socket for DNS may hold unread, by the kernel's count: all guests share it, and a burst of one's is some 1 KiB a question.
+const DNS_BUFFER: usize = 4 * 1024 * 1024;
 
 /// A listener that could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -136,6 +138,9 @@ fn socket(address: IpAddr, kind: Type, protocol: Protocol, port: u16) -> io::Res
 
 fn dns_udp(any: IpAddr) -> io::Result<UdpSocket> {
     let socket = socket(any, Type::DGRAM, Protocol::UDP, port::DNS_UDP)?;
+    if setsockopt(&socket, sockopt::RcvBufForce, &DNS_BUFFER).is_err() {
+        socket.set_recv_buffer_size(DNS_BUFFER)?;
+    }
     if any.is_ipv4() {
         setsockopt(&socket, sockopt::Ipv4PacketInfo, &true)?;
     } else {

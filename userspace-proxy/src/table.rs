@@ -3,10 +3,11 @@
 
 use crate::{
     config::Limits,
-    dns::pins::Pins,
+    dns::{flood::Questions, pins::Pins},
     http::burden::Burden,
     intercept::{ca::VmCa, leaf::Leaves},
     place::{Place, Places},
+    rate::Rate,
     registry::{Registry, Subject, Ticket},
     secret::{
         known::{Known, Made, Scope, Shelf},
@@ -49,6 +50,8 @@ pub(crate) struct VmEntry {
     shelf: Arc<Shelf>,
     /// Names being looked up: questions, which are refused when there are too many, and dials, which wait.
     pub dns: Semaphore,
+    /// Its questions.
+    pub questions: Questions,
     limits: ArcSwap<Limits>,
     /// What it moves.
     pub throttle: Throttle,
@@ -68,8 +71,8 @@ pub(crate) struct VmEntry {
     pub burden: Burden,
     /// Its answers that have to be decoded.
     pub decoders: Decoders,
-    /// New connections: tokens left, and when they were counted last.
-    arrivals: Mutex<(f64, Instant)>,
+    /// New connections.
+    arrivals: Rate,
 }
 
 impl VmEntry {
@@ -99,17 +102,12 @@ impl VmEntry {
     pub(crate) fn admit(&self) -> Option<Place> {
         let limits = self.limits.load();
         let slot = self.open.take(limits.connections)?;
-        let rate = f64::from(limits.new_per_second);
-        let mut arrivals = self.arrivals.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = Instant::now();
-        let earned = now.duration_since(arrivals.1).as_secs_f64() * rate;
-        *arrivals = ((arrivals.0 + earned).min(rate * 2.0), now);
-        if arrivals.0 < 1.0 {
-            return None;
-        }
-        arrivals.0 -= 1.0;
-        drop(arrivals);
-        Some(slot)
+        self.arrivals.take(limits.new_per_second, Instant::now()).then_some(slot)
+    }
+
+    /// How many questions it may ask in a second.
+    pub(crate) fn dns_per_second(&self) -> u32 {
+        self.limits.load().dns_per_second
     }
 
     /// A place for a new socket towards an upstream. One connection can ask for many at a time.
@@ -173,6 +171,7 @@ impl PolicyTable {
             known: ArcSwapOption::empty(),
             shelf: self.shelf.clone(),
             dns: Semaphore::new(limits.dns_in_flight),
+            questions: Questions::new(limits.dns_per_second),
             limits: ArcSwap::from_pointee(*limits),
             throttle: Throttle::new(limits.octets_per_second),
             open: Places::default(),
@@ -184,7 +183,7 @@ impl PolicyTable {
             heads: Unread::default(),
             burden: Burden::default(),
             decoders: Decoders::default(),
-            arrivals: Mutex::new((f64::from(limits.new_per_second) * 2.0, Instant::now())),
+            arrivals: Rate::new(limits.new_per_second),
         });
         let gone = self.change(|state| {
             let gone = take(state, |old| old.policy.load().vm == vm || overlaps(&old.net, &net));

@@ -5,7 +5,7 @@
 mod support;
 
 use hickory_proto::{
-    op::{Message, Query, ResponseCode},
+    op::{Edns, Message, Query, ResponseCode},
     rr::{Name, RData, RecordType},
 };
 use std::{
@@ -159,20 +159,112 @@ async fn slow_resolver(w: &World) -> ProxyConfig {
 fn questions_beyond_the_bound_are_refused_and_only_that_vms() {
     world_of(HERE, |mut w| async move {
         let guest = Guest::new("b");
-        let other = GuestNet::new(1, Ipv4Addr::new(10, 214, 0, 0), None);
-        guest.shell(&format!("ip addr add {}/32 dev eth0", other.v4)).await.unwrap();
-        sh(&format!("ip route add {}/32 dev tgp{}b", other.v4, std::process::id()));
         serve_with(&w, slow_resolver(&w).await);
         w.zone.set("a.example", &[SERVER]);
         w.rules(Mode::Enforce, &["a.example", "slow.example"], &[]);
-        let vm = VmId::generate();
-        w.table.insert(other, w.vm_ca.clone(), Arc::new(VmPolicy { vm, ..VmPolicy::clone(&w.policy) }));
+        let other = second(&w, &guest, "b").await;
         let answer = ask(&guest, w.net.v4, "slow.example.", IN_FLIGHT + 8).await;
         assert_eq!(answer.metadata.response_code, ResponseCode::ServFail);
         let events = w.events(8).await;
         assert!(events.iter().all(|event| event.verdict == Verdict::Deny { reason: Reason::Limit }));
         let answer = ask(&guest, other.v4, "a.example.", 1).await;
         assert_eq!(given(&answer), ["192.0.2.10"], "another VM notices nothing");
+    });
+}
+
+/// Two guests behind one device: the other's network.
+async fn second(w: &World, guest: &Guest, tag: &str) -> GuestNet {
+    let other = GuestNet::new(1, Ipv4Addr::new(10, 214, 0, 0), None);
+    guest.shell(&format!("ip addr add {}/32 dev eth0", other.v4)).await.unwrap();
+    sh(&format!("ip route add {}/32 dev tgp{}{tag}", other.v4, std::process::id()));
+    let policy = VmPolicy { vm: VmId::generate(), ..VmPolicy::clone(&w.policy) };
+    w.table.insert(other, w.vm_ca.clone(), Arc::new(policy));
+    other
+}
+
+#[test]
+fn questions_beyond_the_rate_are_dropped_and_counted_and_only_that_vms() {
+    world_of(HERE, |mut w| async move {
+        let guest = Guest::new("r");
+        serve(&w);
+        w.zone.set("a.example", &[SERVER]);
+        w.rules(Mode::Enforce, &["a.example"], &[]);
+        let other = second(&w, &guest, "r").await;
+        assert!(w.table.limit(&w.policy.vm, Limits { dns_per_second: 10, ..Limits::default() }));
+        // More at once than a socket holds as it comes.
+        ask(&guest, w.net.v4, "evil.example.", 2000).await;
+        let answer = ask(&guest, other.v4, "a.example.", 1).await;
+        assert_eq!(given(&answer), ["192.0.2.10"], "another VM notices nothing");
+        let (mut answered, mut dropped) = (0, 0);
+        for tries in 0.. {
+            let events = w.events(1).await;
+            w.sink.forget();
+            for event in events {
+                assert_eq!(event.vm, w.policy.vm);
+                match event.verdict.reason() {
+                    Reason::Limit => dropped += event.count,
+                    Reason::NoRule => answered += event.count,
+                    reason => panic!("{reason:?}"),
+                }
+            }
+            if answered + dropped == 2000 {
+                break;
+            }
+            assert!(tries < 100);
+        }
+        // Twice as many as a second's, and what is earned meanwhile.
+        assert!((20..200).contains(&answered), "{answered} of 2000 answered");
+        // The same over TCP.
+        let ended = guest
+            .run(|| {
+                let mut stream = ask_over_tcp("evil.example.");
+                (0..200).any(|_| {
+                    let message = question("evil.example.");
+                    let length = u16::try_from(message.len()).unwrap().to_be_bytes();
+                    stream.write_all(&[&length[..], &message].concat()).is_err()
+                        || stream.read_exact(&mut [0; 12]).is_err()
+                })
+            })
+            .await;
+        assert!(ended);
+    });
+}
+
+#[test]
+fn what_is_no_question_is_told_like_every_other_attempt() {
+    world_of(HERE, |mut w| async move {
+        let guest = Guest::new("e");
+        serve(&w);
+        w.rules(Mode::Enforce, &["a.example"], &[]);
+        let mut later = Message::from_vec(&question("evil.example.")).unwrap();
+        later.set_edns(Edns::new());
+        later.edns.as_mut().unwrap().set_version(1);
+        let mut answer = question("evil.example.");
+        answer[2] |= 0x80;
+        for (message, reason, host) in [
+            (later.to_vec().unwrap(), Reason::DnsQuestion, Some("evil.example")),
+            (answer.clone(), Reason::Malformed, None),
+        ] {
+            let send = move || {
+                let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+                socket.send_to(&message, "198.51.100.53:53").unwrap();
+            };
+            guest.run(send).await;
+            let event = w.event().await;
+            assert_eq!(event.verdict, Verdict::Deny { reason });
+            assert_eq!(event.host.as_ref().map(|host| host.as_str()), host);
+        }
+        // Longer than a question may be, whatever it holds; and an answer.
+        for message in [vec![0; 4097], answer] {
+            let ended = guest.run(move || {
+                let mut stream = TcpStream::connect("198.51.100.53:53").unwrap();
+                let length = u16::try_from(message.len()).unwrap().to_be_bytes();
+                stream.write_all(&[&length[..], &message].concat()).unwrap();
+                stream.read(&mut [0; 2])
+            });
+            assert!(!matches!(ended.await, Ok(1..)));
+            assert_eq!(w.event().await.verdict, Verdict::Deny { reason: Reason::Malformed });
+        }
     });
 }
 

@@ -88,6 +88,47 @@ fn an_upstream_without_http2_gets_what_it_speaks() {
 }
 
 #[test]
+fn a_stream_does_not_wait_for_the_answer_of_another_where_the_upstream_speaks_http1() {
+    world(|mut w| async move {
+        w.zone.set("api.example", &[SERVER]);
+        w.rules(Mode::Enforce, &["api.example"], &[("token", VALUE, &["api.example"])]);
+        let tls = w.ca.server(&["api.example"], &["http/1.1"]);
+        let listener = tokio::net::TcpListener::bind((SERVER, 443)).await.unwrap();
+        tokio::spawn(async move {
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                let tls = tokio_rustls::TlsAcceptor::from(tls.clone());
+                tokio::spawn(async move {
+                    let mut stream = tls.accept(stream).await.unwrap();
+                    let mut head = Vec::new();
+                    while let Ok(byte) = stream.read_u8().await {
+                        head.push(byte);
+                        if !head.ends_with(b"\r\n\r\n") {
+                            continue;
+                        }
+                        let answer = match head.starts_with(b"GET /events ") {
+                            // Events without end.
+                            true => "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n",
+                            false => "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok",
+                        };
+                        stream.write_all(answer.as_bytes()).await.unwrap();
+                        head.clear();
+                    }
+                });
+            }
+        });
+        let mut sender = begin(w.tls((SERVER, 443), "api.example", &["h2"]).await.unwrap()).await;
+        let mut events = sender.send_request(get("https://api.example/events")).await.unwrap();
+        assert_eq!(events.frame().await.unwrap().unwrap().into_data().unwrap(), "ok");
+        for _ in 0..2 {
+            let answer = sender.send_request(get("https://api.example/"));
+            let answer = tokio::time::timeout(std::time::Duration::from_secs(20), answer).await;
+            assert_eq!(text(answer.expect("it waits for the events").unwrap()).await, "ok");
+        }
+    });
+}
+
+#[test]
 fn another_authority_on_the_connection_is_misdirected() {
     world(|mut w| async move {
         start(&mut w, &["h2"]).await;

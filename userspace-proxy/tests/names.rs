@@ -357,7 +357,7 @@ fn what_names_no_host_is_decided_by_its_address() {
             }
         });
         // Silent, or unlike anything: refused at once.
-        for bytes in ["", "SSH-2.0-client\r\n", "\x05\x01\0", "PROXY TCP4 1.2.3.4 1.2.3.4 1 1\r\n"] {
+        for bytes in ["", "SSH-2.0-client\r\n", "\x05\x01\0"] {
             let answer = w.http((SERVER, 2222), bytes).await;
             assert_eq!(answer, "", "{bytes:?}");
             let event = w.event().await;

@@ -3,11 +3,12 @@
 
 mod support;
 
+use std::time::Duration;
 use support::{SERVER, World, unchunk, world};
 use tapgate_model::{Mode, Reason, Verdict};
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpListener,
+    net::{TcpListener, TcpStream},
 };
 
 const VALUE: &str = "ghp_realvalue0123456789";
@@ -276,7 +277,7 @@ fn a_client_that_is_slow_inside_opened_tls_is_served_all_the_same() {
         w.serve((SERVER, 8443), Some(w.ca.server(&["api.example"], &["http/1.1"]))).await;
         // Without ALPN, anything may follow; this is silent for longer than a server that speaks first is waited for.
         let mut stream = w.tls((SERVER, 8443), "api.example", &[]).await.unwrap();
-        tokio::time::sleep(std::time::Duration::from_millis(400)).await;
+        tokio::time::sleep(Duration::from_millis(400)).await;
         for number in 0..2 {
             let request = format!("GET /{number} HTTP/1.1\r\nHost: api.example:8443\r\n{BEARER}\r\n");
             stream.write_all(request.as_bytes()).await.unwrap();
@@ -318,6 +319,50 @@ fn what_is_not_http_inside_opened_tls_is_passed_on_verified() {
         // Opened, and nothing asked: one event as well.
         drop(w.tls((SERVER, 7000), "api.example", &["http/1.1"]).await.unwrap());
         assert_eq!(w.event().await.protocol, tapgate_model::Protocol::Tls);
+    });
+}
+
+#[test]
+fn a_request_on_the_connection_used_before_leaves_those_at_rest_alone() {
+    world(|mut w| async move {
+        w.zone.set("api.example", &[SERVER]);
+        w.rules(Mode::Enforce, &["api.example"], &[]);
+        let listener = TcpListener::bind((SERVER, 80)).await.unwrap();
+        let (began, mut connections) = tokio::sync::mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            loop {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                began.send(()).unwrap();
+                tokio::spawn(async move {
+                    while let Ok(1..) = stream.read(&mut [0; 4096]).await {
+                        if stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok").await.is_err()
+                        {
+                            return;
+                        }
+                    }
+                });
+            }
+        });
+        let ask = async |stream: &mut TcpStream| {
+            stream.write_all(b"GET / HTTP/1.1\r\nHost: api.example\r\n\r\n").await.unwrap();
+            until(stream, "\r\n\r\nok").await;
+        };
+        let mut first = w.connect((SERVER, 80)).await;
+        ask(&mut first).await;
+        let mut second = w.connect((SERVER, 80)).await;
+        ask(&mut second).await;
+        // Its upstream is at rest when it has ended.
+        second.shutdown().await.unwrap();
+        let _ = second.read_to_end(&mut Vec::new()).await;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        ask(&mut first).await;
+        ask(&mut w.connect((SERVER, 80)).await).await;
+        connections.close();
+        let mut count = 0;
+        while connections.recv().await.is_some() {
+            count += 1;
+        }
+        assert_eq!(count, 2);
     });
 }
 
@@ -385,7 +430,7 @@ fn a_request_on_which_nothing_moves_is_ended_and_one_that_moves_is_not() {
     world(|mut w| async move {
         start(&mut w).await;
         let mut config = support::config(&w.ca);
-        config.timeouts.idle = std::time::Duration::from_secs(2);
+        config.timeouts.idle = Duration::from_secs(2);
         w.restart(config);
         let listener = TcpListener::bind((SERVER, 80)).await.unwrap();
         tokio::spawn(async move {
@@ -401,7 +446,7 @@ fn a_request_on_which_nothing_moves_is_ended_and_one_that_moves_is_not() {
                         if !request.starts_with("GET /slow") {
                             break;
                         }
-                        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                        tokio::time::sleep(Duration::from_millis(100)).await;
                         stream.write_all(b".").await.unwrap();
                     }
                     let _ = stream.read_u8().await;
@@ -418,8 +463,7 @@ fn a_request_on_which_nothing_moves_is_ended_and_one_that_moves_is_not() {
                 w.http((SERVER, 80), &slow)
             )
         };
-        let (silent, half, slow) =
-            tokio::time::timeout(std::time::Duration::from_secs(60), all).await.expect("all end");
+        let (silent, half, slow) = tokio::time::timeout(Duration::from_secs(60), all).await.expect("all end");
         assert!(silent.starts_with("HTTP/1.1 502") && silent.contains("for too long"), "{silent}");
         assert!(half.starts_with("HTTP/1.1 200") && half.ends_with("first"), "{half}");
         assert!(slow.starts_with("HTTP/1.1 200") && slow.ends_with(&".".repeat(55)), "{slow}");

@@ -74,8 +74,14 @@ async fn answer(asker: Asker<'_>, message: &[u8], transport: Transport) -> Optio
     let policy = asker.entry.policy.load_full();
     let request = match Message::from_vec(message) {
         Ok(request) if request.metadata.message_type == MessageType::Query => request,
-        Ok(_) => return None,
-        Err(_) => return malformed(&asker, &policy, message, started),
+        Ok(_) => {
+            asker.malformed();
+            return None;
+        }
+        Err(_) => {
+            asker.malformed();
+            return form_error(message);
+        }
     };
     let answer = asker.decide(&policy, &request, started).await;
     encode(&request, answer, transport)
@@ -107,15 +113,10 @@ pub(crate) async fn answer_within_bounds(
 }
 
 fn busy(asker: &Asker<'_>, message: &[u8]) -> Option<Vec<u8>> {
-    asker.limited();
+    asker.limited(1);
     let request = Message::from_vec(message).ok()?;
     (request.metadata.message_type == MessageType::Query).then_some(())?;
     encode(&request, Answer::code(ResponseCode::ServFail), Transport::Udp)
-}
-
-fn malformed(asker: &Asker<'_>, policy: &VmPolicy, message: &[u8], started: Instant) -> Option<Vec<u8>> {
-    drop(asker.record(policy, Verdict::Deny { reason: Reason::Malformed }, None, started));
-    form_error(message)
 }
 
 fn form_error(message: &[u8]) -> Option<Vec<u8>> {
@@ -140,10 +141,16 @@ impl Asker<'_> {
         record
     }
 
-    /// Records that the VM was refused at one of its limits.
-    pub(crate) fn limited(&self) {
+    /// Records what is no question.
+    pub(crate) fn malformed(&self) {
         let policy = self.entry.policy.load_full();
-        drop(self.record(&policy, Verdict::Deny { reason: Reason::Limit }, None, Instant::now()));
+        drop(self.record(&policy, Verdict::Deny { reason: Reason::Malformed }, None, Instant::now()));
+    }
+
+    /// Records that the VM was refused so many times at one of its limits.
+    pub(crate) fn limited(&self, count: u32) {
+        let policy = self.entry.policy.load_full();
+        self.record(&policy, Verdict::Deny { reason: Reason::Limit }, None, Instant::now()).count(count);
     }
 
     /// Records a refusal and gives its id.
@@ -163,6 +170,9 @@ impl Asker<'_> {
             return Answer::code(ResponseCode::NotImp);
         }
         if request.edns.as_ref().is_some_and(|edns| edns.version() != 0) {
+            let name = request.queries.first().map(|query| query.name().to_ascii());
+            let name = name.and_then(|name| HostName::parse_wire(name.as_bytes()).ok());
+            self.refuse(policy, Reason::DnsQuestion, name.as_ref(), started);
             return Answer::code(ResponseCode::BADVERS);
         }
         let [query] = request.queries.as_slice() else {

@@ -1,6 +1,9 @@
 //! DNS over TCP: two octets of length before each message (RFC 7766). Bounded in messages and patience.
 
-use super::answer::{Asker, Transport, answer_within_bounds};
+use super::{
+    answer::{Asker, Transport, answer_within_bounds},
+    flood,
+};
 use crate::{
     conn::{Accepted, reset},
     proxy::Shared,
@@ -24,18 +27,21 @@ pub(crate) async fn serve(shared: Arc<Shared>, accepted: Accepted) {
     let Some(entry) = shared.table.by_address(guest.ip()) else { return };
     let to = SocketAddr::new(destination.ip().to_canonical(), destination.port());
     let Some(_slot) = entry.admit() else {
-        Asker { shared: &shared, entry: &entry, to }.limited();
+        Asker { shared: &shared, entry: &entry, to }.limited(1);
         return reset(&stream);
     };
     let talk = async {
         for _ in 0..MOST {
             let Ok(Ok(length)) = timeout(IDLE, stream.read_u16()).await else { return };
+            let asker = Asker { shared: &shared, entry: &entry, to };
             let mut message = vec![0; usize::from(length)];
             if message.len() > MAX_QUESTION {
-                return;
+                return asker.malformed();
             }
             let Ok(Ok(_)) = timeout(IDLE, stream.read_exact(&mut message)).await else { return };
-            let asker = Asker { shared: &shared, entry: &entry, to };
+            if !flood::admit(&asker) {
+                return reset(&stream);
+            }
             let reply = answer_within_bounds(asker, &message, Transport::Tcp).await;
             let Some(reply) = reply else { return };
             let Ok(length) = u16::try_from(reply.len()) else { return };

@@ -1,7 +1,10 @@
 //! DNS over UDP: datagrams with the address that each was sent to, and replies from that address and port 53.
 
-use super::answer::{Asker, Transport, answer_within_bounds};
-use crate::proxy::Shared;
+use super::{
+    answer::{Asker, Transport, answer_within_bounds},
+    flood,
+};
+use crate::{proxy::Shared, table::VmEntry};
 use nix::sys::socket::{
     ControlMessage, ControlMessageOwned, MsgFlags, SockaddrIn, SockaddrIn6, SockaddrStorage, recvmsg, sendmsg,
 };
@@ -28,13 +31,21 @@ struct Datagram {
 /// Answers until the daemon stops.
 pub(crate) async fn serve(shared: Arc<Shared>, socket: UdpSocket) {
     let socket = Arc::new(socket);
+    let mut buffer = vec![0; MAX_QUESTION];
     loop {
         let received = tokio::select! {
-            received = socket.async_io(Interest::READABLE, || receive(&socket)) => received,
+            received = socket.async_io(Interest::READABLE, || receive(&socket, &mut buffer)) => received,
             () = shared.stop.cancelled() => return,
         };
         match received {
-            Ok(Some(datagram)) => drop(shared.tasks.spawn(one(shared.clone(), socket.clone(), datagram))),
+            Ok(Some((guest, asked, length))) => {
+                let Some(entry) = shared.table.by_address(guest.ip()) else { continue };
+                // A guest that floods costs the others of this socket as little as may be.
+                if flood::admit(&asker(&shared, &entry, asked)) {
+                    let datagram = Datagram { bytes: buffer[..length].to_vec(), guest, asked };
+                    drop(shared.tasks.spawn(one(shared.clone(), entry, socket.clone(), datagram)));
+                }
+            }
             Ok(None) => {}
             Err(error) => {
                 tracing::warn!(%error, "a DNS datagram could not be read");
@@ -44,9 +55,12 @@ pub(crate) async fn serve(shared: Arc<Shared>, socket: UdpSocket) {
     }
 }
 
-async fn one(shared: Arc<Shared>, socket: Arc<UdpSocket>, datagram: Datagram) {
-    let Some(entry) = shared.table.by_address(datagram.guest.ip()) else { return };
-    let asker = Asker { shared: &shared, entry: &entry, to: SocketAddr::new(datagram.asked, DNS_PORT) };
+fn asker<'a>(shared: &'a Arc<Shared>, entry: &'a Arc<VmEntry>, asked: IpAddr) -> Asker<'a> {
+    Asker { shared, entry, to: SocketAddr::new(asked, DNS_PORT) }
+}
+
+async fn one(shared: Arc<Shared>, entry: Arc<VmEntry>, socket: Arc<UdpSocket>, datagram: Datagram) {
+    let asker = asker(&shared, &entry, datagram.asked);
     if let Some(reply) = answer_within_bounds(asker, &datagram.bytes, Transport::Udp).await {
         let sent = socket.async_io(Interest::WRITABLE, || send(&socket, &reply, &datagram)).await;
         if let Err(error) = sent {
@@ -55,10 +69,10 @@ async fn one(shared: Arc<Shared>, socket: Arc<UdpSocket>, datagram: Datagram) {
     }
 }
 
-fn receive(socket: &UdpSocket) -> io::Result<Option<Datagram>> {
-    let mut bytes = vec![0; MAX_QUESTION];
+/// Who asked which address, and the length of what was asked.
+fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<Option<(SocketAddr, IpAddr, usize)>> {
     let mut control = nix::cmsg_space!(libc::in_pktinfo, libc::in6_pktinfo);
-    let mut parts = [IoSliceMut::new(&mut bytes)];
+    let mut parts = [IoSliceMut::new(buffer)];
     let message =
         recvmsg::<SockaddrStorage>(socket.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::empty())?;
     let asked = message.cmsgs()?.find_map(|control| match control {
@@ -73,8 +87,7 @@ fn receive(socket: &UdpSocket) -> io::Result<Option<Datagram>> {
         v4.or_else(|| address.as_sockaddr_in6().map(|v6| SocketAddr::from(SocketAddrV6::from(*v6))))
     });
     let length = message.bytes;
-    bytes.truncate(length);
-    Ok(asked.zip(guest).map(|(asked, guest)| Datagram { bytes, guest, asked }))
+    Ok(asked.zip(guest).map(|(asked, guest)| (guest, asked, length)))
 }
 
 fn send(socket: &UdpSocket, reply: &[u8], to: &Datagram) -> io::Result<()> {

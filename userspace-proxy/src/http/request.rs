@@ -108,15 +108,19 @@ impl HttpConn {
         self
     }
 
-    /// An upstream connection to begin with.
+    /// An upstream connection to begin with, or to go on with.
     pub(crate) fn park(&self, upstream: Upstream) {
-        *self.parked.lock().unwrap_or_else(PoisonError::into_inner) = Some(upstream);
+        let before = self.parked.lock().unwrap_or_else(PoisonError::into_inner).replace(upstream);
+        if let Some(before) = before.filter(|before| matches!(before.sender, Sender::Http1(_))) {
+            self.shared.pool.give(&self.entry, before);
+        }
     }
 
-    /// The connection used before; one that takes many requests at a time stays for others.
+    /// The connection used before; one that takes many requests at a time stays for others. Of a guest that has many requests at
+    /// a time the one before may still be answered there, without end perhaps.
     fn unpark(&self) -> Option<Upstream> {
         let mut parked = self.parked.lock().unwrap_or_else(PoisonError::into_inner);
-        let upstream = parked.take()?;
+        let upstream = parked.take_if(|upstream| self.alpn == Alpn::Http1 || upstream.at_rest())?;
         *parked = upstream.share();
         Some(upstream)
     }
@@ -331,9 +335,9 @@ impl HttpConn {
             upstream.key == *key && dialer.admits(&policy, upstream.address.ip()).is_ok()
         };
         if !fresh {
-            let parked = self.unpark().filter(fits);
-            for candidate in [parked, self.shared.pool.take(&policy.vm, key).filter(fits)] {
-                if let Some(mut upstream) = candidate
+            for pooled in [false, true] {
+                let candidate = if pooled { self.shared.pool.take(&policy.vm, key) } else { self.unpark() };
+                if let Some(mut upstream) = candidate.filter(fits)
                     && upstream.ready().await
                 {
                     dialer.enter(&self.entry, ticket, upstream.address.ip())?;

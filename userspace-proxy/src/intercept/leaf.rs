@@ -21,8 +21,8 @@ use tapgate_model::HostName;
 const LIFE: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 /// It is replaced long before it ends.
 const CACHED: Duration = Duration::from_secs(24 * 60 * 60);
-/// Certificates kept for one VM, of some 8 KiB each.
-const MOST: usize = 512;
+/// Certificates kept for one VM, of some 3 KiB each.
+const MOST: usize = 1024;
 
 /// What was negotiated with the upstream and is offered to the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -98,6 +98,9 @@ fn guess(bytes: &[u8], hello: &mut tls::HelloReader) -> Guess {
             Err(_) => Guess::Known(First::BadHello),
         };
     }
+    if tls::before_hello(bytes) {
+        return if bytes.len() < 5 { Guess::More(First::BadHello) } else { Guess::Known(First::BadHello) };
+    }
     if bytes.starts_with(HTTP2_PREFACE) {
         return Guess::Known(First::Http2);
     }
@@ -179,6 +182,11 @@ mod tests {
 
     #[tokio::test]
     async fn a_broken_hello_is_refused() {
+        // What some servers pass over before the hello.
+        for before in [&b"\x15\x03\x01\0\x02\x01\x5a"[..], b"\x14\x03\x03\0\x01\x01", b"\x15\x03"] {
+            assert!(matches!(of(&[&before[..1], &before[1..]]).await, First::BadHello), "{before:?}");
+        }
+        assert!(matches!(of(&[b"\x15\x03\0\0\x08\x04"]).await, First::Other));
         assert!(matches!(of(&[b"\x16\x03\x01\0\x05hello"]).await, First::BadHello));
         assert!(matches!(of(&[b"\x16\x03\x01\x02\0\x01"]).await, First::BadHello));
         assert!(matches!(of(&[b"\x16\x05"]).await, First::Other));

@@ -9,6 +9,18 @@ use tapgate_model::{HostName, host::HostError};
 /// The content type of a TLS record that carries handshake messages.
 pub(crate) const HANDSHAKE: u8 = 22;
 
+/// Whether this is, or begins, a record that some servers pass over before the hello: an alert, or a change of ciphers. No client begins
+/// so; the name in the hello behind it would go by unread. Of every version, since none is agreed on yet.
+pub(crate) fn before_hello(bytes: &[u8]) -> bool {
+    [[21, 3, 0, 0, 2], [20, 3, 0, 0, 1]].iter().any(|record| {
+        bytes
+            .iter()
+            .zip(record)
+            .enumerate()
+            .all(|(at, (byte, of_record))| at == 2 && *byte <= 4 || byte == of_record)
+    })
+}
+
 /// What a hello says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hello {
