@@ -423,3 +423,25 @@ fn qemu_img(words: &[&std::ffi::OsStr], files: &[&Path]) -> Result<(), VmmError>
     }
     Err(VmmError::Disk(String::from_utf8_lossy(&output.stderr).trim().to_owned()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::turn;
+
+    #[tokio::test]
+    async fn a_copy_that_nobody_wants_any_more_ends_and_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let (from, to) = (dir.path().join("from"), dir.path().join("to"));
+        fs::write(&from, vec![7; 1 << 20]).unwrap();
+        let over = turn::run(dir.path(), |wanted| Ok(wanted.clone())).await.unwrap();
+        let error = sparse_copy(&from, &dir.path().join("half"), &over).unwrap_err().to_string();
+        assert!(error.contains("not wanted any more"), "{error}");
+        if !reflink(&from, &to).unwrap() {
+            copy_raw(&from, &to, &over).unwrap_err();
+            assert!(!to.exists() && !to.with_extension("new").exists());
+        }
+        copy_raw(&from, &to, &Wanted::default()).unwrap();
+        assert_eq!(fs::read(&to).unwrap(), vec![7; 1 << 20]);
+    }
+}

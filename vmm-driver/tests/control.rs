@@ -1,10 +1,12 @@
-//! The connection to a real QEMU is lost and made anew: what its guest did in between is found out. Needs root; TCG will do.
+//! What is learnt of a real QEMU by its control connection: what its guest did while that was lost and made anew, and that it is held
+//! for want of disk. Needs root; TCG will do.
 #![allow(missing_docs, dead_code, reason = "tests")]
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
 mod common;
 
 use common::{PATIENCE, World, boot, ready};
+use nix::mount::MsFlags;
 use nix::sys::socket::{Shutdown, UnixAddr, getpeername, shutdown};
 use std::io::{BufRead as _, BufReader, Lines, Write as _};
 use std::os::unix::net::UnixStream;
@@ -84,5 +86,61 @@ fn real_vm_what_qemu_says_to_nobody_is_found_out() {
         drop(other);
         let exit = tokio::time::timeout(SOON, machine.wait()).await;
         assert_eq!(exit.expect("its end is seen"), Exit::GuestShutdown);
+    });
+}
+
+/// A file system in memory for a VM's folder, small at first.
+struct Small<'a>(&'a Path);
+
+impl<'a> Small<'a> {
+    fn mount(at: &'a Path) -> Self {
+        std::fs::create_dir(at).unwrap();
+        let size = Some("size=256m,mode=0700");
+        nix::mount::mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::empty(), size).unwrap();
+        Self(at)
+    }
+
+    fn grow(&self) {
+        let size = Some("size=1g,mode=0700");
+        nix::mount::mount(None::<&str>, self.0, None::<&str>, MsFlags::MS_REMOUNT, size).unwrap();
+    }
+
+    /// MiB that are used, and that are free.
+    fn space(&self) -> (u64, u64) {
+        let now = nix::sys::statvfs::statvfs(self.0).unwrap();
+        let mib = |blocks: u64| (blocks * now.fragment_size()) >> 20;
+        (mib(now.blocks() - now.blocks_free()), mib(now.blocks_free()))
+    }
+}
+
+impl Drop for Small<'_> {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(self.0, nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+#[test]
+fn real_vm_a_guest_that_is_held_for_want_of_disk_goes_on_when_there_is_some() {
+    World::run(|world| async move {
+        let datapath = world.datapath().await;
+        let spec = world.spec(&VmId::generate(), 7, Vec::new());
+        let disk = Small::mount(&spec.dir);
+        let (machine, _reap) = boot(&datapath, &spec).await;
+        let fill = "systemd-run dd if=/dev/urandom of=/root/large bs=1M count=400 oflag=direct";
+        world.ask(datapath.egress(), spec.net, fill);
+        let until = async |what: &str, is: &dyn Fn() -> bool| {
+            let end = std::time::Instant::now() + PATIENCE;
+            while !is() {
+                assert!(std::time::Instant::now() < end, "never: {what}, {:?}", disk.space());
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        };
+        until("it is full", &|| disk.space().1 < 2).await;
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        assert!(machine.observed().borrow().exit.is_none(), "its VMM runs");
+        disk.grow();
+        until("the guest goes on", &|| disk.space().0 > 400).await;
+        world.ask(datapath.egress(), spec.net, "sync; test -s /root/large");
+        assert_eq!(machine.kill().await.unwrap(), Exit::Stopped);
     });
 }

@@ -152,7 +152,19 @@ impl Storage {
     /// gave up ends by itself, and has ended when the folder is at rest.
     pub async fn fetch(&self, name: &str, expected: &Stored, to: &Path) -> Result<(), StorageError> {
         let packed = Half(to.with_extension("packed"));
-        let packed = &packed.0;
+        let result = self.bring(name, expected, &packed.0, to).await;
+        // Where nobody gave up there is time for it: a large one takes a while.
+        let _ = tokio::fs::remove_file(&packed.0).await;
+        result
+    }
+
+    async fn bring(
+        &self,
+        name: &str,
+        expected: &Stored,
+        packed: &Path,
+        to: &Path,
+    ) -> Result<(), StorageError> {
         let key = self.key(name);
         let size = self.store().head(&key).await?.size;
         if size != expected.stored_bytes {
@@ -178,7 +190,7 @@ impl Storage {
             return Err(StorageError::Changed("its hash is another".into()));
         }
         let folder = to.parent().unwrap_or(to);
-        let (packed, to, bytes) = (packed.clone(), to.to_owned(), expected.file_bytes);
+        let (packed, to, bytes) = (packed.to_owned(), to.to_owned(), expected.file_bytes);
         let unpacked = turn::run(folder, move |wanted| Ok(pack::unpack(&packed, &to, bytes, wanted))).await;
         unpacked
             .unwrap_or_else(|error| Err(io::Error::other(error)))
@@ -244,7 +256,7 @@ fn sweep_parts(folder: &Path, name: &str) {
     }
 }
 
-/// A file that nobody needs any more when this goes, whether it was read to its end or given up.
+/// A file that nobody needs any more when this goes, also where whoever made it gave up.
 struct Half(PathBuf);
 
 impl Drop for Half {

@@ -365,6 +365,9 @@ impl QemuRunning {
             shut_down,
             silent: 0,
             hung: false,
+            starved: false,
+            retries: 0,
+            broken: None,
             intent: intended,
         };
         let (cgroups, of) = (driver.cgroups.clone(), spec.place());

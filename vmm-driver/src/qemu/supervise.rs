@@ -24,6 +24,10 @@ const LOG: u64 = 1 << 20;
 /// How often in a row QEMU may leave a question without an answer before it is taken to hang; each takes ten seconds.
 const PATIENCE: u32 = 2;
 const CHUNK: u32 = 64 << 10;
+/// What QEMU calls a guest that it holds because a write found no room.
+const STARVED: &str = "io-error";
+/// How many seconds a guest is held between two words about it.
+const TOLD: u32 = 60;
 
 /// A command for QEMU and where its answer goes.
 pub struct Command {
@@ -73,6 +77,12 @@ pub struct Supervisor {
     pub silent: u32,
     /// Whether it was ended here for that. What its socket says afterwards changes nothing about it.
     pub hung: bool,
+    /// Whether its guest is held because the host's disk is full, and how often in a row it was let go on.
+    pub starved: bool,
+    /// See [`Self::starved`].
+    pub retries: u32,
+    /// Why its guest can never go on, where it was ended here for that.
+    pub broken: Option<String>,
     /// Set by whoever ends the process on purpose.
     pub intent: watch::Receiver<bool>,
 }
@@ -112,6 +122,7 @@ impl Supervisor {
         let exit = match status {
             _ if self.shut_down => Exit::GuestShutdown,
             _ if *self.intent.borrow() => Exit::Stopped,
+            _ if self.broken.is_some() => Exit::Crashed(self.broken.take().unwrap_or_default()),
             _ if self.hung => Exit::Crashed("it hung: its control socket did not answer".into()),
             Ended::Code(code) => Exit::Crashed(self.last_words(&format!("exit code {code}"))),
             Ended::Signal(signal) => Exit::Crashed(self.last_words(&format!("signal {signal}"))),
@@ -130,22 +141,59 @@ impl Supervisor {
             "RESET" if event.data.get("guest").and_then(Value::as_bool) == Some(true) => {
                 self.observed.send_modify(|seen| seen.reboots = seen.reboots.saturating_add(1));
             }
+            // The daemon's own holds among them.
+            "STOP" => self.catch_up().await,
             _ => {}
         }
     }
 
     /// What QEMU said while nobody was connected to it is lost: what its guest is doing is asked.
     async fn catch_up(&mut self) {
-        let Some(qmp) = &mut self.qmp else { return };
-        match qmp.command("query-status", Value::Null).await {
-            Ok(status) if status.get("status").and_then(Value::as_str) == Some("shutdown") => {
+        match self.status().await.as_deref() {
+            Some("shutdown") => {
                 self.shut_down = true;
                 self.quit().await;
             }
-            Ok(_) => {}
+            // QEMU keeps the write that found no room, and makes it again when the guest goes on.
+            Some(STARVED) => {
+                self.starved = true;
+                if self.retries.is_multiple_of(TOLD) {
+                    let dir = self.dir.display();
+                    tracing::error!(%dir, "the host's disk is full: a guest is held until there is room");
+                }
+            }
+            Some(state @ ("internal-error" | "guest-panicked")) => {
+                tracing::error!(dir = %self.dir.display(), state, "a guest cannot go on and is ended");
+                self.broken = Some(format!("its guest cannot go on: {state}"));
+                let _ = self.process.signal(libc::SIGKILL);
+            }
+            _ => {}
+        }
+    }
+
+    async fn status(&mut self) -> Option<String> {
+        match self.qmp.as_mut()?.command("query-status", Value::Null).await {
+            Ok(status) => status.get("status").and_then(Value::as_str).map(str::to_owned),
             // With the next connection, again.
             Err(error) => {
                 self.qmp = None;
+                self.heard(&error);
+                None
+            }
+        }
+    }
+
+    /// Lets a guest go on that found no room on the disk; it is held again at once while there is none. Never one that is held
+    /// for anything else: that one's memory may be on its way out.
+    async fn feed(&mut self) {
+        if !std::mem::take(&mut self.starved) {
+            self.retries = 0;
+        } else if self.status().await.as_deref() == Some(STARVED) {
+            self.retries = self.retries.saturating_add(1);
+            if let Some(qmp) = &mut self.qmp
+                && let Err(error) = qmp.command("cont", Value::Null).await
+            {
+                self.starved = true;
                 self.heard(&error);
             }
         }
@@ -176,6 +224,7 @@ impl Supervisor {
                 Err(error) => self.heard(&error),
             }
         }
+        self.feed().await;
         self.fetch_console().await;
     }
 
@@ -263,6 +312,62 @@ pub fn tail(path: &Path, bytes: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// No guest of an emulated CPU gets there: what answers stands in for QEMU.
+    #[tokio::test]
+    async fn a_guest_that_cannot_go_on_is_ended() {
+        use crate::process::ProcessRef;
+        use std::io::{BufRead as _, BufReader, Write as _};
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(file::CONTROL);
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let lines = BufReader::new(stream.try_clone().unwrap()).lines();
+            writeln!(stream, r#"{{"QMP": {{}}}}"#).unwrap();
+            let mut events = r#"{"event": "STOP"}"#;
+            for line in lines.map_while(Result::ok) {
+                let asked: Value = serde_json::from_str(&line).unwrap();
+                let answer = match asked["execute"].as_str().unwrap() {
+                    "query-status" if events.is_empty() => json!({"status": "internal-error"}),
+                    "query-status" => json!({"status": "running"}),
+                    "ringbuf-read" => json!(""),
+                    _ => json!({}),
+                };
+                writeln!(stream, "{}", json!({"return": answer, "id": asked["id"]})).unwrap();
+                if asked["execute"] == "ringbuf-read" {
+                    writeln!(stream, "{}", std::mem::take(&mut events)).unwrap();
+                }
+            }
+        });
+        #[expect(clippy::zombie_processes, reason = "the pidfd reaps it")]
+        let child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let process = ProcessRef::of(i32::try_from(child.id()).unwrap()).unwrap();
+        let (observed, mut seen) = watch::channel(Observed::default());
+        let (_commands, commands) = mpsc::channel(1);
+        let (_intent, intent) = watch::channel(false);
+        let supervisor = Supervisor {
+            dir: dir.path().to_owned(),
+            process: Arc::new(Process::open(&process).unwrap().unwrap()),
+            scratch: None,
+            qmp: Some(Qmp::connect(&path).await.unwrap()),
+            commands,
+            observed,
+            shut_down: false,
+            silent: 0,
+            hung: false,
+            starved: false,
+            retries: 0,
+            broken: None,
+            intent,
+        };
+        tokio::spawn(supervisor.run(|| {}));
+        let ended = tokio::time::timeout(Duration::from_secs(30), seen.wait_for(|seen| seen.exit.is_some()));
+        let exit = ended.await.unwrap().unwrap().exit.as_deref().cloned();
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(process.pid), nix::sys::signal::SIGKILL);
+        let why = "its guest cannot go on: internal-error";
+        assert_eq!(exit, Some(Exit::Crashed(why.into())));
+    }
 
     #[test]
     fn the_console_log_is_bounded() {

@@ -37,7 +37,7 @@ pub async fn save(vm: &QemuRunning) -> Result<Suspended, VmmError> {
     // A copy of the disk that nobody waits for any more would keep the memory from being written.
     snapshot::clear(vm).await;
     let began = Instant::now();
-    vm.command("stop", Value::Null).await?;
+    hold(vm).await?;
     let dir = vm.spec.dir.clone();
     memory::forget(&dir);
     let written = async {
@@ -64,6 +64,20 @@ pub async fn save(vm: &QemuRunning) -> Result<Suspended, VmmError> {
         vm.end().await?;
     }
     Err(error)
+}
+
+/// Holds a guest that runs. One that QEMU holds already, as it does for want of disk, may be let go on at any time.
+async fn hold(vm: &QemuRunning) -> Result<(), VmmError> {
+    vm.command("stop", Value::Null).await?;
+    let why = match vm.command("query-status", Value::Null).await {
+        Ok(status) if status["status"] == "paused" => return Ok(()),
+        Ok(status) => VmmError::Memory(format!("its guest does not run: {}", status["status"])),
+        Err(error) => {
+            let _ = vm.command("cont", Value::Null).await;
+            error
+        }
+    };
+    Err(why)
 }
 
 /// What takes commands for QEMU.
@@ -128,7 +142,7 @@ async fn both(vm: &QemuRunning, disk: &Path, to: &Path) -> Result<MemorySnapshot
         let _ = agent.write_out().await;
     }
     let held = Instant::now();
-    vm.command("stop", Value::Null).await?;
+    hold(vm).await?;
     let written = async {
         let note = write(vm, to).await?;
         // Having written a memory QEMU lets go of the disk, as for another QEMU to take it; it is needed here still.
