@@ -4,7 +4,7 @@ use crate::{World, sh};
 use anyhow::{Context as _, Result, bail};
 use std::{
     fs::File,
-    path::{Path, PathBuf},
+    path::Path,
     process::{Child, Command, Stdio},
     thread,
     time::Duration,
@@ -21,31 +21,23 @@ pub struct Bucket<'world> {
     child: Child,
 }
 
-/// Where set-up puts programs from PyPI, besides the path.
-fn program() -> Option<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let shared = ["/usr/local/tapgate-tools/bin", "/usr/local/tapgate-tools/moto/bin"].map(PathBuf::from);
-    std::env::split_paths(&path)
-        .chain(shared)
-        .map(|folder| folder.join("moto_server"))
-        .find(|file| file.is_file())
-}
+/// Where set-up puts it.
+const PROGRAM: &str = "/usr/local/tapgate-tools/s3/bin/moto_server";
 
 impl<'world> Bucket<'world> {
-    /// Starts it; `None`, loudly, where it is not installed.
-    pub fn start(world: &'world World) -> Result<Option<Self>> {
-        let Some(program) = program() else {
-            eprintln!("SKIPPED the bucket: moto_server is not installed; `cargo xtask setup` brings it");
-            return Ok(None);
-        };
+    /// Starts it.
+    pub fn start(world: &'world World) -> Result<Self> {
+        if !Path::new(PROGRAM).is_file() {
+            bail!("{PROGRAM} is not installed; `cargo xtask setup` brings it");
+        }
         let log = File::create(world.folder().join("moto.log"))?;
         let (host, port) = ADDRESS.split_once(':').context("no port")?;
-        let mut command = world.on_host(program);
+        let mut command = world.on_host(PROGRAM);
         command.args(["-H", host, "-p", port]).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let bucket = Self { world, child: command.spawn()? };
         for _ in 0..300 {
             if bucket.curl(&["-X", "PUT"], "").is_ok_and(|(status, _)| status == 200) {
-                return Ok(Some(bucket));
+                return Ok(bucket);
             }
             thread::sleep(Duration::from_millis(200));
         }

@@ -70,6 +70,7 @@ pub fn command(check: bool, packages_only: bool) -> Result<()> {
         advice.extend(bpf::linker(&machine, check)?);
         advice.extend(cargo_tools::install(&machine, check)?);
         advice.extend(venvs::API.install(&machine, check)?);
+        advice.extend(venvs::S3.install(&machine, check)?);
         advice.extend(venvs::CLIENTS.install(&machine, check)?);
     }
     if advice.is_empty() {

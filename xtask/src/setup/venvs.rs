@@ -34,6 +34,9 @@ pub const CLIENTS: Venv = Venv {
 /// What the API's tests use: a mail server, and what holds the API against its own document.
 pub const API: Venv = Venv { name: "api", packages: &["aiosmtpd==1.4.6", "schemathesis==4.32.5"] };
 
+/// An S3 server for the tests of snapshots.
+pub const S3: Venv = Venv { name: "s3", packages: &["moto[server]==5.2.5"] };
+
 /// What is measured beside the proxy and comes from PyPI.
 pub const BENCH: Venv = Venv { name: "bench", packages: &["mitmproxy==11.0.2"] };
 
