@@ -8,6 +8,7 @@ use hyper_util::{client::legacy::Client, rt::TokioExecutor};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tokio::runtime::Runtime;
 
 /// Connections that are kept open.
 const CONNECTIONS: usize = 32;
@@ -41,11 +42,19 @@ pub fn run(args: &[String]) {
     let rate: u32 = rate.parse().unwrap();
     let time = Duration::from_secs(seconds.parse().unwrap());
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-    let figures = runtime.block_on(drive(address, rate, kind, time, keys));
+    let figures = drive(&runtime, address, rate, kind, time, keys);
     println!("{}", serde_json::to_string(&figures).unwrap());
 }
 
-async fn drive(address: &str, rate: u32, kind: &str, time: Duration, keys: &[String]) -> Figures {
+/// Paces from a thread of its own: the runtime's timer goes by whole milliseconds, which are no time of the daemon's.
+fn drive(
+    runtime: &Runtime,
+    address: &str,
+    rate: u32,
+    kind: &str,
+    time: Duration,
+    keys: &[String],
+) -> Figures {
     let client =
         Client::builder(TokioExecutor::new()).pool_max_idle_per_host(CONNECTIONS).build_http::<Full<Bytes>>();
     let turns = Arc::new(tokio::sync::Semaphore::new(CONNECTIONS));
@@ -54,7 +63,7 @@ async fn drive(address: &str, rate: u32, kind: &str, time: Duration, keys: &[Str
     let mut tasks = tokio::task::JoinSet::new();
     for n in 0..total {
         let due = start + Duration::from_secs(1) / rate * n;
-        tokio::time::sleep_until(due.into()).await;
+        std::thread::sleep(due.saturating_duration_since(Instant::now()));
         let write = kind == "write" || (kind == "mixed" && n % 10 == 0);
         let at = n as usize;
         let key = &keys[at % keys.len()];
@@ -71,7 +80,7 @@ async fn drive(address: &str, rate: u32, kind: &str, time: Duration, keys: &[Str
             .body(Full::new(Bytes::from(body)))
             .unwrap();
         let (client, turns) = (client.clone(), turns.clone());
-        tasks.spawn(async move {
+        let asked = async move {
             let _turn = turns.acquire().await;
             let good = match client.request(request).await {
                 Ok(answer) => {
@@ -82,11 +91,12 @@ async fn drive(address: &str, rate: u32, kind: &str, time: Duration, keys: &[Str
             };
             let took = due.elapsed();
             (due >= start + WARM_UP).then_some((took, good))
-        });
+        };
+        tasks.spawn_on(asked, runtime.handle());
     }
     let mut times = Vec::new();
     let mut failed = 0;
-    while let Some(done) = tasks.join_next().await {
+    while let Some(done) = runtime.block_on(tasks.join_next()) {
         let Some((took, good)) = done.unwrap() else { continue };
         failed += u64::from(!good);
         times.push(u64::try_from(took.as_micros()).unwrap());
