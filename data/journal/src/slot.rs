@@ -223,8 +223,7 @@ pub(crate) fn read(octets: &[u8]) -> Found {
         return Found::Nothing;
     }
     let vm = part(slot::VM, ID);
-    let vm: Option<VmId> =
-        (check(0, vm) == word(slot::VM_CHECK)).then(|| read_id(vm)).flatten();
+    let vm: Option<VmId> = (check(0, vm) == word(slot::VM_CHECK)).then(|| read_id(vm)).flatten();
     // Of one that was just begun, or is not ours, there may be no count yet.
     let count = u32::try_from(word(slot::COUNT)).unwrap_or(1).max(1);
     let (id, seq) = (part(slot::CLAIM_ID, ID), word(slot::CLAIM));
@@ -236,9 +235,7 @@ pub(crate) fn read(octets: &[u8]) -> Found {
     let Some(body) = body.filter(|body| check(state, body) == word(slot::CHECK)) else { return lost(None) };
     match (kind, &vm) {
         // As many as could ever be: what says more was not written by us.
-        (Some(Kind::Lost), _) => {
-            Found::Lost { vm, count: word(slot::COUNT).clamp(1, 1 << 40), claim: seq }
-        }
+        (Some(Kind::Lost), _) => Found::Lost { vm, count: word(slot::COUNT).clamp(1, 1 << 40), claim: seq },
         (Some(kind @ (Kind::Undecided | Kind::UnderWay | Kind::Ended)), Some(known)) => {
             match event(known.clone(), count, body) {
                 Some(event) => Found::Event { kind, event, claim: read_id(id).zip(seq) },

@@ -5,7 +5,9 @@ use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tapgate_journal::{FileJournal, Left};
-use tapgate_model::{AuditEvent, EventId, Mode, Protocol, Reason, RuleId, Stage, UserId, Verdict, VmId, VmPolicy};
+use tapgate_model::{
+    AuditEvent, EventId, Mode, Protocol, Reason, RuleId, Stage, UserId, Verdict, VmId, VmPolicy,
+};
 
 fn event(vm: &VmId) -> AuditEvent {
     let policy = VmPolicy {
