@@ -78,14 +78,14 @@ fn what_is_open_and_what_waits_is_on_record_after_a_kill() {
     // Over, and waiting to be stored.
     let mut told = Vec::new();
     for number in 0..20 {
-        let asked =
-            stage.sh(&format!("curl -sS --max-time 20 'http://{}/n{number}?q=hush'", other.name)).unwrap();
+        let asked = stage
+            .sh(&format!(
+                "curl -sS --max-time 20 --resolve {0}:80:{1} 'http://{0}/n{number}?q=hush'",
+                other.name, other.v4
+            ))
+            .unwrap();
         let answer: Value = serde_json::from_str(&asked.out).unwrap();
-        told.push((
-            answer["error"]["event_id"].as_str().map(str::to_owned),
-            number,
-            asked.out,
-        ));
+        told.push((answer["error"]["event_id"].as_str().map(str::to_owned), number, asked.out));
     }
     let whole = stage.sh(&format!("curl -sS --cacert {} https://{}/", stage.world_ca(), api.name)).unwrap();
     assert!(whole.ok(), "{whole:?}");
@@ -182,6 +182,39 @@ fn what_is_open_and_what_waits_is_on_record_after_a_kill() {
     let file = std::fs::read(stage.daemon().data_dir().join("audit.journal")).unwrap();
     for never in ["sk-live-0a1b2c3d4e5f", "hush"] {
         assert!(memchr::memmem::find(&file, never.as_bytes()).is_none(), "{never} is in the journal");
+    }
+    stage.clear().unwrap();
+}
+
+/// Just before the transaction that stores an event is over, and just after: in the journal it looks the same.
+#[test]
+fn what_the_last_transaction_stored_is_told_once() {
+    let world = World::new().unwrap();
+    let fault = world.folder().join("fault");
+    let images = "/var/cache/tapgate/images".into();
+    let settings = Settings { binary: daemon::binary().unwrap(), driver: Driver::Netns, images };
+    let environment = [("TAPGATE_FAULT", fault.to_str().unwrap())];
+    let daemon = Daemon::start_with(&world, settings, "", &environment).unwrap();
+    let mut stage = Stage::new(&world, daemon).unwrap();
+    stage.boot("box").unwrap();
+    let other = sites::OTHER;
+    for point in ["audit.claimed", "audit.committed", "audit.claimed"] {
+        std::fs::write(&fault, point).unwrap();
+        let path = format!("/{}", stage.daemon().pid());
+        let ask =
+            format!("curl -sS --max-time 5 --resolve {0}:80:{1} http://{0}{path}", other.name, other.v4);
+        // Whether it is still answered is no matter.
+        let _ = stage.sh(&ask).unwrap();
+        stage.daemon_mut().wait_for_death().unwrap();
+        std::fs::remove_file(&fault).unwrap();
+        stage.daemon_mut().start_again().unwrap();
+        let events = all(&stage);
+        let told: Vec<&Value> = events.iter().filter(|event| event["path"] == path).collect();
+        assert!(
+            told.len() == 1 && told[0]["count"] == 1 && told[0]["reason"] == "no_rule",
+            "{point}: {told:#?}"
+        );
+        verify(&stage);
     }
     stage.clear().unwrap();
 }

@@ -105,11 +105,11 @@ impl Left {
             Found::Nothing => {}
             Found::Lost { vm, count, claim } => self.lost.push(Lost { vm, count, claim }),
             Found::Event { kind, mut event, claim } => {
-                event.verdict = told(kind, event.verdict);
+                event.verdict = told(kind, event.verdict.clone());
                 if let Some((id, _)) = &claim {
                     event.id = Some(id.clone());
                 }
-                self.events.push(LeftEvent { event, claim });
+                self.events.push(LeftEvent { event: *event, claim });
             }
         }
     }

@@ -207,7 +207,7 @@ fn read_id<T: std::str::FromStr>(octets: &[u8]) -> Option<T> {
 /// What a slot turned out to hold.
 pub(crate) enum Found {
     Nothing,
-    Event { kind: Kind, event: AuditEvent, claim: Option<(EventId, i64)> },
+    Event { kind: Kind, event: Box<AuditEvent>, claim: Option<(EventId, i64)> },
     Lost { vm: Option<VmId>, count: u64, claim: Option<i64> },
 }
 
@@ -238,7 +238,7 @@ pub(crate) fn read(octets: &[u8]) -> Found {
         (Some(Kind::Lost), _) => Found::Lost { vm, count: word(slot::COUNT).clamp(1, 1 << 40), claim: seq },
         (Some(kind @ (Kind::Undecided | Kind::UnderWay | Kind::Ended)), Some(known)) => {
             match event(known.clone(), count, body) {
-                Some(event) => Found::Event { kind, event, claim: read_id(id).zip(seq) },
+                Some(event) => Found::Event { kind, event: event.into(), claim: read_id(id).zip(seq) },
                 None => lost(None),
             }
         }

@@ -108,7 +108,9 @@ impl Writer {
             chain.set_mark(&tx, "head", next_seq, &next_hash)?;
         }
         let next_reach = reach.extend(&tx, next_seq, usize::MAX)?;
+        tapgate_fault::point("audit.claimed");
         tx.commit()?;
+        tapgate_fault::point("audit.committed");
         (*seq, *hash, *reach) = (next_seq, next_hash, next_reach);
         Ok(())
     }
