@@ -102,6 +102,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let store = tokio::task::spawn_blocking(move || Store::open(&data_dir, key))
         .await?
         .context("cannot open the store")?;
+    keep_journal(&config, store.audit()).await.context("cannot store what the last daemon was at")?;
     let (image, driver) = open_driver(&config).await?;
 
     let storage = Storage::open(&config.snapshot_store).context("cannot open the snapshot store")?;
@@ -185,6 +186,25 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         tracing::warn!("serve.drain_timed_out");
     }
     ended
+}
+
+/// Tells what the last daemon was at when it was killed, if it was, and notes what this one is at. Without the latter guests are served
+/// all the same: what stands in the audit log is whole then too, as long as nobody kills this daemon.
+async fn keep_journal(config: &Config, audit: &AuditLog) -> anyhow::Result<()> {
+    let found = audit.keep_journal(&config.data_dir.join("audit.journal")).await?;
+    if let Some(why) = found.fault {
+        tracing::error!(why, lost = found.lost, "audit.journal_unreadable");
+    }
+    if found.events > 0 || found.lost > 0 {
+        tracing::warn!(events = found.events, lost = found.lost, "audit.recovered");
+    }
+    if let Some(why) = found.without {
+        tracing::error!(
+            why,
+            "audit.no_journal: what is under way would be lost uncounted if the daemon were killed"
+        );
+    }
+    Ok(())
 }
 
 /// Ends when the thread that writes audit events has.

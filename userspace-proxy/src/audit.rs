@@ -1,16 +1,19 @@
 //! One record for each connection, request or question: made when it begins, handed to the sink exactly once, when it
-//! ends by whatever way. Must never hold a secret's value or a query string.
+//! ends by whatever way. What is known of it is noted in the sink's journal, if it keeps one, before anybody waits for anything: so
+//! that it is told of though this process ends first. Must never hold a secret's value or a query string.
 
 use crate::proxy::now_us;
 use std::{
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
-use tapgate_model::{AuditEvent, AuditSink, EventId, HostName, Protocol, Verdict, VmPolicy};
+use tapgate_model::{
+    AuditEvent, AuditSink, EventId, HostName, Note, Protocol, Reason, Stage, Verdict, VmPolicy,
+};
 
 /// Longest path kept, in octets.
 const MAX_PATH: usize = 1024;
@@ -47,31 +50,54 @@ pub(crate) struct Record {
     event: Option<AuditEvent>,
     sink: Arc<dyn AuditSink>,
     started: Instant,
+    stage: Stage,
     /// Octets, written to by whoever moves them.
     pub counters: Arc<Counters>,
 }
 
 impl Record {
-    /// Begins a record; it is handed over when it is dropped.
+    /// Begins a record; it is handed over when it is dropped. What was noted of the same attempt before is noted on; if nothing
+    /// was, the note is empty. Noted is the record once its destination is known, or its request.
     pub(crate) fn begin(
         sink: &Arc<dyn AuditSink>,
+        note: Note,
         policy: &VmPolicy,
         protocol: Protocol,
         verdict: Verdict,
         started: Instant,
     ) -> Self {
-        Self {
-            event: Some(AuditEvent::new(policy, protocol, verdict, now_us())),
-            sink: sink.clone(),
-            started,
-            counters: Arc::default(),
-        }
+        let note = if note.is_none() { sink.note() } else { note };
+        let event = AuditEvent { note, ..AuditEvent::new(policy, protocol, verdict, now_us()) };
+        let sink = sink.clone();
+        Self { event: Some(event), sink, started, stage: Stage::UnderWay, counters: Arc::default() }
+    }
+
+    /// A note of a connection of which nothing is known but where it leads, for the record that follows.
+    pub(crate) fn foresee(sink: &Arc<dyn AuditSink>, policy: &VmPolicy, to: SocketAddr) -> Note {
+        let verdict = Verdict::Deny { reason: Reason::DaemonEnded };
+        let note = Note::default();
+        let mut record = Self::begin(sink, note, policy, Protocol::Tcp, verdict, Instant::now());
+        record.stage = Stage::Undecided;
+        record.destination(None, to.ip(), to.port());
+        record.discard()
     }
 
     fn edit(&mut self, change: impl FnOnce(&mut AuditEvent)) {
         if let Some(event) = &mut self.event {
             change(event);
         }
+    }
+
+    fn note_down(&mut self) {
+        let stage = self.stage;
+        self.edit(|event| event.note_down(stage));
+    }
+
+    /// Its verdict stands for what was not decided yet.
+    pub(crate) fn undecided(mut self) -> Self {
+        self.stage = Stage::Undecided;
+        self.note_down();
+        self
     }
 
     /// Where it went or wanted to go.
@@ -81,11 +107,18 @@ impl Record {
             event.address = Some(address);
             event.port = Some(port);
         });
+        // Of a request the rest follows at once.
+        if self.event.as_ref().is_some_and(|event| event.protocol != Protocol::Http) {
+            self.note_down();
+        }
     }
 
     /// The address that was dialled.
     pub(crate) fn dialled(&mut self, address: IpAddr) {
         self.edit(|event| event.address = Some(address));
+        if self.event.as_ref().is_some_and(|event| event.protocol != Protocol::Http) {
+            self.note_down();
+        }
     }
 
     /// The request line, without the query.
@@ -102,19 +135,27 @@ impl Record {
             event.method = Some(method.chars().take(32).collect());
             event.path = Some(path.to_owned());
         });
+        self.note_down();
     }
 
     /// Names of secrets put in and left out.
     pub(crate) fn secrets(&mut self, injected: Vec<String>, withheld: Vec<String>) {
+        let any = !injected.is_empty() || !withheld.is_empty();
         self.edit(|event| {
             event.secrets = injected;
             event.secrets_withheld = withheld;
         });
+        if any {
+            self.note_down();
+        }
     }
 
     /// The status that the guest gets.
     pub(crate) fn status(&mut self, status: u16) {
         self.edit(|event| event.status = Some(status));
+        if self.event.as_ref().is_some_and(|event| event.verdict.passes()) {
+            self.note_down();
+        }
     }
 
     /// How many attempts it stands for.
@@ -125,17 +166,28 @@ impl Record {
     /// Another verdict than the one it began with (the upstream failed, the rules changed).
     pub(crate) fn verdict(&mut self, verdict: Verdict) {
         self.edit(|event| event.verdict = verdict);
+        self.note_down();
     }
 
-    /// Nothing is to be said of it: others say it.
-    pub(crate) fn discard(mut self) {
-        self.event = None;
+    /// It is refused; the id is what the guest is told.
+    pub(crate) fn refused(&mut self, reason: Reason) -> EventId {
+        self.edit(|event| event.verdict = Verdict::Deny { reason });
+        self.id()
+    }
+
+    /// Nothing is to be said of it: others say it, and note it in the same place.
+    #[must_use]
+    pub(crate) fn discard(mut self) -> Note {
+        self.stage = Stage::Undecided;
+        self.note_down();
+        self.event.take().map(|event| event.note).unwrap_or_default()
     }
 
     /// The id that the guest is told.
     pub(crate) fn id(&mut self) -> EventId {
         let id = self.event.as_ref().and_then(|event| event.id.clone()).unwrap_or_else(EventId::generate);
         self.edit(|event| event.id = Some(id.clone()));
+        self.note_down();
         id
     }
 }

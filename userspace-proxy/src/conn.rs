@@ -23,7 +23,7 @@ use std::{
     sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
-use tapgate_model::{HostName, Protocol, Reason, Verdict, VmPolicy};
+use tapgate_model::{HostName, Note, Protocol, Reason, Verdict, VmPolicy};
 use tokio::{io::AsyncWriteExt as _, net::TcpStream};
 use tokio_util::sync::CancellationToken;
 
@@ -53,6 +53,8 @@ pub(crate) struct Conn {
     pub(crate) started: Instant,
     /// Its place among the VM's connections.
     pub(crate) slot: Arc<Place>,
+    /// What is noted of it while it has no record.
+    pub(crate) note: Note,
 }
 
 /// Handles a connection to its end.
@@ -67,11 +69,13 @@ pub(crate) async fn handle(shared: Arc<Shared>, accepted: Accepted) {
     let policy = entry.policy.load_full();
     let Some(slot) = entry.admit() else {
         let verdict = Verdict::Deny { reason: Reason::Limit };
-        let mut record = Record::begin(&shared.sink, &policy, Protocol::Tcp, verdict, started);
+        let note = Note::default();
+        let mut record = Record::begin(&shared.sink, note, &policy, Protocol::Tcp, verdict, started);
         record.destination(None, to.ip(), to.port());
         return reset(&stream);
     };
-    let mut conn = Conn { shared, entry, policy, stream, to, started, slot: Arc::new(slot) };
+    let note = Record::foresee(&shared.sink, &policy, to);
+    let mut conn = Conn { shared, entry, policy, stream, to, started, slot: Arc::new(slot), note };
     crate::io::tune(&conn.stream);
     let timeouts = conn.shared.config.timeouts;
     // A short wait is for servers that speak first, where that may happen at all. Where a client speaks first, a slow
@@ -93,8 +97,9 @@ pub(crate) fn reset(stream: &TcpStream) {
 }
 
 impl Conn {
-    pub(crate) fn record(&self, protocol: Protocol, verdict: Verdict, host: Option<&HostName>) -> Record {
-        let mut record = Record::begin(&self.shared.sink, &self.policy, protocol, verdict, self.started);
+    pub(crate) fn record(&mut self, protocol: Protocol, verdict: Verdict, host: Option<&HostName>) -> Record {
+        let (sink, note) = (&self.shared.sink, std::mem::take(&mut self.note));
+        let mut record = Record::begin(sink, note, &self.policy, protocol, verdict, self.started);
         record.destination(host, self.to.ip(), self.to.port());
         record
     }
@@ -103,7 +108,7 @@ impl Conn {
         decide::unnamed(&self.shared.table, &self.entry, &self.policy, self.to, Reason::NoName)
     }
 
-    async fn dispatch(self, first: First, raw: Bytes) {
+    async fn dispatch(mut self, first: First, raw: Bytes) {
         match first {
             First::Tls(hello) => self.tls(hello, raw).await,
             First::BadHello => {
@@ -127,7 +132,7 @@ impl Conn {
 
     async fn http(self, alpn: Alpn, raw: Bytes) {
         let conn = HttpConn::new(self.shared, self.entry, self.slot, self.to, None, alpn, alpn);
-        serve(conn, Prefixed::new(raw, self.stream), CancellationToken::new()).await;
+        serve(conn.noted(self.note), Prefixed::new(raw, self.stream), CancellationToken::new()).await;
     }
 
     async fn bad_http(mut self, raw: Bytes) {
@@ -152,7 +157,7 @@ impl Conn {
         drop(record);
     }
 
-    async fn tls(self, hello: Hello, raw: Bytes) {
+    async fn tls(mut self, hello: Hello, raw: Bytes) {
         let decision = match &hello.name {
             Some(Ok(name)) => decide::named(&self.shared.table, &self.policy, name, self.to),
             Some(Err(_)) => {
@@ -239,7 +244,7 @@ impl Conn {
             }
             Some(Ok(None)) => {}
             Some(Ok(spoke)) => {
-                record.discard();
+                self.note = record.discard();
                 return spoke;
             }
             Some(Err(error)) => {

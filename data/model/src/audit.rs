@@ -1,6 +1,6 @@
 //! Audit events: one for each thing that a VM tried to reach, and the sink that the parts hand them to.
 
-use crate::{EventId, HostName, Mode, UserId, Verdict, VmId};
+use crate::{EventId, HostName, Mode, Note, Stage, UserId, Verdict, VmId};
 use serde::{Deserialize, Serialize};
 use std::net::IpAddr;
 
@@ -107,6 +107,8 @@ pub struct AuditEvent {
     pub duration_ms: u64,
     /// How many attempts this stands for: more than 1 when a flood was aggregated.
     pub count: u32,
+    /// What outlives the process until it is stored.
+    pub note: Note,
 }
 
 impl AuditEvent {
@@ -132,7 +134,15 @@ impl AuditEvent {
             bytes_in: 0,
             duration_ms: 0,
             count: 1,
+            note: Note::default(),
         }
+    }
+
+    /// Notes what is known of it by now.
+    pub fn note_down(&mut self, stage: Stage) {
+        let mut note = std::mem::take(&mut self.note);
+        note.write(self, stage);
+        self.note = note;
     }
 }
 
@@ -140,6 +150,11 @@ impl AuditEvent {
 pub trait AuditSink: Send + Sync {
     /// Takes one event.
     fn record(&self, event: AuditEvent);
+
+    /// A note for an attempt that begins, where a journal is kept.
+    fn note(&self) -> Note {
+        Note::default()
+    }
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ mod chain;
 mod cuts;
 mod follow;
 mod index;
+mod left;
 mod lookup;
 mod query;
 mod queue;
@@ -17,6 +18,7 @@ mod shares;
 mod witness;
 mod writer;
 
+pub use left::Recovered;
 pub use query::AuditFilter;
 pub use queue::AuditLoad;
 pub use record::AuditRecord;
@@ -31,9 +33,10 @@ use crate::users::id;
 use queue::Queue;
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
-use tapgate_model::{AuditEvent, AuditSink, UserId, VmId};
+use tapgate_journal::FileJournal;
+use tapgate_model::{AuditEvent, AuditSink, Note, Stage, UserId, VmId};
 
 /// Empty pages that stay in the file: 4 MiB.
 const SPARE_PAGES: u64 = 256;
@@ -47,6 +50,8 @@ pub struct AuditLog {
     queue: Arc<Queue>,
     cursors: Cursors,
     chain: chain::Chain,
+    /// Where what is under way is noted, once this process is known to be the one that makes events.
+    journal: Arc<OnceLock<Arc<FileJournal>>>,
     /// Closes when the writing thread ends.
     alive: tokio::sync::watch::Receiver<()>,
 }
@@ -58,8 +63,16 @@ impl std::fmt::Debug for AuditLog {
 }
 
 impl AuditSink for AuditLog {
-    fn record(&self, event: AuditEvent) {
+    fn record(&self, mut event: AuditEvent) {
+        if event.note.is_none() {
+            event.note = self.note();
+        }
+        event.note_down(Stage::Ended);
         self.queue.push(event);
+    }
+
+    fn note(&self) -> Note {
+        self.journal.get().map(FileJournal::note).unwrap_or_default()
     }
 }
 
@@ -83,7 +96,8 @@ impl AuditLog {
                 writer.run(&theirs);
             })
             .map_err(|error| StoreError::Internal(error.to_string()))?;
-        Ok(Self { db: Pool::start(path, "audit", Durability::Normal)?, queue, cursors, chain, alive })
+        let db = Pool::start(path, "audit", Durability::Normal)?;
+        Ok(Self { db, queue, cursors, chain, journal: Arc::default(), alive })
     }
 
     /// Comes back when the thread that writes is gone: it never goes unless it panics.

@@ -32,7 +32,7 @@ mod version;
 mod vms;
 
 pub use agents::{AgentFilter, AgentRecord, AgentStatus, NewAgent};
-pub use audit::{AuditFilter, AuditLoad, AuditLog, AuditRecord, Keep};
+pub use audit::{AuditFilter, AuditLoad, AuditLog, AuditRecord, Keep, Recovered};
 pub use device::{DeviceCode, DeviceState};
 pub use env::EnvRecord;
 pub use error::{Conflict, Kind, StoreError};

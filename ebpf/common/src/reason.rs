@@ -120,4 +120,6 @@ reasons! {
     Fault = 40 => "fault",
     /// The guest did not accept the certificate under which its TLS was opened.
     Untrusted = 41 => "untrusted",
+    /// The daemon was killed while it was under way: what moved and how it would have ended is not known.
+    DaemonEnded = 42 => "daemon_ended",
 }

@@ -17,7 +17,7 @@ use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
-use tapgate_model::{EventId, HostName, Protocol, Reason, Verdict, VmPolicy};
+use tapgate_model::{EventId, HostName, Note, Protocol, Reason, Verdict, VmPolicy};
 
 /// The largest datagram that passes everywhere unfragmented (the DNS flag day's figure).
 const MAX_UDP: u16 = 1232;
@@ -136,7 +136,8 @@ impl Asker<'_> {
         host: Option<&HostName>,
         started: Instant,
     ) -> Record {
-        let mut record = Record::begin(&self.shared.sink, policy, Protocol::Dns, verdict, started);
+        let mut record =
+            Record::begin(&self.shared.sink, Note::default(), policy, Protocol::Dns, verdict, started);
         record.destination(host, self.to.ip(), self.to.port());
         record
     }

@@ -36,7 +36,7 @@ use std::{
     },
     time::{Duration, Instant},
 };
-use tapgate_model::{HostName, Protocol, Reason, Verdict, VmPolicy};
+use tapgate_model::{HostName, Note, Protocol, Reason, Verdict, VmPolicy};
 
 /// Why an answer is not passed on.
 pub(super) const TOO_MANY_HEADS: &str =
@@ -62,6 +62,8 @@ pub(crate) struct HttpConn {
     pub(super) requests: AtomicU64,
     pub(super) under_way: UnderWay,
     parked: Mutex<Option<Upstream>>,
+    /// What is noted of the connection until the first request has a record.
+    note: Mutex<Note>,
 }
 
 /// A request that passed.
@@ -98,6 +100,7 @@ impl HttpConn {
             requests: AtomicU64::new(0),
             under_way: UnderWay::default(),
             parked: Mutex::default(),
+            note: Mutex::default(),
         }
     }
 
@@ -105,6 +108,12 @@ impl HttpConn {
     pub(super) fn guarded(mut self, refusal: Refusal, switch: Switch) -> Self {
         self.refusal = Some(refusal);
         self.switch = switch;
+        self
+    }
+
+    /// What was noted of the connection so far.
+    pub(crate) fn noted(mut self, note: Note) -> Self {
+        self.note = Mutex::new(note);
         self
     }
 
@@ -155,7 +164,13 @@ impl HttpConn {
         let policy = self.entry.policy.load_full();
         let refused = self.refusal.as_ref().and_then(|refusal| refusal.of(number));
         let begin = |verdict, host: Option<&HostName>| {
-            let mut record = Record::begin(&self.shared.sink, &policy, Protocol::Http, verdict, started);
+            // Of the others there is none.
+            let note = match number {
+                0 => std::mem::take(&mut *self.note.lock().unwrap_or_else(PoisonError::into_inner)),
+                _ => Note::default(),
+            };
+            let sink = &self.shared.sink;
+            let mut record = Record::begin(sink, note, &policy, Protocol::Http, verdict, started);
             record.destination(host, self.to.ip(), self.to.port());
             record
         };
@@ -395,8 +410,7 @@ impl HttpConn {
         detail: Option<&str>,
         accept: &HeaderMap,
     ) -> Response<Body> {
-        let response = Denial { reason, host, event: record.id(), detail }.response(accept);
-        record.verdict(Verdict::Deny { reason });
+        let response = Denial { reason, host, event: record.refused(reason), detail }.response(accept);
         record.status(response.status().as_u16());
         let mut response =
             response.map(|text| Incoming::wrap(body::full(text), record, None, self.entry.clone()));
@@ -423,7 +437,9 @@ impl Drop for HttpConn {
                 }
             };
             let Decision { verdict, name, .. } = decision;
-            let mut record = Record::begin(&self.shared.sink, &policy, protocol, verdict, self.started);
+            let note = std::mem::take(self.note.get_mut().unwrap_or_else(PoisonError::into_inner));
+            let sink = &self.shared.sink;
+            let mut record = Record::begin(sink, note, &policy, protocol, verdict, self.started);
             record.destination(self.tls.as_ref().or(name.as_ref()), self.to.ip(), self.to.port());
         }
         let upstream = self.parked.get_mut().unwrap_or_else(PoisonError::into_inner).take();

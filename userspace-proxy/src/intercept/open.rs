@@ -21,7 +21,7 @@ use crate::{
 };
 use bytes::{Bytes, BytesMut};
 use std::{net::SocketAddr, sync::Arc, time::Instant};
-use tapgate_model::{HostName, Protocol, Reason, Verdict, VmPolicy};
+use tapgate_model::{HostName, Note, Protocol, Reason, Verdict, VmPolicy};
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite},
     net::TcpStream,
@@ -34,7 +34,7 @@ type Upstreams = tokio_rustls::client::TlsStream<Socket>;
 
 impl Conn {
     /// Opens the connection and serves what is inside.
-    pub(crate) async fn open(self, name: HostName, decision: Decision, hello: &Hello, raw: Bytes) {
+    pub(crate) async fn open(mut self, name: HostName, decision: Decision, hello: &Hello, raw: Bytes) {
         let subject = match decision.route {
             Route::Name(_) => Subject::Opened(name.clone()),
             Route::Address => Subject::Address(self.to.ip()),
@@ -56,12 +56,13 @@ impl Conn {
             }
         };
         // Handed over where the handshake fails; where it succeeds, what is inside has records of its own.
-        let record = self.record(Protocol::Tls, Verdict::Deny { reason: Reason::Untrusted }, Some(&name));
-        let Self { shared, entry, policy, stream, to, started, slot } = self;
+        let verdict = Verdict::Deny { reason: Reason::Untrusted };
+        let record = self.record(Protocol::Tls, verdict, Some(&name)).undecided();
+        let Self { shared, entry, policy, stream, to, started, slot, note: _ } = self;
         let stream = Prefixed::new(raw, stream).counted(record.counters.clone());
         let accepted = timeout(shared.config.timeouts.hello, TlsAcceptor::from(config).accept(stream)).await;
         let Ok(Ok(mut stream)) = accepted else { return };
-        record.discard();
+        let mut note = record.discard();
         let timeouts = shared.config.timeouts;
         let (first, raw) = match hello.alpn_offered {
             true => (First::Http1, Bytes::new()),
@@ -83,7 +84,7 @@ impl Conn {
             started,
         };
         let (first, raw) = match first {
-            First::Silent => match other.hear(&mut stream, &ticket).await {
+            First::Silent => match other.hear(&mut stream, &mut note, &ticket).await {
                 Some(spoke) => spoke,
                 None => return,
             },
@@ -91,13 +92,14 @@ impl Conn {
         };
         let conn = match first {
             First::Other | First::Silent | First::Tls(_) | First::BadHello => {
-                return other.relay(&mut stream, raw, &ticket).await;
+                return other.relay(&mut stream, note, raw, &ticket).await;
             }
             First::Http2 => HttpConn::new(shared, entry, slot, to, Some(name), Alpn::Http2, Alpn::Http2),
             First::Http1 | First::BadHttp | First::Closed => {
                 HttpConn::new(shared, entry, slot, to, Some(name), alpn, offer)
             }
         };
+        let conn = conn.noted(note);
         if let Some(upstream) = upstream {
             conn.park(upstream);
         }
@@ -135,8 +137,8 @@ struct Other {
 impl Other {
     /// The guest says nothing: perhaps the server speaks first, perhaps the guest is slow. Relays to the end if it is the server
     /// that speaks, and gives back what the guest says if it is the guest: that may be HTTP after all.
-    async fn hear(&self, stream: &mut Opened, ticket: &Ticket) -> Option<(First, Bytes)> {
-        let mut record = self.record();
+    async fn hear(&self, stream: &mut Opened, note: &mut Note, ticket: &Ticket) -> Option<(First, Bytes)> {
+        let mut record = self.record(std::mem::take(note));
         let mut said = BytesMut::with_capacity(4 * 1024);
         let heard = tokio::select! {
             biased;
@@ -151,7 +153,7 @@ impl Other {
         match heard {
             Ok(Some(upstream)) => self.pass(stream, upstream, &mut record, ticket).await,
             Ok(None) => {
-                record.discard();
+                *note = record.discard();
                 let timeouts = self.shared.config.timeouts;
                 let mut rest = Prefixed::new(said.freeze(), stream);
                 let spoke = peek::peek(&mut rest, timeouts.hello, timeouts.hello).await;
@@ -183,8 +185,8 @@ impl Other {
         }
     }
 
-    async fn relay(&self, stream: &mut Opened, raw: Bytes, ticket: &Ticket) {
-        let mut record = self.record();
+    async fn relay(&self, stream: &mut Opened, note: Note, raw: Bytes, ticket: &Ticket) {
+        let mut record = self.record(note);
         let dialled = tokio::select! {
             biased;
             () = ticket.revoked.cancelled() => Err(Reason::Revoked),
@@ -203,9 +205,9 @@ impl Other {
         }
     }
 
-    fn record(&self) -> Record {
+    fn record(&self, note: Note) -> Record {
         let (sink, verdict) = (&self.shared.sink, self.verdict.clone());
-        let mut record = Record::begin(sink, &self.policy, Protocol::Tls, verdict, self.started);
+        let mut record = Record::begin(sink, note, &self.policy, Protocol::Tls, verdict, self.started);
         record.destination(Some(&self.name), self.to.ip(), self.to.port());
         record
     }

@@ -6,7 +6,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasher as _, RandomState};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use tapgate_model::{AuditEvent, VmId};
+use tapgate_model::{AuditEvent, Note, Stage, VmId};
 use tokio::sync::watch;
 
 /// Events that may wait; at about 300 bytes each this is some 20 MiB.
@@ -41,13 +41,27 @@ struct Waiting {
     alike: HashMap<u64, u64>,
 }
 
+/// What of one VM is in no event, and not stored yet.
+#[derive(Default)]
+pub(super) struct Dropped {
+    pub(super) count: u64,
+    pub(super) note: Note,
+}
+
+impl Dropped {
+    fn more(&mut self, vm: &VmId, count: u64, note: Note) {
+        self.count += count;
+        self.note.lost(note, vm, self.count);
+    }
+}
+
 #[derive(Default)]
 struct State {
     events: VecDeque<AuditEvent>,
     /// The place of the first event: how many were taken before it.
     taken: u64,
     waiting: HashMap<VmId, Waiting>,
-    dropped: HashMap<VmId, u64>,
+    dropped: HashMap<VmId, Dropped>,
     /// Taken in so far.
     pushed: u64,
     dropped_in_all: u64,
@@ -57,7 +71,7 @@ struct State {
 /// What the writer takes at once.
 pub(super) struct Batch {
     pub(super) events: Vec<AuditEvent>,
-    pub(super) dropped: HashMap<VmId, u64>,
+    pub(super) dropped: HashMap<VmId, Dropped>,
 }
 
 pub(super) struct Queue {
@@ -84,6 +98,22 @@ fn merge(event: &mut AuditEvent, more: &AuditEvent) {
     event.bytes_in = event.bytes_in.saturating_add(more.bytes_in);
     event.bytes_out = event.bytes_out.saturating_add(more.bytes_out);
     event.duration_ms = event.duration_ms.max(more.duration_ms);
+    event.note_down(Stage::Ended);
+}
+
+impl State {
+    /// Answers whether nothing waited before.
+    fn append(&mut self, event: AuditEvent) -> bool {
+        self.waiting.entry(event.vm.clone()).or_default().count += 1;
+        self.events.push_back(event);
+        self.pushed += 1;
+        self.events.len() == 1
+    }
+
+    fn lose(&mut self, vm: VmId, count: u64, note: Note) {
+        self.dropped.entry(vm.clone()).or_default().more(&vm, count, note);
+        self.dropped_in_all += count;
+    }
 }
 
 impl Queue {
@@ -125,19 +155,27 @@ impl Queue {
             }
         }
         if count >= share {
-            let lost = u64::from(event.count.max(1));
-            *state.dropped.entry(event.vm).or_default() += lost;
-            state.dropped_in_all += lost;
-            return;
+            return state.lose(event.vm, event.count.max(1).into(), event.note);
         }
-        state.waiting.entry(event.vm.clone()).or_default().count += 1;
-        state.events.push_back(event);
-        state.pushed += 1;
-        let first = state.events.len() == 1;
+        let first = state.append(event);
         drop(guard);
         if first {
             self.filled.notify_one();
         }
+    }
+
+    /// Takes in events however many wait: what a former daemon left.
+    pub(super) fn restore(&self, events: Vec<AuditEvent>) {
+        let mut state = self.lock();
+        events.into_iter().for_each(|event| _ = state.append(event));
+        drop(state);
+        self.filled.notify_one();
+    }
+
+    /// Counts attempts that are in no event.
+    pub(super) fn lose(&self, vm: VmId, count: u64, note: Note) {
+        self.lock().lose(vm, count, note);
+        self.filled.notify_one();
     }
 
     /// Waits for events and takes up to `most`, with the counts of what was dropped so far.
@@ -176,12 +214,12 @@ impl Queue {
 
     /// Dropped and not yet in the database.
     pub(super) fn dropped(&self, vm: &VmId) -> u64 {
-        self.lock().dropped.get(vm).copied().unwrap_or(0)
+        self.lock().dropped.get(vm).map_or(0, |dropped| dropped.count)
     }
 
     /// As [`Self::dropped`], of every VM.
     pub(super) fn dropped_all(&self) -> HashMap<VmId, u64> {
-        self.lock().dropped.clone()
+        self.lock().dropped.iter().map(|(vm, dropped)| (vm.clone(), dropped.count)).collect()
     }
 
     pub(super) fn load(&self) -> AuditLoad {
@@ -222,6 +260,7 @@ mod tests {
             bytes_in: 0,
             duration_ms: 0,
             count: 1,
+            note: Note::default(),
         }
     }
 
@@ -244,7 +283,7 @@ mod tests {
         let batch = queue.take(CAPACITY);
         assert_eq!(batch.events.len(), SHARE + 1);
         assert_eq!(batch.events.last().unwrap().vm, quiet);
-        assert_eq!(batch.dropped[&loud], 100);
+        assert_eq!(batch.dropped[&loud].count, 100);
         queue.push(event(&loud));
         assert_eq!(queue.take(10).events.len(), 1, "room again once taken");
     }

@@ -2,13 +2,13 @@
 
 use super::chain::{Chain, Hash, Stored};
 use super::index::{self, Reach};
-use super::queue::{Batch, Queue};
+use super::queue::{Batch, Dropped, Queue};
 use super::shares::{self, Tally};
 use crate::error::{Result, StoreError};
 use rusqlite::{Connection, OptionalExtension as _, Transaction, TransactionBehavior, params};
 use std::collections::HashMap;
 use std::time::Duration;
-use tapgate_model::VmId;
+use tapgate_model::{AuditEvent, Note, VmId};
 
 /// Events in one transaction at most.
 const BATCH: usize = 8_192;
@@ -63,18 +63,21 @@ impl Writer {
     pub(super) fn run(mut self, queue: &Queue) {
         loop {
             let Batch { events, dropped } = queue.take(BATCH);
-            let events: Vec<Stored> = events.into_iter().map(Stored::of).collect();
+            let events: Vec<(Stored, Note)> = events.into_iter().map(noted).collect();
             while let Err(error) = self.write(&events, &dropped) {
                 // What was remembered may have been rolled back.
                 self.names = Names::default();
                 tracing::error!(%error, waiting = events.len(), "audit events cannot be written; trying again");
                 std::thread::sleep(PAUSE);
             }
-            queue.done(events.len());
+            let count = events.len();
+            // With their notes: only now is there nothing more to be told of them.
+            drop((events, dropped));
+            queue.done(count);
         }
     }
 
-    fn write(&mut self, events: &[Stored], dropped: &HashMap<VmId, u64>) -> Result<()> {
+    fn write(&mut self, events: &[(Stored, Note)], dropped: &HashMap<VmId, Dropped>) -> Result<()> {
         if self.names.len() > NAMES {
             self.names = Names::default();
         }
@@ -82,14 +85,19 @@ impl Writer {
         let tx = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let (mut next_seq, mut next_hash) = (*seq, *hash);
         let (mut scratch, mut tally) = (Vec::with_capacity(512), Tally::default());
-        for event in events {
+        for (event, note) in events {
             next_hash = chain.next(&next_hash, event, &mut scratch);
             next_seq += 1;
+            note.claim(&event.id, next_seq);
             let owner = insert(&tx, names, next_seq, event, &next_hash)?;
             tally.add(owner, shares::octets(event), next_seq);
         }
         tally.came(&tx)?;
-        for (vm, count) in dropped {
+        for (vm, Dropped { count, note }) in dropped {
+            // By the number it can be seen later whether this transaction was; without events it has none of its own.
+            if !events.is_empty() {
+                note.claim("", next_seq);
+            }
             tx.prepare_cached(
                 "INSERT INTO dropped (vm, count) VALUES (?1, ?2)
                  ON CONFLICT (vm) DO UPDATE SET count = count + excluded.count",
@@ -100,10 +108,18 @@ impl Writer {
             chain.set_mark(&tx, "head", next_seq, &next_hash)?;
         }
         let next_reach = reach.extend(&tx, next_seq, usize::MAX)?;
+        tapgate_fault::point("audit.claimed");
         tx.commit()?;
+        tapgate_fault::point("audit.committed");
         (*seq, *hash, *reach) = (next_seq, next_hash, next_reach);
         Ok(())
     }
+}
+
+/// An event as it is stored, and its note.
+fn noted(mut event: AuditEvent) -> (Stored, Note) {
+    let note = std::mem::take(&mut event.note);
+    (Stored::of(event), note)
 }
 
 fn last(connection: &Connection) -> Result<(i64, Hash)> {
@@ -180,7 +196,7 @@ mod tests {
     use crate::schema;
     use crate::seal::SealKey;
     use std::sync::Barrier;
-    use tapgate_model::{AuditEvent, Mode, Protocol, Reason, UserId, Verdict, VmPolicy};
+    use tapgate_model::{Mode, Protocol, Reason, UserId, Verdict, VmPolicy};
 
     static MET: Barrier = Barrier::new(2);
     static GO: Barrier = Barrier::new(2);
@@ -212,7 +228,7 @@ mod tests {
             secrets_over_http: Default::default(),
         };
         let verdict = Verdict::Deny { reason: Reason::NoRule };
-        let event = |ts| Stored::of(AuditEvent::new(&policy, Protocol::Tcp, verdict.clone(), ts));
+        let event = |ts| noted(AuditEvent::new(&policy, Protocol::Tcp, verdict.clone(), ts));
         let mut daemon = Writer::new(open(), chain.clone()).unwrap();
         let mut write =
             || daemon.write(&(0..20_000).map(event).collect::<Vec<_>>(), &HashMap::new()).unwrap();
