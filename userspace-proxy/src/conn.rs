@@ -27,7 +27,7 @@ use tapgate_model::{HostName, Note, Protocol, Reason, Verdict, VmPolicy};
 use tokio::{io::AsyncWriteExt as _, net::TcpStream};
 use tokio_util::sync::CancellationToken;
 
-/// Ports on which TLS without ALPN is some other protocol than HTTP: mail, directory, DNS, chat, messaging.
+/// Ports on which TLS without ALPN is some other protocol than HTTP, which the upstream is dialled for at once: mail, directory, DNS, chat, messaging.
 const NOT_HTTP: [u16; 14] = [465, 563, 636, 853, 989, 990, 992, 993, 995, 5061, 5223, 5671, 6697, 8883];
 
 /// A guest's connection, with both of its ends.
@@ -151,9 +151,13 @@ impl Conn {
         farewell(&mut self.stream, &[head.as_bytes(), response.body()].concat()).await;
     }
 
-    pub(crate) async fn refuse_tls(mut self, record: Record, reason: Reason, raw: Bytes) {
+    pub(crate) async fn refuse_tls(self, record: Record, reason: Reason, raw: Bytes) {
+        self.alert(record, deny::alert_for(reason), raw).await;
+    }
+
+    pub(crate) async fn alert(mut self, record: Record, alert: &[u8], raw: Bytes) {
         record.counters.out.fetch_add(raw.len() as u64, Ordering::Relaxed);
-        farewell(&mut self.stream, deny::alert_for(reason)).await;
+        farewell(&mut self.stream, alert).await;
         drop(record);
     }
 
@@ -173,10 +177,12 @@ impl Conn {
         }
         let http = hello.http && (hello.alpn_offered || !NOT_HTTP.contains(&self.to.port()));
         match &hello.name {
-            Some(Ok(name)) if http && self.opens(&decision, name).await => {
-                self.open(name.clone(), decision, &hello, raw).await;
-            }
-            Some(Ok(name)) if http && matches!(decision.route, Route::Name(_)) => {
+            // Whatever it offers: many a server speaks HTTP all the same, and would hand a value back that it was sent before.
+            Some(Ok(name)) if self.opens(&decision, name).await => match http {
+                true => self.open(name.clone(), decision, &hello, raw).await,
+                false => Box::pin(self.open_as_offered(name.clone(), decision, &hello, raw)).await,
+            },
+            Some(Ok(name)) if matches!(decision.route, Route::Name(_)) => {
                 let decision = Decision { subject: Subject::Spliced(name.clone()), ..decision };
                 self.raw(Protocol::Tls, decision, raw).await;
             }

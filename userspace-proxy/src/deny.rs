@@ -14,6 +14,8 @@ pub(crate) mod alert {
     pub(crate) const DECODE_ERROR: &[u8] = &[21, 3, 3, 0, 2, 2, 50];
     /// The upstream could not be reached.
     pub(crate) const INTERNAL_ERROR: &[u8] = &[21, 3, 3, 0, 2, 2, 80];
+    /// The upstream speaks none of the protocols that were offered.
+    pub(crate) const NO_APPLICATION_PROTOCOL: &[u8] = &[21, 3, 3, 0, 2, 2, 120];
     /// The name does not resolve.
     pub(crate) const UNRECOGNIZED_NAME: &[u8] = &[21, 3, 3, 0, 2, 2, 112];
 }

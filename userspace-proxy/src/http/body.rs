@@ -25,7 +25,7 @@ use tapgate_model::{Reason, Verdict};
 use tokio_util::sync::WaitForCancellationFutureOwned;
 
 /// How long the end of a message may be held back because values could be made of it and what follows.
-const HELD_BACK: Duration = Duration::from_millis(50);
+pub(crate) const HELD_BACK: Duration = Duration::from_millis(50);
 
 /// What goes wrong in a body.
 pub(crate) type BoxError = Box<dyn std::error::Error + Send + Sync>;

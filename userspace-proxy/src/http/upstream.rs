@@ -3,6 +3,7 @@
 use super::{body::Body, http2::client, interim::Turn, received::Received};
 use crate::{
     decide::Route,
+    deny,
     dial::{DialError, Dialer},
     intercept::leaf::Alpn,
     socket::Socket,
@@ -13,7 +14,7 @@ use crate::{
 use http::{HeaderMap, Request, Response};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
-use rustls::ClientConfig;
+use rustls::{AlertDescription, ClientConfig};
 use rustls_pki_types::ServerName;
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 use tapgate_model::{HostName, Reason};
@@ -36,6 +37,15 @@ pub(crate) struct Key {
     pub offer: Alpn,
 }
 
+/// What an upstream is offered to speak.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Offer<'a> {
+    /// HTTP, in this version or one before.
+    Http(Alpn),
+    /// The guest's own protocols; of none, nothing is said.
+    Other(&'a [Vec<u8>]),
+}
+
 /// Why there is no upstream connection.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum UpstreamError {
@@ -54,6 +64,17 @@ pub(crate) enum UpstreamError {
 }
 
 impl UpstreamError {
+    /// The alert that tells a guest whose TLS is not answered yet.
+    pub(crate) fn alert(&self) -> &'static [u8] {
+        let Self::Tls(error) = self else { return deny::alert_for(self.reason()) };
+        match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+            Some(rustls::Error::AlertReceived(AlertDescription::NoApplicationProtocol)) => {
+                deny::alert::NO_APPLICATION_PROTOCOL
+            }
+            _ => deny::alert_for(self.reason()),
+        }
+    }
+
     /// The word for the audit.
     pub(crate) fn reason(&self) -> Reason {
         match self {
@@ -180,21 +201,26 @@ impl Connector {
         })
     }
 
-    /// TLS to the upstream, verified for the name. Without an offer, nothing is said of a protocol.
+    /// TLS to the upstream, verified for the name.
     pub(crate) async fn tls(
         &self,
         stream: Socket,
         name: &HostName,
-        offer: Option<Alpn>,
+        offer: Offer<'_>,
     ) -> Result<TlsStream<Socket>, UpstreamError> {
         let config = match offer {
-            Some(Alpn::Http1) => &self.http1,
-            Some(Alpn::Http2) => &self.http2,
-            None => &self.other,
+            Offer::Http(Alpn::Http1) => self.http1.clone(),
+            Offer::Http(Alpn::Http2) => self.http2.clone(),
+            Offer::Other([]) => self.other.clone(),
+            Offer::Other(protocols) => {
+                let mut config = ClientConfig::clone(&self.other);
+                config.alpn_protocols = protocols.to_vec();
+                Arc::new(config)
+            }
         };
         let name = ServerName::try_from(name.as_str().to_owned());
         let name = name.map_err(|error| UpstreamError::Tls(io::Error::other(error)))?;
-        let handshake = TlsConnector::from(config.clone()).connect(name, stream);
+        let handshake = TlsConnector::from(config).connect(name, stream);
         match tokio::time::timeout(self.patience, handshake).await {
             Ok(done) => done.map_err(UpstreamError::Tls),
             Err(_) => Err(UpstreamError::Tls(io::ErrorKind::TimedOut.into())),
@@ -208,7 +234,7 @@ impl Connector {
         let sender = match &key.tls {
             None => begin(stream, size, key.offer).await?,
             Some(name) => {
-                let stream = self.tls(stream, name, Some(key.offer)).await?;
+                let stream = self.tls(stream, name, Offer::Http(key.offer)).await?;
                 let http2 = stream.get_ref().1.alpn_protocol() == Some(Alpn::Http2.word());
                 begin(stream, size, if http2 { Alpn::Http2 } else { Alpn::Http1 }).await?
             }

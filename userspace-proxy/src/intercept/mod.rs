@@ -3,4 +3,7 @@
 
 pub(crate) mod ca;
 pub(crate) mod leaf;
+mod offered;
 pub(crate) mod open;
+mod other;
+mod relay;

@@ -34,6 +34,8 @@ pub struct Hello {
     pub http: bool,
     /// Whether ALPN is there at all.
     pub alpn_offered: bool,
+    /// What ALPN offers, in its order, where none of it is HTTP.
+    pub protocols: Vec<Vec<u8>>,
 }
 
 /// Why a hello is none.
@@ -85,7 +87,9 @@ fn describe(hello: &rustls::server::ClientHello<'_>) -> Hello {
     let offers = |protocol: &[u8]| offered.as_ref().is_some_and(|all| all.contains(&protocol));
     let http2 = offers(b"h2");
     let http1 = offers(b"http/1.1") || offers(b"http/1.0");
+    let others = offered.as_ref().filter(|_| !http2 && !http1);
     Hello {
+        protocols: others.map_or(Vec::new(), |all| all.iter().map(|word| word.to_vec()).collect()),
         name: hello.server_name().map(|name| HostName::parse_wire(name.as_bytes())),
         http2,
         http2_only: http2 && !http1,

@@ -8,7 +8,7 @@
     reason = "shared by tests that each use a part"
 )]
 
-mod ca;
+pub mod ca;
 pub mod clients;
 pub mod guest;
 pub mod servers;
