@@ -45,7 +45,7 @@ pub fn command(options: &Options) -> Result<()> {
     run(cargo().args(["build", "--workspace", "--all-targets"]))?;
     tally.add(rust(&["--workspace"], options.fast, options.long)?);
     tally.add(counted(cargo().args(["test", "--workspace", "--doc"]))?);
-    tally.add(fuzz::short()?);
+    tally.add(fuzz::short());
     tally.add(counted(&mut steps)?);
     tally.conclude()
 }

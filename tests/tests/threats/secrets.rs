@@ -194,7 +194,7 @@ fn while_it_runs(field: &mut Field<'_>) {
             stream.write_all(ask.as_bytes()).unwrap();
             let mut got = Vec::new();
             let mut buffer = [0; 4096];
-            while !got.ends_with(b"}\n") {
+            while !got.windows(3).any(|end| end == b"\n}\n") {
                 match stream.read(&mut buffer) {
                     Ok(count @ 1..) => got.extend_from_slice(&buffer[..count]),
                     _ => break,
