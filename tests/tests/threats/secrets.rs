@@ -20,10 +20,12 @@ use tapgate_e2e::{
 const VALUE: &str = "sk-live/4f9a+2be0&7d5c<4183=e6b9";
 const SECOND: &str = "ghp-second-e81c05d7a3b64f92";
 const ANYWHERE: &str = "any-where-6b3d9f10c27e4a58";
+const NAMED: &str = "named-hosts-90d2f7e4ab1c3586";
 const REALS: &[Real] = &[
     Real { value: VALUE, sites: &[ECHO] },
     Real { value: SECOND, sites: &[ECHO] },
     Real { value: ANYWHERE, sites: &[ECHO] },
+    Real { value: NAMED, sites: &[ECHO] },
 ];
 
 fn tls(site: Site) -> SocketAddr {
@@ -218,11 +220,16 @@ fn while_it_runs(field: &mut Field<'_>) {
     field.expect_events("added and deleted while it runs", &[Event::Passed("host")]);
 }
 
-/// `hosts: ["*"]`: no host that `warn` only tolerates gets the value, and none in clear text.
+/// `hosts: ["*"]`: no host that `warn` only tolerates gets the value, and none in clear text; of a secret that names the host
+/// it is the same in `warn`.
 fn any_host_in_warn(field: &mut Field<'_>) {
     let any = field.api().secret("any", "ANY", ANYWHERE, &["*"]).unwrap();
+    let named = field.api().secret("named", "NAMED", NAMED, &[OTHER.name, API.name, ECHO.name]).unwrap();
     field.api().mode("warn").unwrap();
-    let fields = format!("X-Key: {any}\r\nAuthorization: Basic {}\r\n", STANDARD.encode(format!("u:{any}")));
+    let fields = format!(
+        "X-Named: {named}\r\nX-Key: {any}\r\nAuthorization: Basic {}\r\n",
+        STANDARD.encode(format!("u:{any}"))
+    );
     for site in [API, OTHER] {
         let bytes = request(site, "/", &fields);
         for secure in [true, false] {
@@ -233,7 +240,9 @@ fn any_host_in_warn(field: &mut Field<'_>) {
                 false => tcp((site.v4, 80), &bytes),
             });
             let got = fields_of(&journal, site);
-            field.check(got.contains(&any) && !got.contains(ANYWHERE), || format!("{what}: {got}"));
+            let placeholders = got.contains(&any) && got.contains(&named);
+            let values = got.contains(ANYWHERE) || got.contains(NAMED);
+            field.check(placeholders && !values, || format!("{what}: {got}"));
         }
     }
     // Where a rule matches it goes in, but not in clear text.
@@ -246,7 +255,7 @@ fn any_host_in_warn(field: &mut Field<'_>) {
             false => tcp((ECHO.v4, 80), &bytes),
         });
         let got = fields_of(&journal, ECHO);
-        field.check(got.contains(ANYWHERE) == secure, || format!("{what}: {got}"));
+        field.check(got.contains(ANYWHERE) == secure && got.contains(NAMED), || format!("{what}: {got}"));
     }
     field.api().mode("enforce").unwrap();
 }
