@@ -3,10 +3,13 @@
 
 mod dns;
 mod git;
+mod hand_back;
 mod http;
 mod plain;
+mod tap;
 mod tls;
 
+pub use hand_back::WAYS as HAND_BACK_WAYS;
 pub use tls::{CA_FILE, certificate_file};
 
 use crate::{
@@ -72,6 +75,13 @@ async fn start_all(folder: PathBuf) -> Result<()> {
             let serve = move |stream, ends| http::secure(opened.clone(), acceptor.clone(), stream, ends);
             listen(site, address, 443, serve).await?;
         }
+    }
+    for (port, address) in
+        sites::EVIL_PORTS.into_iter().flat_map(|port| sites::EVIL.addresses().map(|a| (port, a)))
+    {
+        let (shared, acceptor) = (shared.clone(), acceptor.clone());
+        let serve = move |stream, ends| http::either(shared.clone(), acceptor.clone(), stream, ends);
+        listen(sites::EVIL, address, port, serve).await?;
     }
     println!("ready");
     tokio::io::stdin().read_to_end(&mut Vec::new()).await?;

@@ -40,6 +40,10 @@ pub const EVIL: Site = site("evil.example.net", [198, 51, 100, 66], 0x66);
 pub const ALL: [Site; 8] = [DNS, API, ECHO, GIT, OTHER, UNTRUSTED, FILES, EVIL];
 /// Those that speak HTTP and HTTPS.
 pub const WEB: [Site; 6] = [API, ECHO, GIT, OTHER, UNTRUSTED, EVIL];
+/// Those of an attacker: every octet that they get is written down.
+pub const HOSTILE: [Site; 2] = [UNTRUSTED, EVIL];
+/// Where [`EVIL`] listens for TLS and HTTP besides the usual ports: DNS over TLS, SOCKS, proxies.
+pub const EVIL_PORTS: [u16; 5] = [853, 1080, 3128, 8080, 8443];
 
 /// A name whose first answer is [`ECHO`]'s address, and every later one an address inside.
 pub const REBIND: &str = "rebind.example.net";
@@ -51,6 +55,27 @@ pub const INWARD: [(&str, Ipv4Addr); 3] = [
     ("private.example.net", Ipv4Addr::new(10, 0, 0, 1)),
     ("self.example.net", HOST_V4),
 ];
+
+/// `v4-A-B-C-D` and `v6-` with 32 hexadecimal digits below it are names that resolve to that address, for no time at all.
+pub const INWARD_ZONE: &str = "inward.example.net";
+
+/// The name below [`INWARD_ZONE`] that resolves to the address.
+pub fn inward(address: IpAddr) -> String {
+    match address {
+        IpAddr::V4(v4) => format!("v4-{}.{INWARD_ZONE}", v4.to_string().replace('.', "-")),
+        IpAddr::V6(v6) => format!("v6-{:032x}.{INWARD_ZONE}", v6.to_bits()),
+    }
+}
+
+/// The address that such a name resolves to.
+pub fn of_inward(name: &str) -> Option<IpAddr> {
+    let label = name.strip_suffix(INWARD_ZONE)?.strip_suffix('.')?;
+    if let Some(v4) = label.strip_prefix("v4-") {
+        return v4.replace('-', ".").parse().ok().map(IpAddr::V4);
+    }
+    let bits = u128::from_str_radix(label.strip_prefix("v6-")?, 16).ok()?;
+    Some(IpAddr::V6(Ipv6Addr::from_bits(bits)))
+}
 
 /// The daemon's host.
 pub const HOST_V4: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 10);

@@ -5,6 +5,7 @@ mod bench;
 mod build;
 mod demo;
 mod ebpf;
+mod fuzz;
 mod image;
 mod lint;
 mod run;
@@ -44,6 +45,8 @@ enum Command {
     BuildEbpf,
     /// Run the datapath's tests: programs through the kernel's own test run, and in namespaces.
     TestEbpf,
+    /// Run the fuzz targets of the proxy's parsers, guided by coverage.
+    Fuzz(fuzz::Options),
     /// Build the base image `debian-12` (kernel, initrd, disk) unless it is cached.
     Image {
         /// Use the release build of the `tapgate` binary.
@@ -78,6 +81,7 @@ fn run_command(command: Command) -> anyhow::Result<()> {
         Command::Build { debug } => build::command(debug),
         Command::BuildEbpf => ebpf::build(),
         Command::TestEbpf => ebpf::test(),
+        Command::Fuzz(options) => fuzz::command(&options),
         Command::Image { release } => image::command(release),
         Command::Bench(options) => bench::command(&options),
         Command::Demo(options) => demo::command(&options),

@@ -1,7 +1,8 @@
-//! `test`: every test of the workspace, the documentation's examples, and the demo's steps; one count at the end.
+//! `test`: every test of the workspace, the documentation's examples, the fuzz targets for a moment each, and the demo's
+//! steps; one count at the end.
 
 use crate::{
-    build, demo,
+    build, demo, fuzz,
     run::{announce, cargo, run, shown},
     setup,
     tally::Tally,
@@ -44,6 +45,7 @@ pub fn command(options: &Options) -> Result<()> {
     run(cargo().args(["build", "--workspace", "--all-targets"]))?;
     tally.add(rust(&["--workspace"], options.fast, options.long)?);
     tally.add(counted(cargo().args(["test", "--workspace", "--doc"]))?);
+    tally.add(fuzz::short());
     tally.add(counted(&mut steps)?);
     tally.conclude()
 }

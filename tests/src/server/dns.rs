@@ -13,7 +13,7 @@ use hickory_proto::{
 };
 use serde_json::json;
 use std::{
-    net::{Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -79,8 +79,11 @@ impl Zone {
         let name = query.name().to_ascii().to_ascii_lowercase();
         let name = name.trim_end_matches('.');
         let kind = query.query_type();
+        // As it was written, and with what came along: letters' case and options could carry something too.
+        let options = asked.edns.as_ref().map_or(0, |edns| edns.options().as_ref().len());
         self.shared.journal.note(&json!({
             "kind": "dns", "name": name, "type": kind.to_string(), "peer": peer, "transport": transport,
+            "written": query.name().to_ascii(), "options": options, "questions": asked.queries.len(),
         }));
         let mut answer = Message::new(asked.id, MessageType::Response, OpCode::Query);
         answer.metadata.recursion_desired = asked.metadata.recursion_desired;
@@ -88,7 +91,7 @@ impl Zone {
         answer.add_query(query.clone());
         match self.data(name, kind) {
             Some(records) => {
-                let ttl = if name == sites::REBIND { 0 } else { 60 };
+                let ttl = if name == sites::REBIND || name.ends_with(sites::INWARD_ZONE) { 0 } else { 60 };
                 let record = |data| Record::from_rdata(Name::clone(query.name()), ttl, data);
                 answer.add_answers(records.into_iter().map(record));
             }
@@ -109,6 +112,13 @@ impl Zone {
         }
         if let Some((_, address)) = sites::INWARD.iter().find(|(inward, _)| *inward == name) {
             return Some(v4(*address));
+        }
+        if let Some(address) = sites::of_inward(name) {
+            return Some(match address {
+                IpAddr::V4(address) => v4(address),
+                IpAddr::V6(address) if kind == RecordType::AAAA => vec![RData::AAAA(AAAA(address))],
+                IpAddr::V6(_) => Vec::new(),
+            });
         }
         // Whatever stands below the attacker's domain exists: data carried out in names would arrive.
         let evil = name == "tunnel.example.net" || name.ends_with(".tunnel.example.net");

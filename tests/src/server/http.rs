@@ -1,15 +1,16 @@
 //! The world's web hosts: every request is written down with all of its headers, then answered.
 //!
 //! `/` greets; `/echo` sends back the request's headers and body; `/status/N` answers with N; `/endless` never ends;
-//! on the git host everything else is git's.
+//! `/hand-back/WAY` hands a key back; on the git host everything else is git's. Of an attacker's hosts every octet is
+//! written down.
 
-use super::{Ends, Shared, git};
+use super::{Ends, Shared, git, hand_back, tap::Tapped};
 use crate::sites;
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full, Limited, StreamBody, combinators::UnsyncBoxBody};
 use hyper::{
-    Request, Response, StatusCode,
+    HeaderMap, Request, Response, StatusCode,
     body::{Frame, Incoming},
     service::service_fn,
 };
@@ -18,15 +19,17 @@ use hyper_util::{
     server::conn::auto,
 };
 use serde_json::{Value, json};
-use std::{convert::Infallible, time::Duration};
+use std::{convert::Infallible, io, time::Duration};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpStream,
 };
-use tokio_rustls::TlsAcceptor;
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 /// What is read of a request's body at most.
 const MAX_BODY: usize = 64 << 20;
+/// Where a key is handed back.
+const HAND_BACK: &str = "/hand-back/";
 /// What is written down of it.
 const NOTED_BODY: usize = 4096;
 
@@ -39,12 +42,43 @@ pub(super) fn whole(bytes: impl Into<Bytes>) -> Body {
 
 /// Serves a connection in clear text.
 pub(super) async fn clear(shared: Shared, stream: TcpStream, ends: Ends) {
-    connection(shared, stream, ends, None).await;
+    if sites::HOSTILE.contains(&ends.site) {
+        let stream = Tapped::new(stream, shared.clone(), ends, "wire");
+        connection(shared, stream, ends, None).await;
+    } else {
+        connection(shared, stream, ends, None).await;
+    }
+}
+
+/// Serves whatever comes: TLS where it begins like that, else clear text.
+pub(super) async fn either(shared: Shared, acceptor: TlsAcceptor, stream: TcpStream, ends: Ends) {
+    let mut first = [0];
+    match stream.peek(&mut first).await {
+        Ok(1) if first[0] == 22 => secure(shared, acceptor, stream, ends).await,
+        _ => clear(shared, stream, ends).await,
+    }
 }
 
 /// Serves a connection behind TLS; the name that was asked for is written down even if nothing follows.
 pub(super) async fn secure(shared: Shared, acceptor: TlsAcceptor, stream: TcpStream, ends: Ends) {
-    let accepted = acceptor.accept(stream).await;
+    let hostile = sites::HOSTILE.contains(&ends.site);
+    if hostile {
+        let accepted = acceptor.accept(Tapped::new(stream, shared.clone(), ends, "wire")).await;
+        let Some((stream, sni)) = greeted(&shared, ends, accepted) else { return };
+        connection(shared.clone(), Tapped::new(stream, shared, ends, "tls"), ends, sni).await;
+    } else {
+        let accepted = acceptor.accept(stream).await;
+        let Some((stream, sni)) = greeted(&shared, ends, accepted) else { return };
+        connection(shared, stream, ends, sni).await;
+    }
+}
+
+/// Writes down how a handshake went; the stream, and the name that was asked for.
+fn greeted<S>(
+    shared: &Shared,
+    ends: Ends,
+    accepted: io::Result<TlsStream<S>>,
+) -> Option<(TlsStream<S>, Option<String>)> {
     let (sni, fault) = match &accepted {
         Ok(stream) => (stream.get_ref().1.server_name().map(str::to_owned), None),
         Err(error) => (None, Some(error.to_string())),
@@ -52,9 +86,7 @@ pub(super) async fn secure(shared: Shared, acceptor: TlsAcceptor, stream: TcpStr
     shared.journal.note(&json!({
         "kind": "tls", "site": ends.site.name, "local": ends.local, "peer": ends.peer, "sni": sni, "fault": fault,
     }));
-    if let Ok(stream) = accepted {
-        connection(shared, stream, ends, sni).await;
-    }
+    Some((accepted.ok()?, sni))
 }
 
 async fn connection<S>(shared: Shared, stream: S, ends: Ends, sni: Option<String>)
@@ -76,20 +108,22 @@ async fn answer(
     sni: Option<String>,
 ) -> Response<Body> {
     let (parts, body) = request.into_parts();
-    let body = match Limited::new(body, MAX_BODY).collect().await {
-        Ok(body) => body.to_bytes(),
+    let (trailers, body) = match Limited::new(body, MAX_BODY).collect().await {
+        Ok(body) => (body.trailers().cloned(), body.to_bytes()),
         Err(error) => return plain(StatusCode::BAD_REQUEST, format!("the body cannot be read: {error}\n")),
     };
-    let headers: Vec<(String, String)> = parts
-        .headers
-        .iter()
-        .map(|(name, value)| (name.to_string(), String::from_utf8_lossy(value.as_bytes()).into_owned()))
-        .collect();
+    let listed = |fields: &HeaderMap| -> Vec<(String, String)> {
+        fields
+            .iter()
+            .map(|(name, value)| (name.to_string(), String::from_utf8_lossy(value.as_bytes()).into_owned()))
+            .collect()
+    };
+    let headers = listed(&parts.headers);
     let credentials = headers.iter().find(|(name, _)| name == "authorization").and_then(|(_, v)| basic(v));
     let seen = json!({
         "kind": "http", "site": ends.site.name, "local": ends.local, "peer": ends.peer, "sni": sni,
         "version": format!("{:?}", parts.version), "method": parts.method.as_str(), "target": parts.uri.to_string(),
-        "headers": headers, "basic": credentials,
+        "headers": headers, "trailers": trailers.as_ref().map(listed), "basic": credentials,
         "body": String::from_utf8_lossy(&body[..body.len().min(NOTED_BODY)]),
     });
     shared.journal.note(&seen);
@@ -98,6 +132,10 @@ async fn answer(
         "/" => plain(StatusCode::OK, format!("hello from {}\n", ends.site.name)),
         "/echo" => echo(&headers, &body),
         "/endless" => Response::new(endless()),
+        _ if path.starts_with(HAND_BACK) => {
+            let key = parts.headers.get("x-key").and_then(|key| key.to_str().ok()).unwrap_or_default();
+            hand_back::answer(&path[HAND_BACK.len()..], key).await
+        }
         _ if path.starts_with("/status/") => {
             let status =
                 path["/status/".len()..].parse().ok().and_then(|code| StatusCode::from_u16(code).ok());
@@ -136,7 +174,9 @@ pub(super) fn endless() -> Body {
     StreamBody::new(frames).boxed_unsync()
 }
 
-fn futures_stream<T>(receiver: tokio::sync::mpsc::Receiver<T>) -> impl futures_util::Stream<Item = T> {
+pub(super) fn futures_stream<T>(
+    receiver: tokio::sync::mpsc::Receiver<T>,
+) -> impl futures_util::Stream<Item = T> {
     futures_util::stream::unfold(receiver, async |mut receiver| {
         let item = receiver.recv().await?;
         Some((item, receiver))

@@ -31,7 +31,7 @@ const PIECE: usize = 16 * 1024;
 /// What the library reads in a bad head's stead.
 const HARMLESS: &[u8] = b"GET / HTTP/1.1\r\nHost: refused.invalid\r\nConnection: close\r\n\r\n";
 
-/// Which head was refused, counted from 0, and why.
+/// Which request was refused for its head or for the framing of its body, counted from 0, and why.
 #[derive(Clone, Default)]
 pub struct Refusal(Arc<Mutex<Option<(u64, Refused)>>>);
 
@@ -40,7 +40,7 @@ impl Refusal {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((number, why));
     }
 
-    /// Why this head was refused, if it was.
+    /// Why this request was refused, if it was.
     pub fn of(&self, number: u64) -> Option<Refused> {
         let refusal = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
         refusal.filter(|(refused, _)| *refused == number).map(|(_, why)| why)
@@ -173,7 +173,7 @@ impl<S> GuardedIo<S> {
                     self.pass(2);
                     self.part = Part::ChunkSize;
                 }
-                _ => self.broken(),
+                _ => self.broken_body(),
             },
             Part::ChunkSize => match self.line(MAX_CHUNK_LINE) {
                 Ok(None) => return false,
@@ -182,18 +182,18 @@ impl<S> GuardedIo<S> {
                         self.pass(length);
                         self.part = if size == 0 { Part::Trailers(0) } else { Part::Chunk(size) };
                     }
-                    None => self.broken(),
+                    None => self.broken_body(),
                 },
-                Err(()) => self.broken(),
+                Err(()) => self.broken_body(),
             },
             Part::Trailers(passed) => match self.line(MAX_TRAILERS.saturating_sub(passed)) {
                 Ok(None) => return false,
-                Ok(Some(length)) if length > 2 && matches!(fresh[0], b' ' | b'\t') => self.broken(),
+                Ok(Some(length)) if length > 2 && matches!(fresh[0], b' ' | b'\t') => self.broken_body(),
                 Ok(Some(length)) => {
                     self.pass(length);
                     self.part = if length == 2 { Part::Head(0) } else { Part::Trailers(passed + length) };
                 }
-                Err(()) => self.broken(),
+                Err(()) => self.broken_body(),
             },
             Part::Asked | Part::End => self.broken(),
         }
@@ -221,6 +221,13 @@ impl<S> GuardedIo<S> {
     }
 
     /// Framing inside a body is wrong: the library sees the body cut short, and fails the request.
+    fn broken_body(&mut self) {
+        let why = (Reason::BadRequest, "the framing of the request's body is wrong");
+        self.refusal.set(self.heads.saturating_sub(1), why);
+        self.broken();
+    }
+
+    /// Nothing more is read.
     fn broken(&mut self) {
         self.raw.truncate(self.passed);
         self.part = Part::End;

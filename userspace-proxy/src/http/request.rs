@@ -68,6 +68,7 @@ pub(crate) struct HttpConn {
 
 /// A request that passed.
 struct Passed {
+    number: u64,
     policy: Arc<VmPolicy>,
     decision: Decision,
     parts: Parts,
@@ -162,7 +163,7 @@ impl HttpConn {
     ) -> Response<Body> {
         let started = Instant::now();
         let policy = self.entry.policy.load_full();
-        let refused = self.refusal.as_ref().and_then(|refusal| refusal.of(number));
+        let refused = self.refused(number);
         let begin = |verdict, host: Option<&HostName>| {
             // Of the others there is none.
             let note = match number {
@@ -183,7 +184,8 @@ impl HttpConn {
             Ok(decision) if decision.verdict.passes() => {
                 let mut record = begin(decision.verdict.clone(), decision.name.as_ref());
                 record.request(parts.method.as_str(), parts.uri.path());
-                let passed = Passed { policy: policy.clone(), decision, parts, body, record, interim };
+                let passed =
+                    Passed { number, policy: policy.clone(), decision, parts, body, record, interim };
                 return self.forward(passed).await;
             }
             Ok(decision) => {
@@ -200,6 +202,11 @@ impl HttpConn {
             drain(body, &record).await;
         }
         self.deny(record, refusal.reason, host.as_ref(), refusal.detail, &parts.headers)
+    }
+
+    /// Why the guard refused this request, if it did.
+    fn refused(&self, number: u64) -> Option<(Reason, &'static str)> {
+        self.refusal.as_ref().and_then(|refusal| refusal.of(number))
     }
 
     /// Decides about a request that is for this host.
@@ -219,7 +226,7 @@ impl HttpConn {
     }
 
     async fn forward(self: &Arc<Self>, passed: Passed) -> Response<Body> {
-        let Passed { policy, decision, mut parts, body, mut record, interim } = passed;
+        let Passed { number, policy, decision, mut parts, body, mut record, interim } = passed;
         let host = decision.name.as_ref();
         let asked = deny::accept(&parts.headers);
         let ticket = Arc::new(self.entry.enter(decision.subject.clone()));
@@ -289,7 +296,10 @@ impl HttpConn {
             Ok(sent) => sent,
             Err(error) => {
                 tracing::debug!(vm = %policy.vm, host = ?host, %error, "no answer from the upstream");
-                return self.deny(record, error.reason(), host, None, &asked);
+                // A body whose framing is wrong is the guest's fault, not the upstream's.
+                let (reason, detail) =
+                    self.refused(number).map_or((error.reason(), None), |(why, detail)| (why, Some(detail)));
+                return self.deny(record, reason, host, detail, &asked);
             }
         };
         record.dialled(upstream.address.ip());
