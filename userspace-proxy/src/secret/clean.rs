@@ -35,6 +35,11 @@ impl Cleaner {
     pub fn new(patterns: Arc<Patterns>) -> Self {
         Self { patterns, held: Vec::new(), shown: 0 }
     }
+
+    /// Looks for these from here on, in what is held too.
+    pub(crate) fn look_for(&mut self, patterns: Arc<Patterns>) {
+        self.patterns = patterns;
+    }
 }
 
 impl<'a> Cleaner<&'a Patterns> {
