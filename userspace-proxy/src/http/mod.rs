@@ -3,6 +3,7 @@
 pub(crate) mod authority;
 pub(crate) mod body;
 pub(crate) mod burden;
+mod frames;
 pub(crate) mod guard;
 pub(crate) mod headers;
 mod http2;
@@ -13,6 +14,7 @@ pub(crate) mod request;
 pub(crate) mod response;
 mod rewrite;
 pub(crate) mod serve;
+mod talk;
 pub(crate) mod target;
 pub(crate) mod under_way;
 mod upgrade;

@@ -10,6 +10,7 @@ use super::{
     interim::{Interim, Turn},
     received::Received,
     response,
+    talk::Sought,
     target::{Refused, address, name_in, repeatable, who},
     under_way::UnderWay,
     upgrade,
@@ -307,8 +308,11 @@ impl HttpConn {
         let refuse = |record, detail| self.deny(record, Reason::Tunnel, host, Some(detail), &asked);
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
             return match wish {
-                Some(wish) if wish.is_answered(response.headers()) => {
-                    wish.grant(self, response, record, ticket, patterns)
+                Some(wish) if wish.is_answered(response.headers(), patterns.is_some()) => {
+                    let host = host.cloned().zip(scope);
+                    let sought =
+                        Sought::new(self.entry.clone(), host, policy.secrets.clone(), patterns.clone());
+                    wish.grant(self, response, record, ticket, patterns, sought)
                 }
                 Some(_) => refuse(record, "the upstream switched to something else than WebSocket"),
                 None => refuse(record, "the upstream switched protocols unasked"),

@@ -88,6 +88,8 @@ impl HttpConn {
             // In pieces, a value that comes back could not be told.
             headers.remove(header::RANGE);
             headers.remove(header::IF_RANGE);
+            // Nor in what an extension makes of a message.
+            headers.remove(header::SEC_WEBSOCKET_EXTENSIONS);
         }
         Ok(outcome)
     }

@@ -1,13 +1,14 @@
 //! WebSocket, the one protocol that may follow HTTP on a connection: asked for by `Upgrade` (RFC 6455) or, over HTTP/2, by
 //! an extended CONNECT (RFC 8441), and always asked of the upstream by `Upgrade`.
 //!
-//! What is said after the switch is counted, held to the VM's rate and cut with its rule, and not looked into.
+//! What is said after the switch is counted, held to the VM's rate, cut with its rule, and what the server says is cleaned.
 
 use super::{
     body::{self, Body},
     http2::Promise,
     received::Received,
     request::{HttpConn, TOO_MANY_HEADS},
+    talk::{self, Sought},
 };
 use crate::{audit::Record, io::Prefixed, registry::Ticket, secret::patterns::Patterns};
 use aws_lc_rs::{digest, rand};
@@ -85,8 +86,11 @@ impl Wish {
         matches!(self, Self::Http2(..))
     }
 
-    /// Whether what the upstream says is the answer to what it was asked.
-    pub(super) fn is_answered(&self, response: &HeaderMap) -> bool {
+    /// Whether what the upstream says is the answer to what it was asked; where it is `searched`, no extension was.
+    pub(super) fn is_answered(&self, response: &HeaderMap, searched: bool) -> bool {
+        if searched && response.contains_key(header::SEC_WEBSOCKET_EXTENSIONS) {
+            return false;
+        }
         let Self::Http2(_, key) = self else { return true };
         let accept = response.get(header::SEC_WEBSOCKET_ACCEPT);
         accept.is_some_and(|accept| accept.as_bytes() == accept_of(key).as_bytes())
@@ -108,6 +112,7 @@ impl Wish {
         mut record: Record,
         ticket: Arc<Ticket>,
         patterns: Option<Arc<Patterns>>,
+        sought: Sought,
     ) -> Response<Body> {
         let upstream = hyper::upgrade::on(&mut response);
         let (mut parts, _) = response.into_parts();
@@ -134,16 +139,19 @@ impl Wish {
             let talk = async {
                 let (guest, upstream) = tokio::join!(self.guest(), upstream);
                 let (guest, upstream) = (guest?, upstream.ok()?);
-                let mut guest = Prefixed::new(Bytes::new(), guest)
+                let guest = Prefixed::new(Bytes::new(), guest)
                     .counted(record.counters.clone())
                     .throttled(entry.clone());
-                let mut upstream = Prefixed::new(Bytes::new(), TokioIo::new(upstream)).throttled(entry);
-                tokio::io::copy_bidirectional_with_sizes(&mut guest, &mut upstream, 16 * 1024, 16 * 1024)
-                    .await
-                    .ok()
+                let upstream = Prefixed::new(Bytes::new(), TokioIo::new(upstream)).throttled(entry);
+                talk::both(guest, upstream, sought).await.err()
             };
             tokio::select! {
-                _ = talk => {}
+                end = talk => if let Some(end) = end {
+                    tracing::debug!(%end, "a WebSocket broke off");
+                    if let Some(reason) = end.reason() {
+                        record.verdict(Verdict::Deny { reason });
+                    }
+                },
                 () = ticket.revoked.cancelled() => if !ticket.is_expired() {
                     record.verdict(Verdict::Deny { reason: Reason::Revoked });
                 },
