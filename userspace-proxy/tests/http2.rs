@@ -240,8 +240,8 @@ fn websockets_pass_by_extended_connect_and_are_cut_with_the_rule() {
         assert_eq!(granted.status(), 200);
         assert!(!granted.headers().contains_key("sec-websocket-accept"));
         let mut socket = TokioIo::new(hyper::upgrade::on(&mut granted).await.unwrap());
-        let mut echo = [0; 5];
-        for word in [b"hello", b"again"] {
+        let mut echo = [0; 7];
+        for word in [b"\x81\x05hello", b"\x82\x05again"] {
             socket.write_all(word).await.unwrap();
             socket.read_exact(&mut echo).await.unwrap();
             assert_eq!(&echo, word);
@@ -264,7 +264,7 @@ fn websockets_pass_by_extended_connect_and_are_cut_with_the_rule() {
         let events = w.events(6).await;
         let talk = events.iter().find(|event| event.path.as_deref() == Some("/chat")).unwrap();
         assert_eq!(talk.verdict, Verdict::Deny { reason: Reason::Revoked });
-        assert_eq!((talk.bytes_out, talk.bytes_in), (10, 10));
+        assert_eq!((talk.bytes_out, talk.bytes_in), (14, 14));
     });
 }
 

@@ -25,7 +25,7 @@ async fn until<S: AsyncRead + Unpin>(stream: &mut S, end: &str) -> String {
         let byte = stream.read_u8().await;
         all.push(byte.unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(&all))));
     }
-    String::from_utf8(all).unwrap()
+    String::from_utf8_lossy(&all).into_owned()
 }
 
 #[test]
@@ -40,8 +40,8 @@ fn websockets_pass_after_an_allowed_upgrade_and_are_cut_with_the_rule() {
         stream.write_all(upgrade.as_bytes()).await.unwrap();
         let head = until(&mut stream, "\r\n\r\n").await.to_lowercase();
         assert!(head.starts_with("http/1.1 101") && head.contains("upgrade: websocket"), "{head}");
-        stream.write_all(b"ping").await.unwrap();
-        assert_eq!(until(&mut stream, "ping").await, "ping");
+        stream.write_all(b"\x81\x04ping").await.unwrap();
+        assert_eq!(until(&mut stream, "ping").await, "\u{fffd}\x04ping");
         let seen = w.log.seen().remove(0);
         assert_eq!(seen.header("authorization"), Some(format!("Bearer {VALUE}").as_str()));
         assert_eq!(seen.header("sec-websocket-key"), Some("x"));
@@ -50,7 +50,78 @@ fn websockets_pass_after_an_allowed_upgrade_and_are_cut_with_the_rule() {
         let _ = stream.read_to_end(&mut rest).await;
         let event = w.event().await;
         assert_eq!((event.status, event.verdict), (Some(101), Verdict::Deny { reason: Reason::Revoked }));
-        assert_eq!((event.bytes_out, event.bytes_in), (4, 4));
+        assert_eq!((event.bytes_out, event.bytes_in), (6, 6));
+    });
+}
+
+#[test]
+fn what_a_server_says_on_a_websocket_is_cleaned_under_the_secrets_of_the_moment() {
+    world(|mut w| async move {
+        start(&mut w).await;
+        w.serve((SERVER, 443), Some(w.ca.server(&["api.example"], &["http/1.1"]))).await;
+        let upgrade = format!(
+            "GET /ws HTTP/1.1\r\nHost: api.example\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: x\r\nSec-WebSocket-Extensions: permessage-deflate\r\n{BEARER}\r\n"
+        );
+        let begin = async |w: &World| {
+            let mut stream = w.tls((SERVER, 443), "api.example", &["http/1.1"]).await.unwrap();
+            stream.write_all(upgrade.as_bytes()).await.unwrap();
+            assert!(until(&mut stream, "\r\n\r\n").await.starts_with("HTTP/1.1 101"));
+            stream
+        };
+        // The server repeats what it is told: a message in two frames, the second in two pieces.
+        let mut stream = begin(&w).await;
+        assert_eq!(w.log.seen().remove(0).header("sec-websocket-extensions"), None, "nothing hides a value");
+        let (one, two) = VALUE.split_at(9);
+        let part =
+            |first: u8, text: &str| [&[first, u8::try_from(text.len()).unwrap()], text.as_bytes()].concat();
+        let frames = [part(1, &format!("a {one}")), part(0x80, &format!("{two} b"))].concat();
+        let (first, second) = frames.split_at(frames.len() - 7);
+        stream.write_all(first).await.unwrap();
+        stream.flush().await.unwrap();
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        stream.write_all(second).await.unwrap();
+        let mut heard = Vec::new();
+        while !heard.ends_with(b" b") {
+            assert_ne!(stream.read_buf(&mut heard).await.unwrap(), 0);
+        }
+        let heard = String::from_utf8_lossy(&heard);
+        assert!(!heard.contains(VALUE) && heard.contains("IRONSH_PROXY_token"), "{heard:?}");
+        // A value that comes to apply while it lasts.
+        let other = "another-real-value-0123";
+        let secrets = [("token", VALUE, &["api.example"][..]), ("other", other, &["api.example"])];
+        w.rules(Mode::Enforce, &["api.example"], &secrets);
+        stream.write_all(&[part(1, other), part(1, "x")].concat()).await.unwrap();
+        let mut rest = Vec::new();
+        let _ = stream.read_to_end(&mut rest).await;
+        // That a message begins inside of another is no server's doing: it ends there.
+        let rest = String::from_utf8_lossy(&rest);
+        assert!(!rest.contains(other), "{rest:?}");
+        let event = w.event().await;
+        assert_eq!((event.status, event.verdict), (Some(101), Verdict::Deny { reason: Reason::Unreachable }));
+        let mut stream = begin(&w).await;
+        stream.write_all(&[part(1, other), part(0x80, ".")].concat()).await.unwrap();
+        assert!(until(&mut stream, ".").await.contains("IRONSH_PROXY_other"));
+    });
+}
+
+#[test]
+fn a_websocket_to_a_host_that_a_secret_comes_to_be_for_is_cut() {
+    world(|mut w| async move {
+        w.zone.set("api.example", &[SERVER]);
+        w.rules(Mode::Enforce, &["api.example"], &[]);
+        w.serve((SERVER, 80), None).await;
+        let mut stream = w.connect((SERVER, 80)).await;
+        let upgrade = "GET /ws HTTP/1.1\r\nHost: api.example\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: x\r\n\r\n";
+        stream.write_all(upgrade.as_bytes()).await.unwrap();
+        assert!(until(&mut stream, "\r\n\r\n").await.starts_with("HTTP/1.1 101"));
+        stream.write_all(b"as it is").await.unwrap();
+        assert_eq!(until(&mut stream, "as it is").await, "as it is");
+        w.rules(Mode::Enforce, &["api.example"], &[("token", VALUE, &["api.example"])]);
+        stream.write_all(VALUE.as_bytes()).await.unwrap();
+        let mut rest = Vec::new();
+        let _ = stream.read_to_end(&mut rest).await;
+        assert_eq!(String::from_utf8_lossy(&rest), "");
+        assert_eq!(w.event().await.verdict, Verdict::Deny { reason: Reason::Revoked });
     });
 }
 
