@@ -152,9 +152,9 @@ fn messages(field: &mut Field<'_>) {
             &[FORMERR, REFUSED],
         ),
         ("no question", message(0x0100, &[], &[], 0), &[FORMERR, REFUSED]),
-        ("NOTIFY", message(0x2000, &[evil.clone()], &[], 0), &[FORMERR, REFUSED, 4]),
-        ("UPDATE", message(0x2800, &[evil.clone()], &[], 0), &[FORMERR, REFUSED, 4]),
-        ("STATUS", message(0x1000, &[api.clone()], &[], 0), &[FORMERR, REFUSED, 4]),
+        ("NOTIFY", message(0x2000, std::slice::from_ref(&evil), &[], 0), &[FORMERR, REFUSED, 4]),
+        ("UPDATE", message(0x2800, std::slice::from_ref(&evil), &[], 0), &[FORMERR, REFUSED, 4]),
+        ("STATUS", message(0x1000, std::slice::from_ref(&api), &[], 0), &[FORMERR, REFUSED, 4]),
         ("a pointer to itself", message(0x0100, &[vec![0xc0, 12, 0, 1, 0, 1]], &[], 0), &[FORMERR, REFUSED]),
         (
             "a label of 64",

@@ -128,8 +128,7 @@ fn no_hello_gets_by_however_it_comes() {
 fn ways() -> Vec<(&'static str, How, Offer)> {
     let plain = || Offer::alpn(&["http/1.1"]);
     // More than one record of the largest kind holds, and some.
-    let mut large =
-        Offer { alpn: (0..100).map(|n| vec![b'a' + (n % 26), n, 1].repeat(70)).collect(), ..plain() };
+    let mut large = Offer { alpn: (0..100).map(|n| [b'a' + (n % 26), n, 1].repeat(70)).collect(), ..plain() };
     large.alpn.push(b"http/1.1".to_vec());
     vec![
         ("many segments", How::Segments(7), plain()),
