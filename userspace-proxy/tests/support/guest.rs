@@ -85,8 +85,14 @@ NFT",
 
     /// Runs a command inside the guest, which asks the gateway for names; gives what it printed, or what went wrong.
     pub async fn shell(&self, command: &str) -> Result<String, String> {
-        let line = format!("ip netns exec {} sh -ec '{}'", self.0, command.replace('\'', "'\\''"));
+        let line = format!("timeout 90 ip netns exec {} sh -ec '{}'", self.0, command.replace('\'', "'\\''"));
         let done = tokio::process::Command::new("sh").args(["-c", &line]).output().await.unwrap();
+        if done.status.code() == Some(124) {
+            return Err(format!(
+                "it did not end within 90 s; it said {:?}",
+                String::from_utf8_lossy(&done.stdout)
+            ));
+        }
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         match done.status.success() {
             true => Ok(text(&done.stdout)),
