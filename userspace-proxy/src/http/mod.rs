@@ -13,6 +13,7 @@ mod received;
 pub(crate) mod request;
 pub(crate) mod response;
 mod rewrite;
+mod sending;
 pub(crate) mod serve;
 mod talk;
 pub(crate) mod target;

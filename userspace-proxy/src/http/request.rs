@@ -7,14 +7,15 @@ use super::{
     authority::{Authority, Named},
     body::{self, Body, Incoming, Outgoing},
     guard::{Refusal, Switch},
-    interim::{Interim, Turn},
+    interim::Interim,
     received::Received,
     response,
+    sending::Parked,
     talk::Sought,
-    target::{Refused, address, name_in, repeatable, who},
+    target::{Refused, name_in, who},
     under_way::UnderWay,
     upgrade,
-    upstream::{Key, Sender, Upstream, UpstreamError},
+    upstream::Key,
 };
 use crate::{
     audit::Record,
@@ -23,7 +24,6 @@ use crate::{
     intercept::leaf::Alpn,
     place::Place,
     proxy::Shared,
-    registry::Ticket,
     secret::{patterns::Patterns, substitute::Channel},
     table::VmEntry,
 };
@@ -62,7 +62,7 @@ pub(crate) struct HttpConn {
     switch: Switch,
     pub(super) requests: AtomicU64,
     pub(super) under_way: UnderWay,
-    parked: Mutex<Option<Upstream>>,
+    pub(super) parked: Parked,
     /// What is noted of the connection until the first request has a record.
     note: Mutex<Note>,
 }
@@ -101,7 +101,7 @@ impl HttpConn {
             switch: Switch::default(),
             requests: AtomicU64::new(0),
             under_way: UnderWay::default(),
-            parked: Mutex::default(),
+            parked: Parked::default(),
             note: Mutex::default(),
         }
     }
@@ -117,23 +117,6 @@ impl HttpConn {
     pub(crate) fn noted(mut self, note: Note) -> Self {
         self.note = Mutex::new(note);
         self
-    }
-
-    /// An upstream connection to begin with, or to go on with.
-    pub(crate) fn park(&self, upstream: Upstream) {
-        let before = self.parked.lock().unwrap_or_else(PoisonError::into_inner).replace(upstream);
-        if let Some(before) = before.filter(|before| matches!(before.sender, Sender::Http1(_))) {
-            self.shared.pool.give(&self.entry, before);
-        }
-    }
-
-    /// The connection used before; one that takes many requests at a time stays for others. Of a guest that has many requests at
-    /// a time the one before may still be answered there, without end perhaps.
-    fn unpark(&self) -> Option<Upstream> {
-        let mut parked = self.parked.lock().unwrap_or_else(PoisonError::into_inner);
-        let upstream = parked.take_if(|upstream| self.alpn == Alpn::Http1 || upstream.at_rest())?;
-        *parked = upstream.share();
-        Some(upstream)
     }
 
     /// Answers one request. What comes before its answer goes to `interim`.
@@ -351,71 +334,6 @@ impl HttpConn {
         self.alpn == Alpn::Http1 || self.entry.heads.take_head(head)
     }
 
-    /// A connection for the key: the one used before, one at rest, or a new one. True if it was used before.
-    async fn upstream(
-        &self,
-        ticket: &Ticket,
-        key: &Key,
-        fresh: bool,
-    ) -> Result<(Upstream, bool), UpstreamError> {
-        let dialer = &self.shared.connector.dialer;
-        let policy = self.entry.policy.load_full();
-        let fits = |upstream: &Upstream| {
-            upstream.key == *key && dialer.admits(&policy, upstream.address.ip()).is_ok()
-        };
-        if !fresh {
-            for pooled in [false, true] {
-                let candidate = if pooled { self.shared.pool.take(&policy.vm, key) } else { self.unpark() };
-                if let Some(mut upstream) = candidate.filter(fits)
-                    && upstream.ready().await
-                {
-                    dialer.enter(&self.entry, ticket, upstream.address.ip())?;
-                    return Ok((upstream, true));
-                }
-            }
-        }
-        let mut upstream = self.shared.connector.connect(&self.entry, key.clone()).await?;
-        dialer.enter(&self.entry, ticket, upstream.address.ip())?;
-        upstream.ready().await;
-        Ok((upstream, false))
-    }
-
-    async fn send(
-        &self,
-        ticket: &Ticket,
-        key: Key,
-        mut request: Request<Body>,
-        upgrade: bool,
-        turn: Option<&Turn>,
-    ) -> Result<(Response<Received>, Upstream), UpstreamError> {
-        let mut again = repeatable(&request);
-        let mut fresh = upgrade;
-        loop {
-            let (mut upstream, used) = self.upstream(ticket, &key, fresh).await?;
-            if let Some(shared) = upstream.share() {
-                self.park(shared);
-            }
-            address(&mut request, &upstream.sender, key.tls.is_some());
-            match upstream.send(request, turn).await {
-                Ok(response) => return Ok((response, upstream)),
-                // It was closed while at rest, and nothing was sent.
-                Err((_, Some(back))) if used => request = back,
-                // It ended between two requests (GOAWAY, a keep-alive that ran out), or on the way to this one.
-                Err((error, None)) if used => match again.take() {
-                    Some(copy) => (request, fresh) = (copy, true),
-                    None => return Err(error),
-                },
-                Err((error, _)) => return Err(error),
-            }
-        }
-    }
-
-    fn keep(&self, upstream: Upstream) {
-        if matches!(upstream.sender, Sender::Http1(_)) {
-            self.park(upstream);
-        }
-    }
-
     pub(super) fn deny(
         &self,
         mut record: Record,
@@ -456,10 +374,7 @@ impl Drop for HttpConn {
             let mut record = Record::begin(sink, note, &policy, protocol, verdict, self.started);
             record.destination(self.tls.as_ref().or(name.as_ref()), self.to.ip(), self.to.port());
         }
-        let upstream = self.parked.get_mut().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(upstream) = upstream {
-            self.shared.pool.give(&self.entry, upstream);
-        }
+        self.give_back();
     }
 }
 

@@ -75,6 +75,12 @@ impl UpstreamError {
         }
     }
 
+    /// Whether the server said that it did not look at the request (RFC 9113 §8.7).
+    pub(super) fn is_refusal(&self) -> bool {
+        let Self::Http2(error) = self else { return false };
+        error.is_remote() && (error.is_go_away() || error.reason() == Some(h2::Reason::REFUSED_STREAM))
+    }
+
     /// The word for the audit.
     pub(crate) fn reason(&self) -> Reason {
         match self {

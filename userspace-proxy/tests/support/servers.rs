@@ -91,7 +91,7 @@ pub async fn nginx(w: &World, dir: &Path) -> Server {
            client_body_temp_path {dir}/b; proxy_temp_path {dir}/p; fastcgi_temp_path {dir}/f;
            uwsgi_temp_path {dir}/u; scgi_temp_path {dir}/s; ssl_certificate {cert}; ssl_certificate_key {key};
            server {{
-             listen {SERVER}:443 ssl http2 default_server; listen {SERVER}:80; server_name api.example;
+             listen {SERVER}:443 ssl http2 default_server; listen {SERVER}:80; server_name api.example; keepalive_requests 20;
              location /echo {{ default_type text/plain; return 200 \"$server_protocol $http_authorization end\\n\"; }}
              location /jump {{ return 302 https://api.example/echo?t=$http_authorization; }}
            }} {indexes} }}"

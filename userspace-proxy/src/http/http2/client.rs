@@ -18,7 +18,10 @@ use http_body::Body as _;
 use std::{
     future::poll_fn,
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll, Waker, ready},
     time::Duration,
 };
@@ -44,6 +47,8 @@ const PATIENCE: Patience =
 #[derive(Clone)]
 pub(crate) struct Sender {
     requests: Arc<Mutex<SendRequest<Bytes>>>,
+    /// It takes no more requests.
+    ended: Arc<AtomicBool>,
     outbox: Outbox,
     activity: Activity,
 }
@@ -67,18 +72,21 @@ where
         .await?;
     let mut alive = KeepAlive::new(connection.ping_pong(), PATIENCE);
     let activity = alive.activity();
-    let ours = outbox.clone();
+    let ended = Arc::<AtomicBool>::default();
+    let ours = (outbox.clone(), ended.clone());
     tokio::spawn(async move {
-        let ended = poll_fn(|cx| match alive.poll(cx) {
+        let end = poll_fn(|cx| match alive.poll(cx) {
             Poll::Ready(()) => Poll::Ready(Ok(())),
             Poll::Pending => Pin::new(&mut connection).poll(cx),
         });
-        if let Err(error) = ended.await {
+        if let Err(error) = end.await {
             tracing::debug!(%error, "an upstream's HTTP/2 connection ended");
         }
-        ours.close();
+        let (outbox, ended) = ours;
+        ended.store(true, Ordering::Release);
+        outbox.close();
     });
-    Ok(Sender { requests: Arc::new(Mutex::new(requests)), outbox, activity })
+    Ok(Sender { requests: Arc::new(Mutex::new(requests)), ended, outbox, activity })
 }
 
 /// Ends a body's task with the wait for the answer, or with an answer that is dropped before its end. With the last of its
@@ -101,8 +109,12 @@ impl Sending {
 }
 
 impl Sender {
-    /// Whether it takes requests still. One that is being sent now is no hindrance.
+    /// Whether it takes requests still. One that is being sent now is no hindrance; but whoever was given a request back is never
+    /// told to try here again, though others hold the lock: they would hand it to each other for good.
     pub(crate) fn is_open(&self) -> bool {
+        if self.ended.load(Ordering::Acquire) {
+            return false;
+        }
         let Ok(mut requests) = self.requests.try_lock() else { return true };
         !matches!(requests.poll_ready(&mut Context::from_waker(Waker::noop())), Poll::Ready(Err(_)))
     }
@@ -117,6 +129,7 @@ impl Sender {
         let (answer, sending) = {
             let mut requests = self.requests.lock().await;
             if let Err(error) = poll_fn(|cx| requests.poll_ready(cx)).await {
+                self.ended.store(true, Ordering::Release);
                 return Err((error, Some(request)));
             }
             let (mut parts, body) = request.into_parts();
@@ -183,4 +196,27 @@ async fn heads(
         Pin::new(&mut answer).poll(cx)
     })
     .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{http::body::full, window::Windows};
+
+    #[tokio::test]
+    async fn what_gave_a_request_back_is_not_open_though_its_lock_is_held() {
+        let (ours, theirs) = tokio::io::duplex(4096);
+        let served = tokio::spawn(async move {
+            let mut served = h2::server::handshake(theirs).await.unwrap();
+            served.abrupt_shutdown(Reason::NO_ERROR);
+            while served.accept().await.is_some() {}
+        });
+        let sender = begin(ours, Windows::default().take().size).await.unwrap();
+        served.await.unwrap();
+        let sent =
+            sender.send(Request::get("https://a.example/").body(full(Bytes::new())).unwrap(), |_, _| ());
+        assert!(matches!(sent.await, Err((_, Some(_)))));
+        let _another_is_sending = sender.requests.lock().await;
+        assert!(!sender.is_open());
+    }
 }
