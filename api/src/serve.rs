@@ -102,6 +102,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let store = tokio::task::spawn_blocking(move || Store::open(&data_dir, key))
         .await?
         .context("cannot open the store")?;
+    store.idempotency_cut_off().await.context("cannot store what requests the last daemon cut off")?;
     keep_journal(&config, store.audit()).await.context("cannot store what the last daemon was at")?;
     let (image, driver) = open_driver(&config).await?;
 

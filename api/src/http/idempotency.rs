@@ -11,7 +11,7 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
 use sha2::{Digest as _, Sha256};
 use tapgate_model::UserId;
-use tapgate_store::Known;
+use tapgate_store::{Known, keyed};
 
 const HEADER: &str = "idempotency-key";
 const REPLAYED: &str = "idempotent-replayed";
@@ -45,6 +45,11 @@ async fn run(state: AppState, request: Request, next: Next) -> Result<Response, 
             let message = "This Idempotency-Key was used for another request; use a new one for each";
             Err(ApiError::new(Code::IdempotencyKeyReused, message))
         }
+        Known::Lost => {
+            let message = "The first request with this Idempotency-Key was cut off after it had stored something: look for what \
+                           it made, and if it is not there send the request with a new key";
+            Err(ApiError::new(Code::OutcomeUnknown, message))
+        }
         Known::Running => {
             let message = "The request with this Idempotency-Key still runs; try again shortly";
             Err(ApiError { retry_after: Some(1), ..ApiError::new(Code::RequestInProgress, message) })
@@ -63,7 +68,7 @@ async fn run(state: AppState, request: Request, next: Next) -> Result<Response, 
 }
 
 async fn first(state: AppState, user: UserId, key: String, request: Request, next: Next) -> Response {
-    let (parts, body) = next.run(request).await.into_parts();
+    let (parts, body) = keyed(user.clone(), key.clone(), next.run(request)).await.into_parts();
     let body = to_bytes(body, usize::MAX).await.unwrap_or_default();
     let lasting = !parts.status.is_server_error() && parts.status != StatusCode::TOO_MANY_REQUESTS;
     let answer = lasting.then(|| (parts.status.as_u16(), body.to_vec()));

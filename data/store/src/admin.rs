@@ -24,6 +24,12 @@ const FILES: [&str; 2] = ["tapgate.db", "audit.db"];
 /// What the names of folders begin with in which a backup is made ready.
 const RESTORING: &str = "restoring-";
 
+/// The same folder's once all in it is whole and on the disk. From then on it takes the store's place, however often that is begun.
+const DECIDED: &str = "restored-";
+
+/// Where what was there before goes.
+const BEFORE: &str = "before-restore-";
+
 impl Store {
     /// Makes a new sealing key and seals everything anew. Interrupted at any point, everything still opens, and doing it
     /// again completes it. Answers how many values were sealed.
@@ -63,8 +69,7 @@ impl Store {
     /// Puts a backup in the place of a store. The backup is opened and checked first; what was there before is moved
     /// aside, into a folder whose name is answered.
     pub fn restore(folder: &Path, backup: &Path, key: SealKey) -> Result<PathBuf> {
-        // Others may look into the folder itself, for guests' programs pass through it.
-        let private = |path: &Path| std::fs::DirBuilder::new().mode(0o700).create(path);
+        finish_restore(folder)?;
         let beside = folder.join(format!("{RESTORING}{}", std::process::id()));
         private(&beside).map_err(io(&beside))?;
         let checked = take(backup, &beside).and_then(|()| Self::open(&beside, key));
@@ -75,24 +80,58 @@ impl Store {
         for name in FILES {
             let connection = connect(&beside.join(name), Durability::Full, true)?;
             connection.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)")?;
+            sync(&beside.join(name))?;
         }
-        let now = jiff::Timestamp::now().as_second();
-        let aside = folder.join(format!("before-restore-{now}"));
-        private(&aside).map_err(io(&aside))?;
+        sync(&beside)?;
+        let mut now = jiff::Timestamp::now().as_second();
+        while folder.join(format!("{BEFORE}{now}")).exists() {
+            now += 1;
+        }
+        let decided = folder.join(format!("{DECIDED}{now}"));
+        std::fs::rename(&beside, &decided).map_err(io(&beside))?;
+        sync(folder)?;
+        finish_restore(folder)?;
+        for left in named(folder, RESTORING) {
+            let _ = std::fs::remove_dir_all(left.0);
+        }
+        Ok(folder.join(format!("{BEFORE}{now}")))
+    }
+}
+
+/// Puts in place what a restore decided on: both files or, if it is cut off, both at the next start. A file that is not in the
+/// decided folder any more is in its place already.
+pub(crate) fn finish_restore(folder: &Path) -> Result<()> {
+    for (decided, moment) in named(folder, DECIDED) {
+        let aside = folder.join(format!("{BEFORE}{moment}"));
+        if !aside.exists() {
+            private(&aside).map_err(io(&aside))?;
+        }
         for name in FILES {
+            let new = decided.join(name);
+            if !new.exists() {
+                continue;
+            }
             for suffix in ["", "-wal", "-shm"] {
                 let old = folder.join(format!("{name}{suffix}"));
                 if old.exists() {
                     std::fs::rename(&old, aside.join(format!("{name}{suffix}"))).map_err(io(&old))?;
                 }
             }
-            std::fs::rename(beside.join(name), folder.join(name)).map_err(io(&beside))?;
+            std::fs::rename(&new, folder.join(name)).map_err(io(&new))?;
         }
-        for left in restoring(folder) {
-            let _ = std::fs::remove_dir_all(left);
-        }
-        Ok(aside)
+        sync(folder)?;
+        std::fs::remove_dir_all(&decided).map_err(io(&decided))?;
     }
+    Ok(())
+}
+
+/// Others may look into the store's folder itself, for guests' programs pass through it.
+fn private(path: &Path) -> std::io::Result<()> {
+    std::fs::DirBuilder::new().mode(0o700).create(path)
+}
+
+fn sync(path: &Path) -> Result<()> {
+    std::fs::File::open(path).and_then(|file| file.sync_all()).map_err(io(path))
 }
 
 /// Copies a backup's files.
@@ -111,20 +150,21 @@ fn io(path: &Path) -> impl FnOnce(std::io::Error) -> StoreError {
     move |source| StoreError::Io { path, source }
 }
 
-/// Folders of restores that go on, or were cut off.
-fn restoring(folder: &Path) -> impl Iterator<Item = PathBuf> {
+/// Folders of restores that go on, or were cut off, and what follows in their names.
+fn named(folder: &Path, start: &'static str) -> impl Iterator<Item = (PathBuf, String)> {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
-    entries
-        .filter(|entry| entry.file_name().as_encoded_bytes().starts_with(RESTORING.as_bytes()))
-        .map(|e| e.path())
+    entries.filter_map(move |entry| {
+        let name = entry.file_name().into_string().ok()?;
+        Some((entry.path(), name.strip_prefix(start)?.to_owned()))
+    })
 }
 
 /// Refuses a store of which a restore that was cut off left a part: an empty file would be made in the place of what is missing, and
 /// be taken for the whole.
 pub(crate) fn check_whole(folder: &Path) -> Result<()> {
     let missing = FILES.iter().any(|name| !folder.join(name).exists());
-    match missing.then(|| restoring(folder).next()).flatten() {
-        Some(left) => Err(StoreError::Corrupt(format!("a restore was cut off ({})", left.display()))),
+    match missing.then(|| named(folder, RESTORING).next()).flatten() {
+        Some((left, _)) => Err(StoreError::Corrupt(format!("a restore was cut off ({})", left.display()))),
         None => Ok(()),
     }
 }

@@ -1,5 +1,6 @@
 //! Answers kept for retries.
 
+pub(crate) mod request;
 mod room;
 
 use crate::error::Result;
@@ -12,8 +13,10 @@ use tapgate_model::UserId;
 
 /// How long an answer is kept (microseconds): a day.
 const KEPT: i64 = 86_400_000_000;
-/// After this, one that never ended (the daemon was killed) no longer stands in the way.
+/// After this, one that never ended (a fault of ours) no longer stands in the way.
 const RUNNING: i64 = 300_000_000;
+/// In place of a status: what the request did stored something, and nobody knows its answer.
+const LOST: u16 = 0;
 /// The name that answers are sealed under.
 const TABLE: &str = "idempotency";
 
@@ -31,6 +34,8 @@ pub enum Known {
         /// The answer's body.
         body: Vec<u8>,
     },
+    /// It stored something, and was cut off before its answer was kept.
+    Lost,
     /// The key was used for another request.
     Other,
     /// As many requests of the account run as may.
@@ -72,7 +77,9 @@ impl Store {
             .write(move |tx| {
                 let now = now_us();
                 tx.prepare_cached(room::TOO_OLD)?.execute([now - KEPT])?;
-                tx.prepare_cached(room::GIVEN_UP)?.execute(params![user.as_str(), now - RUNNING])?;
+                for sql in room::GIVEN_UP {
+                    tx.prepare_cached(sql)?.execute(params![user.as_str(), now - RUNNING])?;
+                }
                 type Found = (Vec<u8>, Option<u16>, Option<Vec<u8>>);
                 let found: Option<Found> = tx
                     .query_row(
@@ -83,6 +90,7 @@ impl Store {
                     .optional()?;
                 match found {
                     Some((of, ..)) if of != fingerprint => Ok(Known::Other),
+                    Some((_, Some(LOST), _)) => Ok(Known::Lost),
                     Some((_, Some(status), Some(body))) => {
                         let body = seal.open(TABLE, &row(user.as_str(), &key), &body)?.to_vec();
                         Ok(Known::Ended { status, body })
@@ -98,6 +106,18 @@ impl Store {
                         Ok(Known::New)
                     }
                 }
+            })
+            .await
+    }
+
+    /// For a daemon that begins: what ran in the one before has ended. What stored nothing may be tried again at once.
+    pub async fn idempotency_cut_off(&self) -> Result<()> {
+        self.db
+            .write(|tx| {
+                for sql in room::CUT_OFF {
+                    tx.execute(sql, [])?;
+                }
+                Ok(())
             })
             .await
     }

@@ -36,7 +36,7 @@ pub use audit::{AuditFilter, AuditLoad, AuditLog, AuditRecord, Keep, Recovered};
 pub use device::{DeviceCode, DeviceState};
 pub use env::EnvRecord;
 pub use error::{Conflict, Kind, StoreError};
-pub use idempotency::Known;
+pub use idempotency::{Known, request::keyed};
 pub use keys::{ApiKeyRecord, Caller, IssuedKey};
 pub use page::{Order, Page, PageRequest};
 pub use policy::{AccountPolicy, VmEgress};

@@ -4,6 +4,7 @@
 //! before the caller hears of it. A job that panics is rolled back and takes nothing down with it.
 
 use crate::error::{Result, StoreError};
+use crate::idempotency::request;
 use rusqlite::{Connection, OpenFlags, Transaction, TransactionBehavior};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -54,6 +55,8 @@ struct Line {
 #[derive(Clone)]
 pub(crate) struct Pool {
     name: &'static str,
+    /// Holds what requests store.
+    keyed: bool,
     writer: Line,
     readers: Line,
     path: Arc<PathBuf>,
@@ -112,7 +115,13 @@ impl Pool {
             spawn(format!("{name}-read-{i}"), connect(path, durability, false)?, jobs.clone())?;
         }
         let line = |jobs| Line { jobs, waiting: Arc::default() };
-        Ok(Self { name, writer: line(writer), readers: line(readers), path: Arc::new(path.into()) })
+        Ok(Self {
+            name,
+            keyed: durability == Durability::Full,
+            writer: line(writer),
+            readers: line(readers),
+            path: Arc::new(path.into()),
+        })
     }
 
     /// The file.
@@ -147,9 +156,13 @@ impl Pool {
         &self,
         job: impl FnOnce(&Transaction<'_>) -> Result<T> + Send + 'static,
     ) -> Result<T> {
+        let request = request::current().filter(|_| self.keyed);
         submit(&self.writer, move |connection| {
             let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
             let value = job(&transaction)?;
+            if let Some(request) = request {
+                request.note(&transaction)?;
+            }
             transaction.commit()?;
             Ok(value)
         })

@@ -15,6 +15,7 @@ const TAPGATE: &[&str] = &[
     include_str!("migrations/tapgate-4.sql"),
     include_str!("migrations/tapgate-5.sql"),
     include_str!("migrations/tapgate-6.sql"),
+    include_str!("migrations/tapgate-7.sql"),
 ];
 const AUDIT: &[&str] = &[
     include_str!("migrations/audit-1.sql"),

@@ -35,6 +35,7 @@ impl Store {
             .mode(0o700)
             .create(folder)
             .map_err(|source| StoreError::Io { path: folder.into(), source })?;
+        crate::admin::finish_restore(folder)?;
         crate::admin::check_whole(folder)?;
         let main = folder.join("tapgate.db");
         schema::prepare_main(&main).map_err(|error| error.of_file(&main))?;

@@ -587,3 +587,71 @@ async fn a_backup_is_put_back_and_what_was_there_is_kept() {
     assert_eq!(open(folder.path()).env(&user, "E").await.unwrap().value, "then");
     assert!(!db.join("restoring-1").exists());
 }
+
+/// Killed at each step once a restore was decided on: the next start has the backup, whole, and what was there before is kept.
+#[tokio::test]
+async fn a_restore_that_was_cut_off_is_completed_by_the_next_start() {
+    const FILES: [&str; 2] = ["tapgate.db", "audit.db"];
+    for steps in 0..=4 {
+        let (folder, store) = fresh();
+        let user = user(&store, "a@example.com").await;
+        store.env_set(&user, "E", "then", 10, Expected::any()).await.unwrap();
+        let backup = folder.path().join("backup");
+        store.backup(&backup).await.unwrap();
+        store.env_set(&user, "E", "now", 10, Expected::any()).await.unwrap();
+        drop(store);
+        let db = folder.path().join("db");
+        let (decided, aside) = (db.join("restored-1"), db.join("before-restore-1"));
+        for made in [&decided, &aside] {
+            std::fs::create_dir(made).unwrap();
+        }
+        for name in FILES {
+            std::fs::copy(backup.join(name), decided.join(name)).unwrap();
+        }
+        let moves = FILES
+            .iter()
+            .flat_map(|name| [(db.join(name), aside.join(name)), (decided.join(name), db.join(name))]);
+        for (from, to) in moves.take(steps) {
+            let log = |path: &std::path::Path| path.with_extension("db-wal");
+            if to.starts_with(&aside) && log(&from).exists() {
+                std::fs::rename(log(&from), log(&to)).unwrap();
+            }
+            std::fs::rename(from, to).unwrap();
+        }
+        let inode =
+            |path: std::path::PathBuf| std::os::unix::fs::MetadataExt::ino(&std::fs::metadata(path).unwrap());
+        let audit = if steps < 4 { inode(decided.join("audit.db")) } else { inode(db.join("audit.db")) };
+        let store = open(folder.path());
+        assert_eq!(store.env(&user, "E").await.unwrap().value, "then", "{steps}");
+        assert_eq!(inode(db.join("audit.db")), audit, "{steps}");
+        assert!(!decided.exists() && FILES.iter().all(|name| aside.join(name).exists()), "{steps}");
+        let key = SealKey::load(&folder.path().join("seal.key")).unwrap();
+        assert_eq!(Store::open(&aside, key).unwrap().env(&user, "E").await.unwrap().value, "now", "{steps}");
+    }
+}
+
+/// What a request with a key stored is not stored again because its daemon ended before the answer was kept.
+#[tokio::test]
+async fn a_key_whose_request_was_cut_off_stores_nothing_twice() {
+    let (folder, store) = fresh();
+    let user = user(&store, "a@example.com").await;
+    for key in ["stored", "nothing", "ended"] {
+        assert!(matches!(store.idempotency_begin(&user, key, vec![1]).await.unwrap(), Known::New));
+    }
+    let set = async |name: &str| {
+        store.env_set(&user, name, "value", 10, Expected::any()).await.unwrap();
+    };
+    tapgate_store::keyed(user.clone(), "stored".into(), set("A")).await;
+    tapgate_store::keyed(user.clone(), "ended".into(), set("B")).await;
+    store.idempotency_end(&user, "ended", Some((200, b"{}".to_vec()))).await.unwrap();
+    let known = async |store: &Store, key| store.idempotency_begin(&user, key, vec![1]).await.unwrap();
+    assert!(matches!(known(&store, "stored").await, Known::Running));
+    drop(store);
+    let store = open(folder.path());
+    store.idempotency_cut_off().await.unwrap();
+    for _ in 0..2 {
+        assert!(matches!(known(&store, "stored").await, Known::Lost));
+    }
+    assert!(matches!(known(&store, "nothing").await, Known::New));
+    assert!(matches!(known(&store, "ended").await, Known::Ended { status: 200, .. }));
+}

@@ -23,9 +23,16 @@ pub(super) const BOUNDS: Bounds = Bounds { answers: 10_000, octets: 8 << 20, all
 const AT_ONCE: usize = 1000;
 
 pub(super) const TOO_OLD: &str = "DELETE FROM idempotency WHERE created_at < ?1";
-/// Of those whose request never ended.
-pub(super) const GIVEN_UP: &str =
-    "DELETE FROM idempotency WHERE user = ?1 AND status IS NULL AND created_at < ?2";
+/// Of those whose request never ended: what stored nothing is forgotten, and the rest has no answer.
+pub(super) const GIVEN_UP: [&str; 2] = [
+    "UPDATE idempotency SET status = 0 WHERE user = ?1 AND status IS NULL AND created_at < ?2 AND stored = 1",
+    "DELETE FROM idempotency WHERE user = ?1 AND status IS NULL AND created_at < ?2",
+];
+/// The same of all, when no request runs.
+pub(super) const CUT_OFF: [&str; 2] = [
+    "UPDATE idempotency SET status = 0 WHERE status IS NULL AND stored = 1",
+    "DELETE FROM idempotency WHERE status IS NULL",
+];
 const RUNNING: &str = "SELECT count(*) FROM idempotency WHERE user = ?1 AND status IS NULL";
 const SHARE: &str = "SELECT answers, octets FROM idempotency_shares WHERE user = ?1";
 const ALL: &str = "SELECT value FROM meta WHERE key = 'idempotency_octets'";
@@ -174,7 +181,7 @@ mod tests {
     fn no_statement_scans_or_sorts() {
         let folder = tempfile::tempdir().unwrap();
         let db = database(&folder);
-        for sql in [TOO_OLD, GIVEN_UP, RUNNING, SHARE, ALL, HOLDS_MOST, OLDEST] {
+        for sql in [TOO_OLD, GIVEN_UP[0], GIVEN_UP[1], RUNNING, SHARE, ALL, HOLDS_MOST, OLDEST] {
             let mut plan = db.prepare(&format!("EXPLAIN QUERY PLAN {sql}")).unwrap();
             let none: Vec<Option<i64>> = vec![None; plan.parameter_count()];
             let lines: Vec<String> = plan
