@@ -309,3 +309,46 @@ fn killed_at_any_moment_nothing_that_was_answered_is_missing_and_nothing_is_told
     verify(&stage);
     stage.clear().unwrap();
 }
+
+/// A POST with an `Idempotency-Key` whose answer was never kept: sent again to the next daemon it does nothing twice, and says what
+/// is not known.
+#[test]
+fn a_request_with_a_key_is_not_done_again_by_the_next_daemon() {
+    let world = World::new().unwrap();
+    let mut stage = started(&world);
+    let records = stage.daemon().data_dir().join("tapgate.db");
+    let change = |sql: &str| {
+        let script = "import sqlite3, sys; db = sqlite3.connect(sys.argv[1]); db.executescript(sys.argv[2])";
+        sh::expect(Command::new("python3").args(["-c", script]).arg(&records).arg(sql), b"").unwrap();
+    };
+    let post = |stage: &Stage<'_>, key: &str, name: &str| {
+        let body = serde_json::json!({"name": name, "secret": "sk-0123456789abcdef", "env_var": name, "hosts": ["a.example"]});
+        let mut curl = stage.world().on_host("curl");
+        curl.args(["-sS", "--noproxy", "*", "-H", "Content-Type: application/json"]);
+        curl.args(["-H", &format!("Idempotency-Key: {key}"), "-d", &body.to_string()]);
+        curl.args(["-H", &format!("Authorization: Bearer {}", stage.api().key().unwrap())]);
+        let said = sh::expect(curl.arg(stage.api().url("/v1/secrets")), b"").unwrap();
+        serde_json::from_str::<Value>(&said).unwrap()
+    };
+    let secrets = |stage: &Stage<'_>| {
+        let all = stage.api().get("/v1/secrets").unwrap().expect(200).unwrap();
+        all["data"].as_array().unwrap().len()
+    };
+    change(
+        "CREATE TRIGGER lost BEFORE UPDATE OF status ON idempotency BEGIN SELECT RAISE(FAIL, 'it is not kept'); END",
+    );
+    let first = post(&stage, "one", "ONE");
+    assert!(first.get("error").is_none(), "{first}");
+    stage.daemon_mut().kill().unwrap();
+    change("DROP TRIGGER lost");
+    stage.daemon_mut().start_again().unwrap();
+    for _ in 0..2 {
+        let again = post(&stage, "one", "ONE");
+        assert_eq!(again["error"]["code"], "outcome_unknown", "{again}");
+    }
+    assert_eq!(secrets(&stage), 1);
+    let other = post(&stage, "two", "TWO");
+    assert!(other.get("error").is_none(), "{other}");
+    assert_eq!(post(&stage, "two", "TWO"), other);
+    assert_eq!(secrets(&stage), 2);
+}
