@@ -21,8 +21,10 @@ mod meters;
 mod policy;
 mod round;
 mod snapshots;
-mod ssh;
+mod sources;
+pub(crate) mod ssh;
 mod suspend;
+mod takeover;
 mod taking;
 mod watching;
 
