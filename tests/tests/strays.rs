@@ -65,7 +65,6 @@ fn put_back(driver: Driver) {
     stage.guest().unwrap().hang_up();
     stage.daemon_mut().kill().unwrap();
     let said = admin(&stage, &["restore", &backup]);
-    assert!(said.contains(&vm), "whoever restores is told what will be ended: {said}");
     assert!(runs(vmm), "restoring ends nothing");
 
     stage.daemon_mut().start_again().unwrap();
@@ -78,6 +77,7 @@ fn put_back(driver: Driver) {
     let line = log.lines().find(|line| line.contains("strays.ended")).unwrap();
     assert!(line.contains(&vm), "{line}");
     assert!(stage.daemon().vm_folder(&vm).exists(), "its disk is its owner's");
+    assert!(said.contains(&vm), "whoever restores was told what would be ended: {said}");
     assert_eq!(stage.api().get(&format!("/v1/vms/{vm}")).unwrap().status, 404);
 
     // The next VM has its place.
