@@ -3,6 +3,7 @@
 //! What changes files under a running daemon is refused while one runs; the rest goes through the database and holds at
 //! once.
 
+use crate::engine::strays;
 use crate::http::{check_email, check_password, hash_password};
 use anyhow::{Context as _, bail};
 use std::io::Write as _;
@@ -127,7 +128,15 @@ async fn act(args: Args) -> anyhow::Result<()> {
         Command::Restore { from } => {
             let _lock = alone(folder)?;
             let aside = Store::restore(folder, &from, SealKey::load(&key_file)?)?;
-            say(&format!("restored; what was there is in {}", aside.display()))
+            say(&format!("restored; what was there is in {}", aside.display()))?;
+            let (living, vms) = (open()?.vms_living().await?, folder.join("vms"));
+            for (vm, process) in strays::running(&vms, &living) {
+                say(&format!(
+                    "{vm} runs (process {process}), which these records do not know: the next daemon ends it; its disk stays in {}",
+                    vms.join(vm.as_str()).display()
+                ))?;
+            }
+            Ok(())
         }
         Command::RotateKey => {
             let _lock = alone(folder)?;

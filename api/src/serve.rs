@@ -323,6 +323,7 @@ fn api_settings(config: &Config) -> anyhow::Result<Settings> {
         mail: config.mail.clone(),
         mail_from: config.mail_from.clone(),
         ssh_ports: config.ssh_ports.clone(),
+        is_free: crate::engine::ssh::is_free,
         slots: config.slots(),
         resources: Resources {
             vcpus: config.vcpus,

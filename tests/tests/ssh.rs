@@ -2,12 +2,22 @@
 #![expect(clippy::unwrap_used, reason = "a test's helper fails by panicking")]
 
 use serde_json::json;
-use std::{fs, process::Command, thread, time::Duration};
+use std::{
+    fs,
+    io::{BufRead as _, BufReader},
+    process::{Child, Command, Stdio},
+    thread,
+    time::Duration,
+};
 use tapgate_e2e::{
     World,
     daemon::{self, Daemon, Driver, Settings},
+    net::inside,
     sh,
 };
+
+/// How many times something is looked for, ten times a second.
+const TRIES: usize = 600;
 
 /// A key of its own in the world's folder: the file, and the public half.
 fn key(world: &World, name: &str) -> (String, String) {
@@ -98,4 +108,78 @@ fn several_keys_files_and_forwarded_ports_work_through_the_hosts_port() {
     let _ = tunnel.kill();
     let _ = tunnel.wait();
     assert_eq!(answer.out, json!({ "id": vm }).to_string(), "{answer:?}");
+}
+
+/// Takes connections in the guest where its SSH server would, says something to each and keeps it, whatever its peer does.
+const KEEPER: &str = "import socket\ns = socket.socket()\ns.bind(('0.0.0.0', 2222))\ns.listen(512)\nprint('held', flush=True)\n\
+    kept = []\nwhile True:\n    kept.append(s.accept()[0])\n    kept[-1].send(b'x')";
+/// So many connections to an address, all at once; how many were taken.
+const CALLER: &str = "import socket, sys\nhost, port, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])\n\
+    calls = [socket.create_connection((host, port), 30) for _ in range(count)]\n\
+    print(sum(1 for call in calls if call.recv(1) == b'x'), flush=True)\nsys.stdin.read()";
+
+struct Script(Child, String);
+
+impl Script {
+    /// Starts it and waits for its first line.
+    fn start(mut command: Command, words: &[&str]) -> Self {
+        command.args(["python3", "-c"]).args(words).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        Self(child, line.trim().to_owned())
+    }
+}
+
+impl Drop for Script {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn no_source_takes_all_places_and_whoever_is_gone_is_looked_for() {
+    let world = World::new().unwrap();
+    let settings = Settings {
+        binary: daemon::binary().unwrap(),
+        driver: Driver::Netns,
+        images: "/var/cache/tapgate/images".into(),
+    };
+    let daemon = Daemon::start(&world, settings).unwrap();
+    let api = daemon.client().sign_up("ada").unwrap();
+    let vm = api.create_vm("box", &key(&world, "ada").1).unwrap();
+    api.wait_ready(&vm).unwrap();
+    let info = api.get(&format!("/v1/vms/{vm}/ssh")).unwrap().expect(200).unwrap();
+    let (host, port) = (info["host"].as_str().unwrap(), info["port"].to_string());
+
+    // The guest's SSH server would keep no such number.
+    let guest = format!("{}-0", world.names().egress());
+    let rules = "table ip t { chain c { type nat hook prerouting priority -100; tcp dport 22 redirect to :2222\n}\n}\n";
+    sh::expect(inside(&guest, "nft").args(["-f", "-"]), rules.as_bytes()).unwrap();
+    let keeper = Script::start(inside(&guest, "env"), &[KEEPER]);
+    assert_eq!(keeper.1, "held");
+    let many = Script::start(world.from_afar("env"), &[CALLER, host, &port, "70"]);
+    assert_eq!(many.1, "64", "of seventy from one source");
+    assert_eq!(daemon.log().matches("ssh.source_refused").count(), 1, "{}", daemon.log());
+    let other = Script::start(world.on_host("env"), &[CALLER, host, &port, "1"]);
+    assert_eq!(other.1, "1", "another source comes in");
+
+    // A client that says nothing is asked whether it is there.
+    let of = format!("sport = :{port}");
+    let mut ss = inside(&world.names().host(), "ss");
+    let sockets = sh::expect(ss.args(["-H", "-t", "-n", "-o", "state", "established", &of]), b"").unwrap();
+    let asked = sockets.lines().filter(|line| line.contains("timer:(keepalive,")).count();
+    assert_eq!((asked, sockets.lines().count()), (65, 65), "{sockets}");
+    // A peer that ends gives its place back, though the guest keeps its half.
+    drop(many);
+    let mut got = String::new();
+    for _ in 0..TRIES {
+        got = Script::start(world.from_afar("env"), &[CALLER, host, &port, "2"]).1.clone();
+        if got == "2" {
+            return;
+        }
+        thread::sleep(Duration::from_millis(100));
+    }
+    panic!("of two more {got} came in");
 }

@@ -5,7 +5,10 @@ use crate::{
     config::Limits,
     dns::{flood::Questions, pins::Pins},
     http::burden::Burden,
-    intercept::{ca::VmCa, leaf::Leaves},
+    intercept::{
+        ca::{CaError, VmCa},
+        leaf::Leaves,
+    },
     place::{Place, Places},
     rate::Rate,
     registry::{Registry, Subject, Ticket},
@@ -34,8 +37,8 @@ pub type HostPrefix = Cidr;
 pub(crate) struct VmEntry {
     /// Its addresses.
     pub net: GuestNet,
-    /// Its CA.
-    pub ca: Arc<VmCa>,
+    /// Its CA, once that is known.
+    ca: ArcSwapOption<VmCa>,
     /// What that minted.
     pub leaves: Leaves,
     /// Its policy of the moment.
@@ -76,6 +79,11 @@ pub(crate) struct VmEntry {
 }
 
 impl VmEntry {
+    /// What opens its TLS. While there is none, what would have to be opened is refused.
+    pub(crate) fn ca(&self) -> Result<Arc<VmCa>, CaError> {
+        self.ca.load_full().ok_or(CaError::Unknown)
+    }
+
     /// Takes up a connection that was let out as `subject`. Judged again afterwards, so that a change of the rules
     /// between the decision and this is not missed; the ticket is cancelled already if it no longer stands.
     pub(crate) fn enter(&self, subject: Subject) -> Ticket {
@@ -157,13 +165,14 @@ impl PolicyTable {
         result
     }
 
-    /// Serves a VM from now on. Whoever had its addresses or its id before is gone, connections included.
-    pub fn insert(&self, net: GuestNet, ca: Arc<VmCa>, policy: Arc<VmPolicy>) {
+    /// Serves a VM from now on. Whoever had its addresses or its id before is gone, connections included. Without a CA nothing of
+    /// it is opened, nor let past unopened, until [`Self::set_ca`].
+    pub fn insert(&self, net: GuestNet, ca: impl Into<Option<Arc<VmCa>>>, policy: Arc<VmPolicy>) {
         let vm = policy.vm.clone();
         let limits = &self.limits;
         let entry = Arc::new(VmEntry {
             net,
-            ca,
+            ca: ArcSwapOption::new(ca.into()),
             leaves: Leaves::default(),
             policy: ArcSwap::new(policy),
             pins: Pins::new(limits.pins),
@@ -195,6 +204,14 @@ impl PolicyTable {
             gone
         });
         gone.iter().for_each(|old| old.live.cut_all());
+    }
+
+    /// Gives a VM its CA that could not be read when it was inserted. Returns whether the VM is known.
+    pub fn set_ca(&self, vm: &VmId, ca: Arc<VmCa>) -> bool {
+        let state = self.state.load();
+        let Some(entry) = state.by_vm.get(vm) else { return false };
+        entry.ca.store(Some(ca));
+        true
     }
 
     /// Puts a newer policy of a VM in force, and cuts what it no longer allows. An older generation is ignored.

@@ -8,9 +8,12 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use serde::Serialize;
+use std::sync::Arc;
 use tapgate_model::lifecycle::{Call, Refusal, decide};
 use tapgate_model::{SnapshotId, Status, StatusDetail, UserId, VmId};
-use tapgate_store::{NewVm, Resources, SnapshotKind, SnapshotRecord, Suspension, VmFilter, VmRecord, VmSort};
+use tapgate_store::{
+    NewVm, Resources, SnapshotKind, SnapshotRecord, SshPorts, Suspension, VmFilter, VmRecord, VmSort,
+};
 use tokio::time::Instant;
 
 #[derive(Serialize)]
@@ -176,6 +179,7 @@ pub(super) async fn new_vm(
     })?;
     let settings = state.settings();
     settings.room.check(resources, true)?;
+    let (host, is_free) = (settings.public_host.clone(), settings.is_free);
     Ok(NewVm {
         id,
         user,
@@ -184,7 +188,10 @@ pub(super) async fn new_vm(
         snapshot,
         resources,
         ca,
-        ssh_ports: settings.ssh_ports.clone(),
+        ssh_ports: SshPorts {
+            range: settings.ssh_ports.clone(),
+            is_free: Arc::new(move |port| is_free(&host, port)),
+        },
         slots: settings.slots,
         quota: settings.quotas.vms,
         capacity: settings.room.capacity(),

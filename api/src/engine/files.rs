@@ -41,7 +41,7 @@ pub(super) async fn spec_of_running(shared: &Shared, record: &VmRecord) -> Resul
 
 async fn spec_with(shared: &Shared, record: &VmRecord, env: Vec<(String, String)>) -> Result<VmSpec, String> {
     let failed = |error: tapgate_store::StoreError| format!("cannot read the VM's records: {error}");
-    let ca = shared.store.vm_ca(&record.id).await.map_err(failed)?;
+    let ca_pem = shared.store.vm_ca_cert(&record.id).await.map_err(failed)?;
     Ok(VmSpec {
         id: record.id.clone(),
         dir: dir(shared, &record.id),
@@ -63,7 +63,7 @@ async fn spec_with(shared: &Shared, record: &VmRecord, env: Vec<(String, String)
             hostname: record.hostname(),
             ssh_keys: record.public_key.lines().map(str::to_owned).collect(),
             net: shared.net(record),
-            ca_pem: ca.cert,
+            ca_pem,
             env,
         },
     })
@@ -95,7 +95,12 @@ fn guest_namespace(shared: &Shared, record: &VmRecord) -> Result<Option<Netns>, 
 }
 
 fn namespace_name(shared: &Shared, record: &VmRecord) -> String {
-    format!("tapgate-{}-{}", shared.config.instance, record.slot)
+    namespace_of(shared, record.slot)
+}
+
+/// The name of the namespace that stands for the guest of a slot.
+pub(super) fn namespace_of(shared: &Shared, slot: u32) -> String {
+    format!("tapgate-{}-{slot}", shared.config.instance)
 }
 
 /// The VM's CA, for the proxy.

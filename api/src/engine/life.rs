@@ -5,16 +5,15 @@
 
 use super::{
     Shared, backoff::Backoff, called::unless_called, events, files, gates::Gated, policy, snapshots, ssh,
-    suspend, watching,
+    suspend, takeover, watching,
 };
 use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
     time::{Duration, Instant},
 };
-use tapgate_datapath::Gate;
 use tapgate_fault::point;
-use tapgate_model::{StatusDetail as S, VmId};
+use tapgate_model::{GuestNet, StatusDetail as S, VmId};
+use tapgate_proxy::VmCa;
 use tapgate_store::{StoreError, VmRecord};
 use tapgate_vmm::{Handle, Running};
 use tokio::sync::{Notify, SemaphorePermit};
@@ -25,8 +24,8 @@ const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
 const RESUME_TIMEOUT: Duration = Duration::from_secs(480);
 /// For a snapshot to come from its store, and for a disk to be made of it.
 const DISK_TIMEOUT: Duration = Duration::from_secs(3600);
-/// For an adopted VMM to answer.
-const ADOPT_CHECK: Duration = Duration::from_secs(15);
+/// For a VM that is to be stopped to be taken up first, so that its guest can be asked to shut down.
+const STOP_PATIENCE: Duration = Duration::from_secs(30);
 /// How often a start is tried: what kept the first from it (a port, a process that was just ending) may be gone.
 const BOOTS: u32 = 2;
 /// For the guest to shut itself down when asked to.
@@ -38,6 +37,12 @@ const RETRY: Duration = Duration::from_secs(1);
 pub(super) struct Live {
     pub(super) machine: Arc<dyn Running>,
     _forward: ssh::Forward,
+}
+
+impl Live {
+    pub(super) fn new(machine: Box<dyn Running>, forward: ssh::Forward) -> Self {
+        Self { machine: machine.into(), _forward: forward }
+    }
 }
 
 /// Brings the VM through its states until it is destroyed or the daemon stops. Lets go of `looking` once the records say
@@ -64,7 +69,7 @@ pub(super) async fn drive(
         };
         let step = if let Some(reason) = failed.take() {
             Err(Halt::Failed(reason))
-        } else if suspend::wanted(&record) {
+        } else if suspend::wanted(&record) && live.is_some() {
             // Cut off in the middle it would leave the guest held until there is a daemon again.
             step(&shared, &record, &mut live, &waker).await
         } else {
@@ -203,23 +208,30 @@ async fn step(
                 }
                 Ok(next)
             }
-            None => match adopt(shared, record).await {
-                Ok(adopted) => {
-                    tracing::info!(vm = %record.id, "vm.adopted");
-                    *live = Some(adopted);
-                    Ok(Next::Again)
-                }
-                Err(reason) => {
+            None => match unless_called(shared, record, waker, takeover::take_up(shared, record, live)).await
+            {
+                None | Some(Ok(())) => Ok(Next::Again),
+                Some(Err(reason)) => {
                     // It died while nobody watched (or the host was rebooted): it is started again, behind a new gate.
                     tracing::warn!(vm = %record.id, %reason, "vm.not_adopted");
-                    release(shared, record, None).await?;
+                    release(shared, record, live.take()).await?;
                     Ok(Next::Enter(S::Starting))
                 }
             },
         },
         S::Stopping => {
             if live.is_none() {
-                *live = adopt(shared, record).await.ok();
+                // Whoever suspends it wants its memory, however long that takes.
+                let patience = if suspend::wanted(record) { Duration::MAX } else { STOP_PATIENCE };
+                let adopted = tokio::time::timeout(patience, takeover::take_up(shared, record, live));
+                match unless_called(shared, record, waker, adopted).await {
+                    None | Some(Ok(Ok(()))) => return Ok(Next::Again),
+                    Some(Ok(Err(reason))) => {
+                        tracing::info!(vm = %record.id, %reason, "vm.not_adopted");
+                        release(shared, record, live.take()).await?;
+                    }
+                    Some(Err(_)) => tracing::warn!(vm = %record.id, "vm.stopped_without_adoption"),
+                }
             }
             if suspend::wanted(record) {
                 return suspend::suspend(shared, record, live).await;
@@ -312,9 +324,12 @@ async fn boot(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> {
         Some(guest) => shared.datapath.attach_netns(&record.id, net, &policy, guest).await,
     }
     .map_err(|error| format!("cannot attach the gate: {error}"))?;
-    serve(shared, record, &gate, since).await?;
+    serve(shared, record, gate.net(), Some(files::ca(shared, record).await?), since).await;
     // Before the guest: what cannot be opened is not to cost a suspended VM its memory.
-    let forward = forward(shared, record).await?;
+    let port = ssh::Port::of(shared, record);
+    let forward = ssh::Forward::open(port).await.map_err(|error| {
+        format!("cannot open the SSH port {}: {error}; free it or change ssh_ports", record.ssh_port)
+    })?;
     let resumes = suspend::keeps(shared, record);
     point("boot.gated");
     let gated = began.elapsed();
@@ -330,7 +345,7 @@ async fn boot(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> {
     point("boot.recorded");
     snapshots::drop_fetched(shared, record);
     suspend::used(shared, record, resumes).await?;
-    let live = Live { machine: machine.into(), _forward: forward };
+    let live = Live::new(machine, forward);
     tracing::info!(
         vm = %record.id,
         records_us = micros(read),
@@ -346,67 +361,24 @@ fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// Takes up a machine that a former daemon started, so that what it tried meanwhile can be told; or says why not, and then it is to be
-/// released.
-async fn adopt(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> {
-    take_up(shared, record).await.inspect(|_| shared.adopting.done(&record.id))
-}
-
-/// Its gate is checked before anything is served.
-async fn take_up(shared: &Arc<Shared>, record: &VmRecord) -> Result<Live, String> {
-    let handle = record.handle.as_deref().ok_or("the records have no VMM for it")?;
-    let handle: Handle = serde_json::from_str(handle).map_err(|error| error.to_string())?;
-    // It runs: what cannot be read of its account now is no reason to end it. It has the less until it can be.
-    let spec = files::spec_of_running(shared, record).await?;
+/// Makes the VM known to the proxy, with the policy of this moment. Without its CA nothing of it is opened.
+pub(super) async fn serve(
+    shared: &Shared,
+    record: &VmRecord,
+    net: GuestNet,
+    ca: Option<Arc<VmCa>>,
+    since: u64,
+) {
     let policy = policy::read_or_closed(shared, &record.user, &record.id).await;
-    let gate = shared
-        .datapath
-        .adopt(&record.id, shared.net(record), &policy)
-        .await
-        .map_err(|error| error.to_string())?;
-    // Its slot was its own all the while.
-    serve(shared, record, &gate, 0).await?;
-    let machine = shared.driver.adopt(&spec, &handle, gate).await.map_err(|error| error.to_string())?;
-    // One that hangs is as good as one that died.
-    match tokio::time::timeout(ADOPT_CHECK, machine.check()).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => return Err(error.to_string()),
-        Err(_) => return Err("the VMM does not answer".into()),
-    }
-    Ok(Live { machine: machine.into(), _forward: forward(shared, record).await? })
-}
-
-/// Makes the VM known to the proxy, with the policy of this moment.
-async fn serve(shared: &Shared, record: &VmRecord, gate: &Gate, since: u64) -> Result<(), String> {
-    let ca = files::ca(shared, record).await?;
-    let policy = policy::read_or_closed(shared, &record.user, &record.id).await;
-    shared.table.insert(gate.net(), ca, Arc::new(policy));
-    let gated = Gated { user: record.user.clone(), net: gate.net(), since, policy: None };
+    shared.table.insert(net, ca, Arc::new(policy));
+    let gated = Gated { user: record.user.clone(), net, since, policy: None };
     shared.gates().insert(record.id.clone(), gated);
     // A change that came between reading and inserting would be lost without this.
     policy::install(shared, &record.user, Some(&record.id)).await;
-    Ok(())
-}
-
-async fn forward(shared: &Shared, record: &VmRecord) -> Result<ssh::Forward, String> {
-    // Reachable from outside only where the operator named an address that clients outside use.
-    let outside = match shared.config.public_host.parse::<IpAddr>() {
-        Ok(address) => !address.is_loopback(),
-        Err(_) => shared.config.public_host != "localhost",
-    };
-    let listen: IpAddr = match (outside, std::path::Path::new("/proc/net/if_inet6").exists()) {
-        (false, _) => Ipv4Addr::LOCALHOST.into(),
-        (true, true) => Ipv6Addr::UNSPECIFIED.into(),
-        (true, false) => Ipv4Addr::UNSPECIFIED.into(),
-    };
-    let listen = SocketAddr::new(listen, record.ssh_port);
-    ssh::Forward::open(record.id.clone(), listen, shared.net(record).v4, shared.datapath.egress().clone())
-        .await
-        .map_err(|error| format!("cannot open the SSH port {listen}: {error}; free it or change ssh_ports"))
 }
 
 /// Ends a VMM that is known from the records or from the VM's folder, or not at all, though nobody watches it.
-async fn discard(shared: &Shared, record: &VmRecord) -> Result<(), String> {
+pub(super) async fn discard(shared: &Shared, record: &VmRecord) -> Result<(), String> {
     let noted = tapgate_vmm::noted_handle(&files::dir(shared, &record.id));
     let recorded = record.handle.as_deref().and_then(|handle| serde_json::from_str::<Handle>(handle).ok());
     let handles: Vec<Handle> = noted.into_iter().chain(recorded).collect();

@@ -21,8 +21,11 @@ mod meters;
 mod policy;
 mod round;
 mod snapshots;
-mod ssh;
+mod sources;
+pub(crate) mod ssh;
+pub(crate) mod strays;
 mod suspend;
+mod takeover;
 mod taking;
 mod watching;
 
@@ -208,6 +211,7 @@ impl Engine {
     /// The records cannot be read at start; or a part of the engine ended, without which it would only look alive.
     pub async fn run(mut self, mut commands: mpsc::UnboundedReceiver<Command>) -> Result<(), EngineError> {
         let living = self.shared.store.vms_living().await?;
+        strays::end(&self.shared, &living).await;
         let keep: Vec<GuestNet> = living.iter().map(|record| self.shared.net(record)).collect();
         match self.shared.datapath.detach_others(&keep).await {
             Ok(gone) if gone.is_empty() => {}

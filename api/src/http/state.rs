@@ -87,6 +87,8 @@ pub struct Settings {
     pub public_url: String,
     /// The host's ports for SSH, one a VM.
     pub ssh_ports: RangeInclusive<u16>,
+    /// Whether nobody listens on a port of the host, at the address where SSH ports are opened.
+    pub is_free: fn(&str, u16) -> bool,
     /// How many guest addresses there are.
     pub slots: u32,
     /// What a VM is given unless it asks otherwise.
@@ -129,6 +131,7 @@ impl Default for Settings {
             public_host: "127.0.0.1".into(),
             public_url: "http://127.0.0.1:7070".into(),
             ssh_ports: 2200..=9999,
+            is_free: |_, _| true,
             slots: 4096,
             resources: Resources { vcpus: 1, memory_mib: 1024, disk_bytes: 8 << 30 },
             max_resources: MAX_RESOURCES,

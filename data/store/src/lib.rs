@@ -50,4 +50,4 @@ pub use suspension::Suspension;
 pub use time::now_us;
 pub use users::{NewUser, UserRecord};
 pub use version::Expected;
-pub use vms::{CaPem, Capacity, Desired, NewVm, Resources, VmFilter, VmRecord, VmSort};
+pub use vms::{CaPem, Capacity, Desired, NewVm, Resources, SshPorts, VmFilter, VmRecord, VmSort};

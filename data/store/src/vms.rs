@@ -4,7 +4,7 @@ mod create;
 mod record;
 
 pub(crate) use create::insert;
-pub use create::{Capacity, NewVm};
+pub use create::{Capacity, NewVm, SshPorts};
 #[cfg(test)]
 pub(crate) use create::{DISK_TAKEN, HELD, LIVING, MEMORY_TAKEN};
 pub use record::{CaPem, Desired, Resources, VmRecord};
@@ -235,6 +235,19 @@ impl Store {
             .write(move |tx| {
                 tx.execute("UPDATE vms SET handle = ?2 WHERE id = ?1", params![vm.as_str(), handle])?;
                 Ok(())
+            })
+            .await
+    }
+
+    /// The certificate of a VM's CA alone, for which nothing has to be opened.
+    pub async fn vm_ca_cert(&self, vm: &VmId) -> Result<String> {
+        let vm = vm.clone();
+        self.db
+            .read(move |db| {
+                db.prepare_cached("SELECT ca_cert FROM vms WHERE id = ?1")?
+                    .query_row([vm.as_str()], |row| row.get(0))
+                    .optional()?
+                    .ok_or(StoreError::NotFound(Kind::Vm))
             })
             .await
     }

@@ -104,7 +104,8 @@ impl Datapath {
     }
 
     /// Takes over a VM that runs since before this daemon: its tap and its programs must be there. The programs are
-    /// replaced by this daemon's, the policy by the given one; flows go on.
+    /// replaced by this daemon's, the policy by the given one; flows go on. Of a VM that was adopted already (its VMM could not be
+    /// taken over yet) they are looked at, and the policy stays.
     pub async fn adopt(&self, vm: &VmId, net: GuestNet, policy: &VmPolicy) -> Result<Gate, DatapathError> {
         let slot = net.slot;
         let inside = Rtnl::connect(&self.shared.egress)?;
@@ -120,8 +121,12 @@ impl Datapath {
         {
             let mut state = self.shared.state();
             let State { tables, slots } = &mut *state;
-            if slots.get(slot).is_some() {
-                return Err(DatapathError::Attached(slot));
+            match slots.get(slot).map(|known| known.owner == *vm && known.link == index) {
+                None => {}
+                Some(true) => {
+                    return self.still_attached(net).map(|()| Gate { vm: vm.clone(), net, tap: None });
+                }
+                Some(false) => return Err(DatapathError::Attached(slot)),
             }
             // An entry for another tap of this slot is a leftover, and another VM's counters with it.
             let known = tables.find(slot);
@@ -220,16 +225,13 @@ impl Datapath {
         }
         point("gate.entries");
         let (slot, link) = (net.slot, net.link());
-        self.with_programs(|programs| {
-            if !hooked {
-                return hook::attach(*attachment, programs, egress, pins, &slot.to_string(), &link);
-            }
-            // Whatever happened to it since it was made.
-            if hook::are_attached(*attachment, programs, egress, &link)? {
-                return Ok(());
-            }
-            Err(DatapathError::NotAdoptable { slot, why: "a program is no longer on its tap".into() })
-        })?;
+        // Whatever happened to it since it was made.
+        match hooked {
+            true => self.still_attached(*net)?,
+            false => self.with_programs(|programs| {
+                hook::attach(*attachment, programs, egress, pins, &slot.to_string(), &link)
+            })?,
+        }
         point("gate.programs");
         if net.v6.is_some() {
             let gateway = std::net::Ipv6Addr::from(tapgate_ebpf_common::net::GATEWAY_V6);
@@ -238,6 +240,18 @@ impl Datapath {
         inside.set_up(index).await?;
         point("gate.up");
         world::route_guest(inside, index, net).await
+    }
+
+    /// Whether both programs are on the tap.
+    fn still_attached(&self, net: GuestNet) -> Result<(), DatapathError> {
+        let Shared { attachment, egress, .. } = &*self.shared;
+        match self.with_programs(|programs| hook::are_attached(*attachment, programs, egress, &net.link()))? {
+            true => Ok(()),
+            false => Err(DatapathError::NotAdoptable {
+                slot: net.slot,
+                why: "a program is no longer on its tap".into(),
+            }),
+        }
     }
 
     fn with_programs<T>(

@@ -14,11 +14,13 @@ use tapgate_ebpf_common::maps::{
     Address, Bucket, EVENT_BURST, FlowCount, MAX_VMS, NO_RULES, RuleKey, VM_IPV6, VM_SECRETS, VM_WARN, Vm,
     halves,
 };
-use tapgate_model::{GuestNet, Mode, RuleSet, VmPolicy};
+use tapgate_model::{GuestNet, Mode, RuleSet, VmId, VmPolicy};
 
 /// One VM.
 #[derive(Debug)]
 pub(crate) struct Slot {
+    /// Whose it is.
+    pub owner: VmId,
     /// Index of its tap.
     pub link: u32,
     /// Its entry in the kernel.
@@ -101,7 +103,7 @@ impl Slots {
             return Err(map_error("put a VM", "VMS")(error));
         }
         tables.taps.put(link, &vm);
-        self.by_slot.insert(slot, Slot { link, vm, rules });
+        self.by_slot.insert(slot, Slot { owner: policy.vm.clone(), link, vm, rules });
         if let Some(old) = old {
             old.rules.iter().for_each(|group| self.groups.disown(*group));
         }
@@ -136,7 +138,7 @@ impl Slots {
             return Err(map_error("put a VM", "VMS")(error));
         }
         tables.taps.put(link, &vm);
-        self.by_slot.insert(slot, Slot { link, vm, rules });
+        self.by_slot.insert(slot, Slot { owner: policy.vm.clone(), link, vm, rules });
         self.groups.release(old[1]);
         if !in_place {
             self.groups.release(old[0]);

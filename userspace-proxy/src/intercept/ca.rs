@@ -25,6 +25,9 @@ pub enum CaError {
     /// What was stored is not a CA.
     #[error("the stored CA of the VM does not parse: {0}; recreate the VM")]
     Parse(String),
+    /// It could not be read yet.
+    #[error("the VM's CA is not known yet")]
+    Unknown,
 }
 
 /// One VM's CA.

@@ -31,6 +31,10 @@ impl Conn {
         hello: &Hello,
         raw: Bytes,
     ) {
+        let ca = match self.entry.ca() {
+            Ok(ca) => ca,
+            Err(error) => return self.without_certificate(&error, &name, raw).await,
+        };
         let ticket = self.entry.enter(self.subject(&name, &decision.route));
         let other = Other {
             shared: self.shared.clone(),
@@ -61,8 +65,7 @@ impl Conn {
             }
         };
         // Every opened connection answers with the certificate of its name, whatever is spoken.
-        let config = match self.entry.leaves.config(&self.shared.provider, &self.entry.ca, &name, Alpn::Http1)
-        {
+        let config = match self.entry.leaves.config(&self.shared.provider, &ca, &name, Alpn::Http1) {
             Ok(config) => config,
             Err(error) => {
                 tracing::error!(%error, %name, "no certificate could be made");

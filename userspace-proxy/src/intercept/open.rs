@@ -2,7 +2,7 @@
 //!
 //! Must never pass a byte of what was opened to an upstream whose certificate was not verified for the name.
 
-use super::{leaf::Alpn, other::Other};
+use super::{ca::CaError, leaf::Alpn, other::Other};
 use crate::{
     conn::Conn,
     decide::{Decision, Route},
@@ -21,8 +21,19 @@ use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 
 impl Conn {
+    /// There is nothing to answer with as the name.
+    pub(crate) async fn without_certificate(mut self, error: &CaError, name: &HostName, raw: Bytes) {
+        tracing::error!(%error, %name, "no certificate could be made");
+        let record = self.record(Protocol::Tls, Verdict::Deny { reason: Reason::Fault }, Some(name));
+        self.refuse_tls(record, Reason::Fault, raw).await;
+    }
+
     /// Opens the connection and serves what is inside.
     pub(crate) async fn open(mut self, name: HostName, decision: Decision, hello: &Hello, raw: Bytes) {
+        let ca = match self.entry.ca() {
+            Ok(ca) => ca,
+            Err(error) => return self.without_certificate(&error, &name, raw).await,
+        };
         let ticket = self.entry.enter(self.subject(&name, &decision.route));
         let upstream =
             if hello.http2 { self.first_upstream(&name, decision.route.clone()).await } else { None };
@@ -31,13 +42,9 @@ impl Conn {
             true => Alpn::Http2,
             false => upstream.as_ref().map_or(Alpn::Http1, Upstream::alpn),
         };
-        let config = match self.entry.leaves.config(&self.shared.provider, &self.entry.ca, &name, alpn) {
+        let config = match self.entry.leaves.config(&self.shared.provider, &ca, &name, alpn) {
             Ok(config) => config,
-            Err(error) => {
-                tracing::error!(%error, %name, "no certificate could be made");
-                let record = self.record(Protocol::Tls, Verdict::Deny { reason: Reason::Fault }, Some(&name));
-                return self.refuse_tls(record, Reason::Fault, raw).await;
-            }
+            Err(error) => return self.without_certificate(&error, &name, raw).await,
         };
         // Handed over where the handshake fails; where it succeeds, what is inside has records of its own.
         let verdict = Verdict::Deny { reason: Reason::Untrusted };

@@ -9,6 +9,7 @@ use crate::suspension::Suspension;
 use crate::time::now_us;
 use rusqlite::{OptionalExtension as _, Transaction, params};
 use std::ops::RangeInclusive;
+use std::sync::Arc;
 use tapgate_model::{SnapshotId, UserId, VmId};
 
 /// A VM to be made; every field was checked.
@@ -29,13 +30,28 @@ pub struct NewVm {
     /// Its CA.
     pub ca: CaPem,
     /// The host's ports for SSH.
-    pub ssh_ports: RangeInclusive<u16>,
+    pub ssh_ports: SshPorts,
     /// How many guest addresses the host has.
     pub slots: u32,
     /// How many VMs the account may have.
     pub quota: u32,
     /// What the host has for VMs.
     pub capacity: Capacity,
+}
+
+/// The host's ports for SSH, and whether somebody else has one of them now.
+#[derive(Clone)]
+pub struct SshPorts {
+    /// They.
+    pub range: RangeInclusive<u16>,
+    /// Asked in the transaction: it has to be quick.
+    pub is_free: Arc<dyn Fn(u16) -> bool + Send + Sync>,
+}
+
+impl std::fmt::Debug for SshPorts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.range.fmt(f)
+    }
 }
 
 /// What the host has for all of its VMs together; `u64::MAX` where nothing is limited.
@@ -89,19 +105,26 @@ impl Capacity {
     }
 }
 
-/// The smallest number of the range that no living VM has.
-fn free(tx: &Transaction<'_>, column: &str, range: RangeInclusive<u32>) -> Result<u32> {
+/// The smallest number of the range that no living VM has and that fits.
+fn free(
+    tx: &Transaction<'_>,
+    column: &str,
+    range: RangeInclusive<u32>,
+    fits: impl Fn(u32) -> bool,
+) -> Result<u32> {
     let sql =
         format!("SELECT {column} FROM vms WHERE detail <> 'destroyed' AND {column} >= ?1 ORDER BY {column}");
     let mut statement = tx.prepare_cached(&sql)?;
-    let mut candidate = *range.start();
-    for taken in statement.query_map([candidate], |row| row.get::<_, u32>(0))? {
-        match taken? {
-            taken if taken == candidate => candidate = candidate.saturating_add(1),
-            _ => break,
+    let mut taken = statement.query_map([range.start()], |row| row.get::<_, u32>(0))?;
+    let mut next = taken.next().transpose()?;
+    for candidate in range {
+        if next == Some(candidate) {
+            next = taken.next().transpose()?;
+        } else if fits(candidate) {
+            return Ok(candidate);
         }
     }
-    if range.contains(&candidate) { Ok(candidate) } else { Err(Conflict::HostFull.into()) }
+    Err(Conflict::HostFull.into())
 }
 
 /// Makes the record inside a transaction (agents make theirs together with the VM's).
@@ -137,11 +160,12 @@ pub(crate) fn insert(store: &Store, tx: &Transaction<'_>, new: &NewVm) -> Result
     new.capacity.check_memory(tx, new.resources)?;
     new.capacity.check_disk(tx, new.resources)?;
     let slot = match new.slots.checked_sub(1) {
-        Some(last) => free(tx, "slot", 0..=last)?,
+        Some(last) => free(tx, "slot", 0..=last, |_| true)?,
         None => return Err(Conflict::HostFull.into()),
     };
-    let ports = u32::from(*new.ssh_ports.start())..=u32::from(*new.ssh_ports.end());
-    let ssh_port = free(tx, "ssh_port", ports)?;
+    let SshPorts { range, is_free } = &new.ssh_ports;
+    let ports = u32::from(*range.start())..=u32::from(*range.end());
+    let ssh_port = free(tx, "ssh_port", ports, |port| u16::try_from(port).is_ok_and(|port| is_free(port)))?;
     let ca_key = store.key.seal("vms.ca_key", new.id.as_str(), new.ca.key.as_bytes())?;
     let now = now_us();
     tx.execute(

@@ -35,7 +35,7 @@ pub fn new_vm(user: &UserId, name: &str) -> NewVm {
         snapshot: None,
         resources: Resources { vcpus: 1, memory_mib: 512, disk_bytes: 1 << 30 },
         ca: CaPem { cert: "cert".into(), key: String::from("ca key of a VM").into() },
-        ssh_ports: 2200..=2299,
+        ssh_ports: SshPorts { range: 2200..=2299, is_free: std::sync::Arc::new(|_| true) },
         slots: 100,
         quota: 50,
         capacity: Capacity::default(),

@@ -15,7 +15,9 @@ use tapgate_model::{
     GuestNet, Mode, Rule, RuleId, RuleLayer, RuleSet, RuleTarget, UserId, VmId, VmPolicy,
     policy::SecretsOverHttp,
 };
-use tapgate_store::{CaPem, Capacity, Expected, NewRule, NewUser, NewVm, Resources, SealKey, Store};
+use tapgate_store::{
+    CaPem, Capacity, Expected, NewRule, NewUser, NewVm, Resources, SealKey, SshPorts, Store,
+};
 
 const BAR: f64 = 50.0;
 const RULES: u32 = 200;
@@ -209,7 +211,7 @@ async fn records(store: &Store, folder: &Path, vms: u32) -> Account {
             snapshot: None,
             resources: Resources { vcpus: 1, memory_mib: 512, disk_bytes: 1 << 30 },
             ca: CaPem { cert: "cert".into(), key: String::from("key").into() },
-            ssh_ports: 2200..=9999,
+            ssh_ports: SshPorts { range: 2200..=9999, is_free: std::sync::Arc::new(|_| true) },
             slots: 4096,
             quota: vms,
             capacity: Capacity::default(),
