@@ -63,6 +63,8 @@ pub struct Launch<'a> {
     pub descriptors: Vec<(OwnedFd, RawFd)>,
     /// Its control group.
     pub cgroup: Option<OwnedFd>,
+    /// All the octets that it may have in memory of its own, where no control group says so.
+    pub data: Option<u64>,
     /// Whether it ends with the thread that started it, and so with the daemon. A VMM outlives both.
     pub ends_with_us: bool,
 }
@@ -93,6 +95,9 @@ impl Launch<'_> {
             nix::unistd::setsid()?;
             inherit_nothing()?;
             limit_core()?;
+            if let Some(data) = self.data {
+                nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_DATA, data, data)?;
+            }
             if let Some(Confined { uid, view, network }) = &self.confined {
                 match network {
                     Network::None => unshare(CloneFlags::CLONE_NEWNET)?,

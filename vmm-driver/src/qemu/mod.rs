@@ -15,6 +15,7 @@ pub(crate) use supervise::{append, file, words};
 use crate::accel::Accel;
 use crate::cgroup::{Cgroup, IoLimits};
 use crate::confine::scratch::Scratch;
+use crate::confine::tool::Work;
 use crate::confine::view::View;
 use crate::confine::{self, Confined, Launch, Network, uid_of};
 use crate::disk;
@@ -25,7 +26,7 @@ use crate::qmp::Qmp;
 use crate::spec::{
     Exit, Handle, MemorySnapshot, Observed, Place, SnapshotInfo, Suspended, TapFd, VmSpec, VmmError,
 };
-use crate::turn;
+use crate::turn::{self, Wanted};
 use args::{Plan, fd};
 use serde_json::Value;
 use std::fs;
@@ -76,9 +77,9 @@ impl QemuDriver {
         let tap = gate.take_tap().ok_or_else(|| VmmError::Gate("it has no tap to hand over".into()))?;
         let (driver, owned) = (self.clone(), spec.clone());
         // Files, qemu-img and fork: nothing for a thread that serves others.
-        let launched = turn::run(&spec.dir, move |_| {
+        let launched = turn::run(&spec.dir, move |wanted| {
             let memory = memory::take(&owned.dir, &driver, &owned)?;
-            driver.launch(&owned, tap, memory.is_some()).map(|launched| (launched, memory))
+            driver.launch(&owned, tap, memory.is_some(), wanted).map(|launched| (launched, memory))
         })
         .await;
         let ((handle, process, scratch), memory) =
@@ -104,6 +105,7 @@ impl QemuDriver {
         spec: &VmSpec,
         tap: TapFd,
         incoming: bool,
+        wanted: &Wanted,
     ) -> Result<(Handle, Process, Option<Scratch>), VmmError> {
         confine::present(&self.program, "qemu-system-x86")?;
         fs::DirBuilder::new()
@@ -113,7 +115,9 @@ impl QemuDriver {
             .map_err(VmmError::io(spec.dir.display().to_string()))?;
         let image = spec.image.as_ref().ok_or_else(|| VmmError::Disk("the VM has no image".into()))?;
         let image = &disk::origin(&spec.dir, image)?;
-        let disk = disk::prepare(&spec.dir, image, spec.snapshot.as_deref(), spec.disk_bytes)?;
+        let uid = uid_of(spec.net.slot);
+        let work = Work { uid, wanted };
+        let disk = disk::prepare(&spec.dir, image, spec.snapshot.as_deref(), spec.disk_bytes, work)?;
         let seed = spec.dir.join(file::SEED);
         point("vmm.disk");
         spec.seed.write(&seed)?;
@@ -127,7 +131,6 @@ impl QemuDriver {
             (confine::open(&image.disk(), false)?, fd::BASE),
             (confine::open(&seed, false)?, fd::SEED),
         ];
-        let uid = uid_of(spec.net.slot);
         let scratch = match nix::unistd::geteuid().is_root() {
             true => Some(Scratch::create(uid).map_err(VmmError::io("the VMM's scratch space"))?),
             false => None,
@@ -167,6 +170,7 @@ impl QemuDriver {
             confined,
             descriptors,
             cgroup: cgroup.and_then(|group| group.entrance().ok()),
+            data: None,
             ends_with_us: false,
         }
         .spawn()?;

@@ -3,6 +3,7 @@
 
 use super::{ApiDriver, DISK, INITRD, KERNEL, Kind, Live, Plan, SEED, cloud_hypervisor};
 use crate::confine::scratch::Scratch;
+use crate::confine::tool::Work;
 use crate::confine::view::View;
 use crate::confine::{self, Confined, Launch, Network, uid_of};
 use crate::disk;
@@ -39,8 +40,8 @@ impl ApiDriver {
             .map_err(VmmError::io(spec.dir.display().to_string()))?;
         let image = spec.image.as_ref().ok_or_else(|| VmmError::Disk("the VM has no image".into()))?;
         let image = disk::origin(&spec.dir, image)?;
-        let (snapshot, uid) = (spec.snapshot.as_deref(), uid_of(spec.net.slot));
-        let disk = disk::prepare_raw(&spec.dir, &image, snapshot, spec.disk_bytes, uid, wanted)?;
+        let work = Work { uid: uid_of(spec.net.slot), wanted };
+        let disk = disk::prepare_raw(&spec.dir, &image, spec.snapshot.as_deref(), spec.disk_bytes, work)?;
         Ok((image, disk))
     }
 
@@ -103,6 +104,7 @@ impl ApiDriver {
             confined: Some(Confined { uid, view, network: inside }),
             descriptors,
             cgroup: cgroup.and_then(|group| group.entrance().ok()),
+            data: None,
             ends_with_us: false,
         }
         .spawn()?;

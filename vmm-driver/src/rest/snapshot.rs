@@ -5,6 +5,7 @@
 
 use super::{ApiRunning, Live};
 use crate::agent::{Agent, VSOCK_PORT};
+use crate::confine::{tool::Work, uid_of};
 use crate::disk;
 use crate::spec::{SnapshotInfo, VmmError};
 use crate::turn::Wanted;
@@ -44,7 +45,8 @@ async fn copy_and_pack(vm: &ApiRunning, copy: &Path, to: &Path) -> Result<Snapsh
     }
     let (from, to) = (copy.to_owned(), to.to_owned());
     let disk_bytes = tokio::fs::metadata(copy).await.map_err(VmmError::io("the copy"))?.len();
-    tokio::task::spawn_blocking(move || disk::pack(&from, &to))
+    let uid = uid_of(vm.spec.net.slot);
+    tokio::task::spawn_blocking(move || disk::pack(&from, &to, Work { uid, wanted: &Wanted::default() }))
         .await
         .map_err(|e| VmmError::Disk(e.to_string()))??;
     Ok(SnapshotInfo { disk_bytes, frozen, held_us, image_recipe })
