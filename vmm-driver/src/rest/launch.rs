@@ -16,7 +16,7 @@ use std::fs;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use tapgate_netns::tap;
 
 /// A tap's network namespace, and descriptors with the numbers they get.
@@ -145,6 +145,6 @@ impl ApiDriver {
         let handle = Handle { driver: self.kind.name().into(), process, control, notes };
         remember(&spec.dir, &handle)?;
         let process = Process::open(&handle.process).map_err(VmmError::io("pidfd"))?.ok_or(VmmError::Gone)?;
-        Ok((handle, Live { process: Arc::new(process), scratch, network }))
+        Ok((handle, Live { process: Arc::new(process), scratch, network, broken: OnceLock::new() }))
     }
 }

@@ -7,6 +7,7 @@
 mod client;
 mod cloud_hypervisor;
 mod firecracker;
+mod hold;
 mod judge;
 mod launch;
 mod running;
@@ -31,7 +32,7 @@ use std::fs;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tapgate_datapath::Gate;
 use tapgate_model::{GuestNet, VmId};
@@ -142,6 +143,8 @@ struct Live {
     scratch: Scratch,
     /// The network namespace that it started in, for its successor after a guest's restart.
     network: Option<OwnedFd>,
+    /// Why it was ended here although nobody wanted that.
+    broken: OnceLock<String>,
 }
 
 impl Live {
@@ -264,11 +267,9 @@ impl ApiDriver {
                 fs::File::open(format!("/proc/{pid}/ns/net")).map_err(VmmError::io("its namespace"))?.into(),
             ),
         };
-        let live = Live { process: Arc::new(process), scratch, network };
+        let live = Live { process: Arc::new(process), scratch, network, broken: OnceLock::new() };
         // A daemon that was lost during a snapshot left the guest held.
-        if self.state(spec, &live).await? == "Paused" {
-            self.ask(spec, &live, &self.kind.hold(false)).await?;
-        }
+        hold::look(self, spec, &live, &tokio::sync::Mutex::default()).await?;
         Ok(Box::new(ApiRunning::follow(self, spec, handle, live, gate)))
     }
 }
