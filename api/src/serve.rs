@@ -271,7 +271,7 @@ fn api_driver(config: &Config, kind: ApiKind, usual: &str) -> anyhow::Result<Api
             program.display()
         );
     }
-    Ok(ApiDriver { io: config.disk_io, ..ApiDriver::new(kind, program) })
+    Ok(ApiDriver { io: config.disk_io, demand: config.cgroup_limits, ..ApiDriver::new(kind, program) })
 }
 
 async fn qemu_driver(config: &Config, image: &Image) -> anyhow::Result<QemuDriver> {
@@ -292,7 +292,8 @@ async fn qemu_driver(config: &Config, image: &Image) -> anyhow::Result<QemuDrive
         }
     };
     tracing::info!(?accel, program = %program.display(), "serve.qemu");
-    Ok(QemuDriver { program, io: config.disk_io, ..QemuDriver::new(accel) })
+    let (io, demand) = (config.disk_io, config.cgroup_limits);
+    Ok(QemuDriver { program, io, demand, ..QemuDriver::new(accel) })
 }
 
 /// Hands the listeners of both families to the programs.

@@ -10,7 +10,7 @@ pub mod tool;
 pub mod view;
 
 use crate::block;
-use crate::cgroup::{Cgroup, IoLimits, Limits};
+use crate::cgroup::{Cgroup, Demand, IoLimits, Limits, Made};
 use crate::process::ProcessRef;
 use crate::spec::{VmSpec, VmmError};
 use nix::sched::{CloneFlags, setns, unshare};
@@ -130,13 +130,29 @@ pub fn present(program: &Path, package: &'static str) -> Result<(), VmmError> {
     program.metadata().map(drop).map_err(missing)
 }
 
-/// The VM's control group with its limits. What the host does not offer is noted and said aloud.
-pub fn enclose(root: Option<&Path>, spec: &VmSpec, io: IoLimits, notes: &mut Vec<String>) -> Option<Cgroup> {
+/// The way into the VM's control group, whose limits are in force as far as that is demanded. What the host does not offer is noted and
+/// said aloud.
+pub fn enclose(
+    root: Option<&Path>,
+    demand: Demand,
+    spec: &VmSpec,
+    io: IoLimits,
+    notes: &mut Vec<String>,
+) -> Result<Option<OwnedFd>, VmmError> {
+    let refused = |what: &str| {
+        VmmError::Start(format!(
+            "it would have no limits of CPU, memory and processes: {what}; under systemd set Delegate=yes in the unit, elsewhere mount \
+             cgroup2 where it can be written, or set cgroup_limits = \"best-effort\""
+        ))
+    };
     let Some(root) = root else {
+        if demand == Demand::Required {
+            return Err(refused("this host delegates no control groups of version 2"));
+        }
         notes.push("no control group".into());
         tracing::warn!(vm = %spec.id, "this host delegates no control groups of version 2: the VM has no CPU, memory, process and disk \
             limits of the host's; under systemd set Delegate=yes in the unit, elsewhere mount cgroup2 at /sys/fs/cgroup");
-        return None;
+        return Ok(None);
     };
     let limits = Limits { cpus: spec.vcpus, memory_mib: spec.memory_mib, pids: spec.vcpus + THREADS, io };
     // Its own disk and the image's, which may lie elsewhere.
@@ -144,18 +160,34 @@ pub fn enclose(root: Option<&Path>, spec: &VmSpec, io: IoLimits, notes: &mut Vec
     let mut disks: Vec<_> = folders.into_iter().flatten().filter_map(block::device_of).collect();
     disks.sort();
     disks.dedup();
-    match Cgroup::create(root, spec.id.as_str(), limits, &disks) {
-        Ok((group, missing)) => {
+    let made = Cgroup::create(root, spec.id.as_str(), limits, &disks);
+    match made.and_then(|made| Ok((made.group.entrance()?, made))) {
+        Ok((entrance, Made { missing, refused: unset, absent, .. })) => {
+            let unset = match demand {
+                Demand::Required => [unset, absent].concat(),
+                Demand::Offered => unset,
+                Demand::BestEffort => Vec::new(),
+            };
+            if !unset.is_empty() {
+                return Err(refused(&format!(
+                    "not in force below {} are {}",
+                    root.display(),
+                    unset.join(", ")
+                )));
+            }
             if !missing.is_empty() {
                 notes.push(format!("no limit for {}", missing.join(", ")));
                 tracing::warn!(vm = %spec.id, ?missing, "the host's control groups do not offer these limits");
             }
-            Some(group)
+            Ok(Some(entrance))
+        }
+        Err(error) if demand != Demand::BestEffort => {
+            Err(refused(&format!("its control group below {} cannot be made ({error})", root.display())))
         }
         Err(error) => {
             notes.push("no control group".into());
             tracing::warn!(vm = %spec.id, %error, "no control group for the VMM");
-            None
+            Ok(None)
         }
     }
 }

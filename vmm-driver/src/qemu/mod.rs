@@ -13,7 +13,7 @@ pub use memory::{DATA as MEMORY, keeps_memory, place_memory};
 pub(crate) use supervise::{append, file, words};
 
 use crate::accel::Accel;
-use crate::cgroup::{Cgroup, IoLimits};
+use crate::cgroup::{Cgroup, Demand, IoLimits};
 use crate::confine::scratch::Scratch;
 use crate::confine::tool::Work;
 use crate::confine::view::View;
@@ -59,6 +59,8 @@ pub struct QemuDriver {
     pub accel: Accel,
     /// The host's version-2 control group tree, where there is one.
     pub cgroups: Option<PathBuf>,
+    /// Whether a VM may start without its limits.
+    pub demand: Demand,
     /// What each VM may do with the host's disks.
     pub io: IoLimits,
 }
@@ -69,7 +71,13 @@ impl QemuDriver {
         if accel == Accel::Tcg {
             tsc::begin();
         }
-        Self { program: default_program(), accel, cgroups: Cgroup::root(), io: IoLimits::default() }
+        Self {
+            program: default_program(),
+            accel,
+            cgroups: Cgroup::root(),
+            demand: Demand::default(),
+            io: IoLimits::default(),
+        }
     }
 
     async fn start(&self, spec: &VmSpec, mut gate: Gate) -> Result<Box<dyn Running>, VmmError> {
@@ -156,7 +164,7 @@ impl QemuDriver {
             incoming,
         };
         let mut notes = vec![format!("accel={:?}", self.accel).to_lowercase()];
-        let cgroup = confine::enclose(self.cgroups.as_deref(), spec, self.io, &mut notes);
+        let cgroup = confine::enclose(self.cgroups.as_deref(), self.demand, spec, self.io, &mut notes)?;
         point("vmm.enclosed");
         let log = match &scratch {
             Some(scratch) => scratch.append("log").map_err(VmmError::io("the VMM's log"))?,
@@ -169,7 +177,7 @@ impl QemuDriver {
             stderr: log,
             confined,
             descriptors,
-            cgroup: cgroup.and_then(|group| group.entrance().ok()),
+            cgroup,
             data: None,
             ends_with_us: false,
         }

@@ -89,7 +89,7 @@ impl ApiDriver {
             cmdline: &image.manifest().cmdline,
         };
         let mut notes = Vec::new();
-        let cgroup = confine::enclose(self.cgroups.as_deref(), spec, self.io, &mut notes);
+        let cgroup = confine::enclose(self.cgroups.as_deref(), self.demand, spec, self.io, &mut notes)?;
         let output = |name: &str| scratch.append(name).map_err(VmmError::io("the VMM's scratch space"));
         let stdout = if self.kind == Kind::Firecracker { "console" } else { "log" };
         let inside = match &network {
@@ -103,7 +103,7 @@ impl ApiDriver {
             stderr: output("log")?,
             confined: Some(Confined { uid, view, network: inside }),
             descriptors,
-            cgroup: cgroup.and_then(|group| group.entrance().ok()),
+            cgroup,
             data: None,
             ends_with_us: false,
         }

@@ -16,7 +16,7 @@ mod supervise;
 
 pub use running::ApiRunning;
 
-use crate::cgroup::{Cgroup, IoLimits};
+use crate::cgroup::{Cgroup, Demand, IoLimits};
 use crate::confine::scratch::Scratch;
 use crate::confine::uid_of;
 use crate::disk;
@@ -132,6 +132,8 @@ pub struct ApiDriver {
     pub program: PathBuf,
     /// The host's version-2 control group tree, where there is one.
     pub cgroups: Option<PathBuf>,
+    /// Whether a VM may start without its limits.
+    pub demand: Demand,
     /// What each VM may do with the host's disks.
     pub io: IoLimits,
 }
@@ -160,7 +162,7 @@ impl Live {
 impl ApiDriver {
     /// The driver for a program.
     pub fn new(kind: Kind, program: PathBuf) -> Self {
-        Self { kind, program, cgroups: Cgroup::root(), io: IoLimits::default() }
+        Self { kind, program, cgroups: Cgroup::root(), demand: Demand::default(), io: IoLimits::default() }
     }
 
     async fn start(&self, spec: &VmSpec, mut gate: Gate) -> Result<Box<dyn Running>, VmmError> {
