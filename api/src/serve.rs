@@ -14,7 +14,11 @@ use crate::{
     storage::Storage,
 };
 use anyhow::{Context as _, bail};
-use std::{num::NonZeroU32, path::PathBuf, sync::Arc};
+use std::{
+    num::NonZeroU32,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 use tapgate_datapath::{Datapath, DatapathConfig};
 use tapgate_model::VmId;
 use tapgate_proxy::{Listeners, PolicyTable, Proxy, ProxyConfig, VmCa};
@@ -22,9 +26,13 @@ use tapgate_store::{AuditLog, CaPem, Resources, SealKey, Store};
 use tapgate_vmm::{
     ApiDriver, ApiKind, NetnsDriver, QemuDriver, Vmm,
     accel::{self, Accel},
+    confine::uids,
     image::Image,
 };
 use tokio_util::sync::CancellationToken;
+
+/// Where the programs and maps of this host's instances are, and what user ids they have.
+const PINS: &str = "/sys/fs/bpf/tapgate";
 
 /// How long the API waits for the engine to have looked at each VM that ran; one that hangs holds up no other.
 const FIRST_LOOK: std::time::Duration = std::time::Duration::from_secs(5);
@@ -108,7 +116,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let storage = Storage::open(&config.snapshot_store).context("cannot open the snapshot store")?;
     let datapath = Datapath::open(DatapathConfig {
         instance: config.instance.clone(),
-        pin_root: "/sys/fs/bpf/tapgate".into(),
+        pin_root: PINS.into(),
         guest_v4: config.guest_v4,
         guest_v6: config.guest_v6,
         guest_v6_routed: config.guest_v6_routed,
@@ -118,6 +126,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     })
     .await
     .context("cannot open the datapath")?;
+    uids::claim(Path::new(PINS), &config.instance).context("cannot claim user ids for VMMs")?;
     let mut listeners =
         datapath.egress().run(Listeners::bind)?.context("cannot bind the proxy's listeners")?;
     hand_over(&datapath, &listeners).context("cannot hand the listeners to the datapath")?;

@@ -7,6 +7,7 @@ mod child;
 mod filter;
 pub mod scratch;
 pub mod tool;
+pub mod uids;
 pub mod view;
 
 use crate::block;
@@ -21,16 +22,8 @@ use std::os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
+pub use uids::uid_of;
 use view::View;
-
-/// First of the user ids that VMMs run as: one for each slot, so that no VMM may touch another's process.
-const UID_BASE: u32 = 1_730_000_000;
-const UIDS: u32 = 16_000_000;
-
-/// The user id of a VM's VMM.
-pub fn uid_of(slot: u32) -> u32 {
-    UID_BASE + slot % UIDS
-}
 
 /// Threads of a VMM beyond its virtual CPUs. QEMU starts up to 64 for disk I/O alone, beside its own few, and ends when it gets none.
 const THREADS: u32 = 128;

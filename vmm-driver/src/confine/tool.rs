@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// The user of a tool that works for no VM.
-pub const NOBODY: u32 = super::UID_BASE - 1;
+pub const NOBODY: u32 = super::uids::BASE - 1;
 const PROGRAM: &str = "/usr/bin/qemu-img";
 /// Between two looks at whether it has ended, or nobody wants it any more.
 const LOOK: Duration = Duration::from_millis(2);
