@@ -73,3 +73,101 @@ pub(super) async fn look(
     tracing::warn!(vm = %spec.id, "a guest is held that nobody copies");
     go_on(driver, spec, live).await
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::Kind;
+    use super::*;
+    use crate::confine::scratch::Scratch;
+    use crate::process::{Process, ProcessRef};
+    use crate::spec::Resume;
+    use std::io::{Read as _, Write as _};
+    use std::os::unix::net::UnixListener;
+    use std::path::Path;
+    use std::process::{Child, Command};
+    use std::sync::{Arc, Mutex, OnceLock};
+    use tapgate_model::{GuestNet, VmId};
+
+    /// A VMM that is held until it is told to go on; answers what it was asked.
+    fn held(dir: &Path) -> Arc<Mutex<Vec<String>>> {
+        let listener = UnixListener::bind(dir.join(crate::qemu::file::CONTROL)).unwrap();
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        let heard = asked.clone();
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                let mut request = [0u8; 4096];
+                let n = stream.read(&mut request).unwrap();
+                let line =
+                    String::from_utf8_lossy(&request[..n]).lines().next().unwrap_or_default().to_owned();
+                let mut asked = heard.lock().unwrap();
+                asked.push(line);
+                let went_on = asked.iter().any(|line| line.contains("resume"));
+                let body = format!("{{\"state\":\"{}\"}}", if went_on { RUNS } else { HELD });
+                let _ = write!(stream, "HTTP/1.1 200 \r\nContent-Length: {}\r\n\r\n{body}", body.len());
+            }
+        });
+        asked
+    }
+
+    struct Sleeping(Child);
+
+    impl Drop for Sleeping {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_is_held_for_a_copy_is_left_alone() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let asked = held(dir.path());
+        let sleeping = Sleeping(Command::new("sleep").arg("1000").spawn().unwrap());
+        let process = ProcessRef::of(i32::try_from(sleeping.0.id()).unwrap()).unwrap();
+        let live = Live {
+            process: Arc::new(Process::open(&process).unwrap().unwrap()),
+            scratch: Scratch::create(0).unwrap(),
+            network: None,
+            broken: OnceLock::new(),
+        };
+        let (id, net) = (VmId::generate(), GuestNet::new(1, [10, 214, 0, 0].into(), None));
+        let seed = crate::Seed {
+            instance_id: id.to_string(),
+            hostname: "vm".into(),
+            ssh_keys: Vec::new(),
+            net,
+            ca_pem: String::new(),
+            env: Vec::new(),
+        };
+        let spec = VmSpec {
+            id,
+            dir: dir.path().to_owned(),
+            image: None,
+            vcpus: 1,
+            memory_mib: 128,
+            disk_bytes: 0,
+            net,
+            seed,
+            snapshot: None,
+            resume: Resume::Never,
+            guest_ns: None,
+        };
+        let driver = ApiDriver::new(Kind::CloudHypervisor, "/nowhere".into());
+        let copying = tokio::sync::Mutex::default();
+        let went_on = || asked.lock().unwrap().iter().filter(|line| line.contains("resume")).count();
+
+        let copy = copying.lock().await;
+        look(&driver, &spec, &live, &copying).await.unwrap();
+        assert_eq!(went_on(), 0);
+        drop(copy);
+        look(&driver, &spec, &live, &copying).await.unwrap();
+        assert_eq!(went_on(), 1);
+        look(&driver, &spec, &live, &copying).await.unwrap();
+        assert_eq!(went_on(), 1);
+        assert!(live.broken.get().is_none());
+    }
+}
