@@ -14,7 +14,11 @@ use crate::{
     storage::Storage,
 };
 use anyhow::{Context as _, bail};
-use std::{num::NonZeroU32, path::PathBuf, sync::Arc};
+use std::{
+    num::NonZeroU32,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 use tapgate_datapath::{Datapath, DatapathConfig};
 use tapgate_model::VmId;
 use tapgate_proxy::{Listeners, PolicyTable, Proxy, ProxyConfig, VmCa};
@@ -22,9 +26,13 @@ use tapgate_store::{AuditLog, CaPem, Resources, SealKey, Store};
 use tapgate_vmm::{
     ApiDriver, ApiKind, NetnsDriver, QemuDriver, Vmm,
     accel::{self, Accel},
+    confine::uids,
     image::Image,
 };
 use tokio_util::sync::CancellationToken;
+
+/// Where the programs and maps of this host's instances are, and what user ids they have.
+const PINS: &str = "/sys/fs/bpf/tapgate";
 
 /// How long the API waits for the engine to have looked at each VM that ran; one that hangs holds up no other.
 const FIRST_LOOK: std::time::Duration = std::time::Duration::from_secs(5);
@@ -109,7 +117,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let storage = Storage::open(&config.snapshot_store).context("cannot open the snapshot store")?;
     let datapath = Datapath::open(DatapathConfig {
         instance: config.instance.clone(),
-        pin_root: "/sys/fs/bpf/tapgate".into(),
+        pin_root: PINS.into(),
         guest_v4: config.guest_v4,
         guest_v6: config.guest_v6,
         guest_v6_routed: config.guest_v6_routed,
@@ -119,6 +127,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     })
     .await
     .context("cannot open the datapath")?;
+    uids::claim(Path::new(PINS), &config.instance).context("cannot claim user ids for VMMs")?;
     let mut listeners =
         datapath.egress().run(Listeners::bind)?.context("cannot bind the proxy's listeners")?;
     hand_over(&datapath, &listeners).context("cannot hand the listeners to the datapath")?;
@@ -272,7 +281,7 @@ fn api_driver(config: &Config, kind: ApiKind, usual: &str) -> anyhow::Result<Api
             program.display()
         );
     }
-    Ok(ApiDriver { io: config.disk_io, ..ApiDriver::new(kind, program) })
+    Ok(ApiDriver { io: config.disk_io, demand: config.cgroup_limits, ..ApiDriver::new(kind, program) })
 }
 
 async fn qemu_driver(config: &Config, image: &Image) -> anyhow::Result<QemuDriver> {
@@ -293,7 +302,8 @@ async fn qemu_driver(config: &Config, image: &Image) -> anyhow::Result<QemuDrive
         }
     };
     tracing::info!(?accel, program = %program.display(), "serve.qemu");
-    Ok(QemuDriver { program, io: config.disk_io, ..QemuDriver::new(accel) })
+    let (io, demand) = (config.disk_io, config.cgroup_limits);
+    Ok(QemuDriver { program, io, demand, ..QemuDriver::new(accel) })
 }
 
 /// Hands the listeners of both families to the programs.

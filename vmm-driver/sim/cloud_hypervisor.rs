@@ -108,6 +108,7 @@ pub fn serve(args: &[String]) -> Arc<Machine> {
         state: Mutex::new("Created"),
         console: Mutex::new(file(flag(args, "--serial").strip_prefix("file=").unwrap())),
         events: Mutex::new(Some(file(&keys("--event-monitor")["path"]))),
+        refusals: Mutex::new(crate::wishes::refusals()),
     });
     agent::listen(&keys("--vsock")["socket"], machine.clone());
     // SAFETY: the number is the listening socket that the daemon handed over, and nothing else here owns it.
@@ -179,7 +180,10 @@ fn answer(call: &Call, machine: &Machine) -> Answer {
         ("GET", "/api/v1/vm.info", now) => return Ok(Some(json!({"config": {"payload": {}}, "state": now}))),
         ("GET", "/api/v1/vmm.ping", _) => return Ok(Some(json!({"version": "0-simulated"}))),
         ("PUT", "/api/v1/vm.pause", "Running") => *state = "Paused",
-        ("PUT", "/api/v1/vm.resume", "Paused") => *state = "Running",
+        ("PUT", "/api/v1/vm.resume", "Paused") => {
+            machine.refuses()?;
+            *state = "Running";
+        }
         ("PUT", "/api/v1/vm.power-button", "Running") => {
             drop(state);
             machine.power_off();

@@ -4,9 +4,6 @@ use std::fs;
 use std::net::{TcpStream, UdpSocket};
 use std::path::Path;
 
-/// Paths of this text in the seed are tried too: the other VM's disk, the database.
-const PROBE: &[u8] = b"PROBE=";
-
 /// What worked.
 pub fn attempts() -> Vec<String> {
     let mut worked = Vec::new();
@@ -27,6 +24,7 @@ pub fn attempts() -> Vec<String> {
     ] {
         note(path, Path::new(path).exists());
     }
+    // The other VM's disk, the database.
     for path in probes() {
         note(&path, fs::File::open(&path).is_ok());
         note(&format!("up from /: {path}"), fs::File::open(format!("/../../../..{path}")).is_ok());
@@ -59,12 +57,6 @@ fn made_a_socket() -> bool {
 }
 
 fn probes() -> Vec<String> {
-    let seed = fs::read("/vm/seed").unwrap();
-    let Some(at) = seed.windows(PROBE.len()).position(|window| window == PROBE) else { return Vec::new() };
-    let text: Vec<u8> = seed[at + PROBE.len()..]
-        .iter()
-        .copied()
-        .take_while(|b| b.is_ascii_alphanumeric() || b"/._-:".contains(b))
-        .collect();
-    String::from_utf8(text).unwrap().split(':').filter(|path| !path.is_empty()).map(str::to_owned).collect()
+    let named = crate::wishes::wish("PROBE").unwrap_or_default();
+    named.split(':').filter(|path| !path.is_empty()).map(str::to_owned).collect()
 }

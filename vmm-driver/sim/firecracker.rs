@@ -83,6 +83,7 @@ pub fn serve(args: &[String]) -> Arc<Machine> {
         state: Mutex::new("Not started"),
         console: Mutex::new(stdout.into()),
         events: Mutex::new(None),
+        refusals: Mutex::new(crate::wishes::refusals()),
     });
     let (config, served) = (Mutex::new(Config::default()), machine.clone());
     let id = id.to_owned();
@@ -160,6 +161,9 @@ fn answer(call: &Call, config: &mut Config, machine: &Arc<Machine>, id: &str) ->
             check(&call.body, STATE)?;
             if state == "Not started" {
                 return Err("The requested operation is not supported before starting the microVM.".into());
+            }
+            if text("state") == "Resumed" {
+                machine.refuses()?;
             }
             *machine.state.lock().unwrap() = if text("state") == "Paused" { "Paused" } else { "Running" };
         }

@@ -12,6 +12,7 @@ mod cloud_hypervisor;
 mod escape;
 mod fields;
 mod firecracker;
+mod wishes;
 
 use std::io::Write as _;
 use std::os::unix::fs::FileExt as _;
@@ -31,6 +32,8 @@ pub struct Machine {
     pub state: Mutex<&'static str>,
     pub console: Mutex<std::fs::File>,
     pub events: Mutex<Option<std::fs::File>>,
+    /// How often more it refuses to let its guest go on.
+    pub refusals: Mutex<u32>,
 }
 
 impl Machine {
@@ -50,6 +53,18 @@ impl Machine {
             self.say(&format!("ESCAPED: {found}"));
         }
         *self.state.lock().unwrap() = "Running";
+    }
+
+    /// Whether it refuses once more to let the guest go on.
+    pub fn refuses(&self) -> Result<(), String> {
+        let mut refusals = self.refusals.lock().unwrap();
+        match refusals.checked_sub(1) {
+            Some(fewer) => {
+                *refusals = fewer;
+                Err("not now".into())
+            }
+            None => Ok(()),
+        }
     }
 
     pub fn restart(&self) {

@@ -155,6 +155,7 @@ fn start(image: &Image, qemu: &Path) -> Result<(PipeReader, i32), VmmError> {
         confined,
         descriptors: Vec::new(),
         cgroup: None,
+        data: None,
         ends_with_us: false,
     };
     Ok((reader, launch.spawn()?))

@@ -1,7 +1,7 @@
 //! A control group (version 2) for each VMM: what one guest may use of the host's CPU, memory, processes and disks.
 //!
 //! Takes what the host offers: where a controller is not delegated, the group is still made (it is how all of a VMM's
-//! processes are found) and the limits that are not in force are named aloud.
+//! processes are found) and the limits that are not in force are named aloud. What it offers and refuses is told apart from that.
 
 use crate::block::Device;
 use std::fs;
@@ -49,16 +49,43 @@ impl IoLimits {
     }
 }
 
+/// When a VM may start without a limit of its CPU, memory or processes. Without a limit of its disks it may: not every disk takes one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Demand {
+    /// Never.
+    Required,
+    /// Where the host does not offer it.
+    #[default]
+    Offered,
+    /// Always.
+    BestEffort,
+}
+
 /// A group that exists.
 #[derive(Debug)]
 pub struct Cgroup {
     path: PathBuf,
 }
 
+/// A group that was made, and what is not in force there.
+#[derive(Debug)]
+pub struct Made {
+    /// The group.
+    pub group: Cgroup,
+    /// The limits that could not be set.
+    pub missing: Vec<String>,
+    /// Those of them that a VM needs although the host offers them, and why.
+    pub refused: Vec<String>,
+    /// Those that it needs and the host does not offer.
+    pub absent: Vec<String>,
+}
+
 /// What the VMM itself may use beyond the guest's memory: code, buffers, and under TCG the translated code.
 const OVERHEAD_MIB: u64 = 512;
 const PERIOD_US: u64 = 100_000;
 const CONTROLLERS: [&str; 4] = ["cpu", "memory", "pids", "io"];
+/// What keeps a VM from taking all of the host.
+const NEEDED: [&str; 3] = ["cpu.max", "memory.max", "pids.max"];
 
 /// What the tree does not offer of what VMs are limited by.
 pub fn missing_controllers(root: &Path) -> Vec<&'static str> {
@@ -76,20 +103,17 @@ impl Cgroup {
         })
     }
 
-    /// Makes `tapgate/<name>` under the root, for a VMM that uses these disks. The second value names the limits that could not
-    /// be set.
-    pub fn create(
-        root: &Path,
-        name: &str,
-        limits: Limits,
-        disks: &[Device],
-    ) -> io::Result<(Self, Vec<String>)> {
+    /// Makes `tapgate/<name>` under the root, for a VMM that uses these disks.
+    pub fn create(root: &Path, name: &str, limits: Limits, disks: &[Device]) -> io::Result<Made> {
         let parent = root.join("tapgate");
         fs::create_dir_all(&parent)?;
+        let mut not_on = Vec::new();
         for dir in [root, &parent] {
             for controller in CONTROLLERS {
                 // Refused where it is not there; then the limit's file is not there either, and is named below.
-                let _ = write(&dir.join("cgroup.subtree_control"), &format!("+{controller}"));
+                if let Err(error) = write(&dir.join("cgroup.subtree_control"), &format!("+{controller}")) {
+                    not_on.push((controller, error));
+                }
             }
         }
         let path = parent.join(name);
@@ -107,15 +131,26 @@ impl Cgroup {
             ("pids.max", limits.pids.to_string()),
         ];
         settings.extend(disks.iter().map(|disk| ("io.max", limits.io.line(*disk))));
-        let mut missing: Vec<String> = settings
-            .iter()
-            .filter_map(|(file, value)| write(&path.join(file), value).err().map(|_| (*file).to_owned()))
-            .collect();
-        if disks.is_empty() {
-            missing.push("io.max (its files lie on no disk of this host)".to_owned());
+        let without = missing_controllers(root);
+        let mut made =
+            Made { group: Self { path }, missing: Vec::new(), refused: Vec::new(), absent: Vec::new() };
+        for (file, value) in settings {
+            let Err(error) = write(&made.group.path.join(file), &value) else { continue };
+            let controller = file.split('.').next().unwrap_or_default();
+            if NEEDED.contains(&file) && without.contains(&controller) {
+                made.absent.push(file.to_owned());
+            } else if NEEDED.contains(&file) {
+                let first = not_on.iter().find(|(name, _)| *name == controller);
+                let why = first.map_or(&error, |(_, why)| why);
+                made.refused.push(format!("{file} ({why})"));
+            }
+            made.missing.push(file.to_owned());
         }
-        missing.dedup();
-        Ok((Self { path }, missing))
+        if disks.is_empty() {
+            made.missing.push("io.max (its files lie on no disk of this host)".to_owned());
+        }
+        made.missing.dedup();
+        Ok(made)
     }
 
     /// The group of a VMM that runs already.
@@ -159,7 +194,10 @@ mod tests {
         let io = IoLimits { mib_per_second: 10, operations_per_second: 0 };
         let limits = Limits { cpus: 1, memory_mib: 128, pids: 64, io };
         let disk = crate::block::device_of(Path::new("/"));
-        let (group, missing) = Cgroup::create(&root, &name, limits, disk.as_slice()).unwrap();
+        let Made { group, missing, refused, absent } =
+            Cgroup::create(&root, &name, limits, disk.as_slice()).unwrap();
+        assert_eq!(refused, Vec::<String>::new());
+        assert!(absent.iter().all(|name| missing.contains(name)), "{absent:?}");
         let controllers = fs::read_to_string(root.join("tapgate/cgroup.controllers")).unwrap();
         assert_eq!(controllers.contains("memory"), !missing.contains(&"memory.max".to_owned()));
         match (disk, fs::read_to_string(group.path.join("io.max"))) {

@@ -3,17 +3,16 @@
 //! Where the file system can share blocks the layer is a reflinked raw file; elsewhere a qcow2 overlay. Which one is
 //! read from the file's name, never guessed from its content: a guest writes that.
 
+use crate::confine::tool::{self, Work};
 use crate::durable;
 use crate::image::Image;
 use crate::spec::VmmError;
 use crate::turn::Wanted;
-use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, OpenOptions};
 use std::io::Write as _;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 
 const RAW: &str = "disk.raw";
@@ -92,15 +91,22 @@ pub fn find(dir: &Path) -> Option<Disk> {
 }
 
 /// The VM's disk: as it is, or made from the snapshot, or from the image if none is named; grown to `bytes` if it is smaller.
-pub fn prepare(dir: &Path, image: &Image, snapshot: Option<&Path>, bytes: u64) -> Result<Disk, VmmError> {
+/// The format's reader works for the VM's user: what is in the file was written by a VMM that a guest may have taken over.
+pub fn prepare(
+    dir: &Path,
+    image: &Image,
+    snapshot: Option<&Path>,
+    bytes: u64,
+    work: Work<'_>,
+) -> Result<Disk, VmmError> {
     let bytes = bytes.max(image.manifest().disk.size).next_multiple_of(1 << 20);
     let disk = match (find(dir), snapshot) {
         (Some(disk), _) => disk,
         (None, Some(snapshot)) => copy_snapshot(dir, snapshot)?,
-        (None, None) => create(dir, image, bytes)?,
+        (None, None) => create(dir, image, bytes, work)?,
     };
     check_header(&disk, image)?;
-    grow(&disk, bytes)?;
+    grow(&disk, bytes, work)?;
     Ok(disk)
 }
 
@@ -111,8 +117,7 @@ pub(crate) fn prepare_raw(
     image: &Image,
     snapshot: Option<&Path>,
     bytes: u64,
-    uid: u32,
-    wanted: &Wanted,
+    work: Work<'_>,
 ) -> Result<PathBuf, VmmError> {
     let bytes = bytes.max(image.manifest().disk.size).next_multiple_of(1 << 20);
     let path = dir.join(RAW);
@@ -126,15 +131,15 @@ pub(crate) fn prepare_raw(
             ));
         }
         (None, Some(snapshot)) => {
-            unpack(snapshot, &path, uid, wanted)?;
+            unpack(snapshot, &path, work)?;
             if snapshot.parent() == Some(dir) {
                 // Brought here for this VM alone.
                 fs::remove_file(snapshot).map_err(VmmError::io("removing the snapshot's copy"))?;
             }
         }
-        (None, None) => copy_raw(&image.disk(), &path, wanted)?,
+        (None, None) => copy_raw(&image.disk(), &path, work.wanted)?,
     }
-    grow(&Disk { path: path.clone(), format: Format::Raw }, bytes)?;
+    grow(&Disk { path: path.clone(), format: Format::Raw }, bytes, work)?;
     Ok(path)
 }
 
@@ -180,14 +185,13 @@ fn sparse_copy(from: &Path, to: &Path, wanted: &Wanted) -> std::io::Result<()> {
 }
 
 /// A snapshot's qcow2 file from a raw disk. Compact, and depending on no other file.
-pub fn pack(raw: &Path, to: &Path) -> Result<(), VmmError> {
-    qemu_img(&["convert", "-f", "raw", "-O", "qcow2"].map(AsRef::as_ref), &[raw, to])?;
-    private(to)
+pub fn pack(raw: &Path, to: &Path, work: Work<'_>) -> Result<(), VmmError> {
+    tool::pack(raw, to, work)
 }
 
 /// A raw disk from a snapshot. The reader of the format runs as the VM's user, in a view with nothing but the two files: what
 /// is in the snapshot was written by a VMM that a guest may have taken over.
-fn unpack(snapshot: &Path, to: &Path, uid: u32, wanted: &Wanted) -> Result<(), VmmError> {
+fn unpack(snapshot: &Path, to: &Path, work: Work<'_>) -> Result<(), VmmError> {
     check_snapshot(snapshot)?;
     let new = to.with_extension("new");
     let bytes = qcow2_size(snapshot)?;
@@ -195,7 +199,7 @@ fn unpack(snapshot: &Path, to: &Path, uid: u32, wanted: &Wanted) -> Result<(), V
     let _ = fs::remove_file(&new);
     let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new);
     file.and_then(|file| file.set_len(bytes)).map_err(VmmError::io("making the disk"))?;
-    let converted = crate::confine::tool::convert(snapshot, "qcow2", &new, uid, wanted);
+    let converted = tool::convert(snapshot, "qcow2", &new, work);
     converted.inspect_err(|_| drop(fs::remove_file(&new)))?;
     File::open(&new)
         .and_then(|file| file.sync_data())
@@ -203,7 +207,7 @@ fn unpack(snapshot: &Path, to: &Path, uid: u32, wanted: &Wanted) -> Result<(), V
         .map_err(VmmError::io("naming the disk"))
 }
 
-fn create(dir: &Path, image: &Image, bytes: u64) -> Result<Disk, VmmError> {
+fn create(dir: &Path, image: &Image, bytes: u64, work: Work<'_>) -> Result<Disk, VmmError> {
     let raw = Disk { path: dir.join(RAW), format: Format::Raw };
     if reflink(&image.disk(), &raw.path)? {
         return Ok(raw);
@@ -211,7 +215,7 @@ fn create(dir: &Path, image: &Image, bytes: u64) -> Result<Disk, VmmError> {
     let disk = Disk { path: dir.join(QCOW2), format: Format::Qcow2 };
     let new = dir.join("disk.new");
     let _ = fs::remove_file(&new);
-    let empty = empty_layer(&new, image, bytes)?;
+    let empty = empty_layer(&new, image, bytes, work)?;
     // In its place only once it is whole on the medium.
     let write = || -> std::io::Result<()> {
         let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
@@ -229,17 +233,13 @@ static LAYERS: Mutex<Layers> = Mutex::new(Vec::new());
 const KEPT: usize = 8;
 
 /// What an empty qcow2 file over the image's disk holds, made in `scratch` if it is not known yet.
-fn empty_layer(scratch: &Path, image: &Image, bytes: u64) -> Result<Arc<[u8]>, VmmError> {
+fn empty_layer(scratch: &Path, image: &Image, bytes: u64, work: Work<'_>) -> Result<Arc<[u8]>, VmmError> {
     let key = (image.disk(), bytes);
     let known = || LAYERS.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some((_, layer)) = known().iter().find(|(of, _)| *of == key) {
         return Ok(layer.clone());
     }
-    let size = bytes.to_string();
-    let words = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b"].map(OsStr::new);
-    let rest = [image.disk().into_os_string(), scratch.as_os_str().to_owned(), size.into()];
-    let words: Vec<&OsStr> = words.into_iter().chain(rest.iter().map(OsString::as_os_str)).collect();
-    qemu_img(&words, &[])?;
+    tool::create(scratch, bytes, Some(&image.disk()), work)?;
     let layer: Arc<[u8]> = fs::read(scratch).map_err(VmmError::io("an empty layer"))?.into();
     fs::remove_file(scratch).map_err(VmmError::io("an empty layer"))?;
     let mut layers = known();
@@ -281,13 +281,8 @@ fn check_snapshot(file: &Path) -> Result<(), VmmError> {
 }
 
 /// An empty qcow2 file of a disk's size, for a snapshot to be written to.
-pub fn create_snapshot(path: &Path, bytes: u64) -> Result<(), VmmError> {
-    let size = bytes.to_string();
-    qemu_img(
-        &["create".as_ref(), "-q".as_ref(), "-f".as_ref(), "qcow2".as_ref(), path.as_os_str(), size.as_ref()],
-        &[],
-    )?;
-    private(path)
+pub fn create_snapshot(path: &Path, bytes: u64, work: Work<'_>) -> Result<(), VmmError> {
+    tool::create(path, bytes, None, work)
 }
 
 /// Shares the image's blocks; `false` where the file system cannot.
@@ -315,7 +310,7 @@ fn reflink(from: &Path, to: &Path) -> Result<bool, VmmError> {
     }
 }
 
-fn grow(disk: &Disk, bytes: u64) -> Result<(), VmmError> {
+fn grow(disk: &Disk, bytes: u64, work: Work<'_>) -> Result<(), VmmError> {
     match disk.format {
         Format::Raw => {
             let file = OpenOptions::new()
@@ -327,20 +322,10 @@ fn grow(disk: &Disk, bytes: u64) -> Result<(), VmmError> {
         }
         Format::Qcow2 | Format::Standalone => {
             if qcow2_size(&disk.path)? >= bytes {
-                return Ok(());
+                Ok(())
+            } else {
+                tool::grow(&disk.path, bytes, work)
             }
-            let size = bytes.to_string();
-            qemu_img(
-                &[
-                    "resize".as_ref(),
-                    "-q".as_ref(),
-                    "-f".as_ref(),
-                    "qcow2".as_ref(),
-                    disk.path.as_os_str(),
-                    size.as_ref(),
-                ],
-                &[],
-            )
         }
     }
 }
@@ -370,7 +355,7 @@ fn has_external_data(path: &Path) -> Result<bool, VmmError> {
 }
 
 /// Makes sure that the file still depends on what it was made to depend on. The VMM may write the whole file, header
-/// included; one that a guest has taken over could name any file of the host there, which root's tools would open.
+/// included; one that a guest has taken over could name any file of the host there, which the daemon opens for it.
 fn check_header(disk: &Disk, image: &Image) -> Result<(), VmmError> {
     use std::os::unix::ffi::OsStrExt as _;
     use std::os::unix::fs::FileExt as _;
@@ -411,17 +396,6 @@ fn private(path: &Path) -> Result<(), VmmError> {
     use std::os::unix::fs::PermissionsExt as _;
     fs::set_permissions(path, fs::Permissions::from_mode(0o600))
         .map_err(VmmError::io(path.display().to_string()))
-}
-
-fn qemu_img(words: &[&std::ffi::OsStr], files: &[&Path]) -> Result<(), VmmError> {
-    let output =
-        Command::new("qemu-img").args(words).args(files).stdin(Stdio::null()).output().map_err(|source| {
-            VmmError::Missing { program: "qemu-img".into(), package: "qemu-utils", source }
-        })?;
-    if output.status.success() {
-        return Ok(());
-    }
-    Err(VmmError::Disk(String::from_utf8_lossy(&output.stderr).trim().to_owned()))
 }
 
 #[cfg(test)]

@@ -97,6 +97,14 @@ impl Process {
         Ok(self.reap())
     }
 
+    /// Comes back when it has ended, and leaves how it did to whoever waits for that.
+    pub async fn over(&self) {
+        // Where the kernel cannot tell, whoever waits for its end learns it.
+        if self.fd.readable().await.is_err() {
+            std::future::pending().await
+        }
+    }
+
     #[expect(unsafe_code, reason = "waitid on a pidfd has no safe wrapper here")]
     fn reap(&self) -> Ended {
         // SAFETY: an all-zero siginfo is valid, and the kernel fills it.

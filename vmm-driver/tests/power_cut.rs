@@ -14,11 +14,11 @@ fn which_image_a_disk_was_made_from_is_known_after_a_power_cut() {
     let host = Disk::new(folder.path(), 256).unwrap();
     let vm = host.path().join("vm");
     std::fs::create_dir(&vm).unwrap();
-    disk::prepare(&vm, &disk::origin(&vm, &image).unwrap(), None, 16 << 20).unwrap();
+    disk::prepare(&vm, &disk::origin(&vm, &image).unwrap(), None, 16 << 20, common::work()).unwrap();
     host.cut().unwrap();
     let from = disk::origin(&vm, &image).unwrap();
     assert_eq!(from.dir(), image.dir());
-    disk::prepare(&vm, &from, None, 16 << 20).unwrap();
+    disk::prepare(&vm, &from, None, 16 << 20, common::work()).unwrap();
 }
 
 #[test]

@@ -56,7 +56,8 @@ fn disks_share_their_images_blocks_where_the_file_system_can() {
     for n in 0..4 {
         let vm = mounted.0.join(format!("vm{n}"));
         std::fs::create_dir(&vm).unwrap();
-        let made = disk::prepare(&vm, &disk::origin(&vm, &image).unwrap(), None, 96 << 20).unwrap();
+        let made =
+            disk::prepare(&vm, &disk::origin(&vm, &image).unwrap(), None, 96 << 20, common::work()).unwrap();
         assert_eq!(made.format, Format::Raw);
         assert_eq!(made.path.metadata().unwrap().len(), 96 << 20, "grown to what was asked");
         disks.push(made.path);
@@ -71,7 +72,7 @@ fn disks_share_their_images_blocks_where_the_file_system_can() {
         std::fs::File::open(&other).unwrap().read_exact_at(&mut there, 1 << 20).unwrap();
         assert_eq!(there, full[1 << 20..][..14], "{}", other.display());
     }
-    let again = disk::prepare(&mounted.0.join("vm0"), &image, None, 96 << 20).unwrap();
+    let again = disk::prepare(&mounted.0.join("vm0"), &image, None, 96 << 20, common::work()).unwrap();
     let mut kept = [0u8; 14];
     std::fs::File::open(&again.path).unwrap().read_exact_at(&mut kept, 1 << 20).unwrap();
     assert_eq!(&kept, b"the first VM's", "a disk that is there is not made anew");

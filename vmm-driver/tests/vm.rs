@@ -404,9 +404,9 @@ fn real_vm_a_disk_stays_with_the_image_that_it_was_made_from() {
     }
     let newer = image::open(newer.path()).unwrap();
     let first = disk::origin(dir.path(), &image).unwrap();
-    let made = disk::prepare(dir.path(), &first, None, 4 << 30).unwrap();
+    let made = disk::prepare(dir.path(), &first, None, 4 << 30, common::work()).unwrap();
     assert_eq!(disk::origin(dir.path(), &newer).unwrap().dir(), image.dir());
-    let again = disk::prepare(dir.path(), &image, None, 5 << 30).unwrap();
+    let again = disk::prepare(dir.path(), &image, None, 5 << 30, common::work()).unwrap();
     assert_eq!((again.path, again.format), (made.path, made.format), "the same disk, grown");
     if made_is_qcow2(&dir) {
         use std::os::unix::fs::FileExt as _;
@@ -420,11 +420,12 @@ fn real_vm_a_disk_stays_with_the_image_that_it_was_made_from() {
             let mut before = vec![0u8; bytes.len()];
             file.read_exact_at(&mut before, at).unwrap();
             file.write_all_at(bytes, at).unwrap();
-            let error = disk::prepare(dir.path(), &image, None, 9 << 30).unwrap_err().to_string();
+            let error =
+                disk::prepare(dir.path(), &image, None, 9 << 30, common::work()).unwrap_err().to_string();
             assert!(error.contains("tampered"), "{at}: {error}");
             file.write_all_at(&before, at).unwrap();
         }
-        disk::prepare(dir.path(), &image, None, 6 << 30).unwrap();
+        disk::prepare(dir.path(), &image, None, 6 << 30, common::work()).unwrap();
     }
     std::fs::write(dir.path().join("image.json"), "\"/nowhere\"").unwrap();
     let error = disk::origin(dir.path(), &newer).unwrap_err().to_string();

@@ -15,7 +15,7 @@ mod print;
 mod settings;
 
 pub use print::run as print;
-pub use settings::{AccelChoice, DriverKind, OverHttp, Settings};
+pub use settings::{AccelChoice, CgroupLimits, DriverKind, OverHttp, Settings};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use std::{
@@ -26,7 +26,7 @@ use std::{
 use tapgate_ebpf_common::maps::MAX_VMS;
 use tapgate_model::{Cidr, HostName, policy::SecretsOverHttp};
 use tapgate_proxy::{BadResolver, Limits, Resolver};
-use tapgate_vmm::IoLimits;
+use tapgate_vmm::{IoLimits, cgroup::Demand};
 
 /// The checked configuration.
 #[derive(Clone, Debug)]
@@ -85,6 +85,8 @@ pub struct Config {
     pub disk_gib: u32,
     /// What each VM may do with the host's disks.
     pub disk_io: IoLimits,
+    /// Which limits a VM does not start without.
+    pub cgroup_limits: Demand,
     /// Secrets in clear text.
     pub secrets_over_http: SecretsOverHttp,
     /// Where agents' repositories are that are given as owner/repo.
@@ -308,6 +310,11 @@ impl Settings {
             vcpus: bounded("vcpus", self.vcpus, 1, 1..=64)?,
             memory_mib: bounded("memory_mib", self.memory_mib, 512, 128..=262_144)?,
             disk_gib: bounded("disk_gib", self.disk_gib, 8, 1..=4096)?,
+            cgroup_limits: match self.cgroup_limits.unwrap_or_default() {
+                CgroupLimits::Required => Demand::Required,
+                CgroupLimits::Offered => Demand::Offered,
+                CgroupLimits::BestEffort => Demand::BestEffort,
+            },
             disk_io: IoLimits {
                 mib_per_second: bounded(
                     "disk_mib_per_second",

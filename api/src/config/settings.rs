@@ -35,6 +35,19 @@ pub enum AccelChoice {
     Tcg,
 }
 
+/// When a VM may start without a limit of its CPU, memory or processes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum CgroupLimits {
+    /// Never.
+    Required,
+    /// Where the host's control groups do not offer it.
+    #[default]
+    Offered,
+    /// Always.
+    BestEffort,
+}
+
 /// When secrets may go out in clear-text HTTP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
@@ -151,6 +164,9 @@ pub struct Settings {
     /// How often a VM may read from, and write to, a disk of the host each second; 0 for no limit [default: 20000]
     #[arg(long, env = "TAPGATE_DISK_OPERATIONS_PER_SECOND")]
     pub disk_operations_per_second: Option<u32>,
+    /// Which limits of CPU, memory and processes a VM does not start without: all, those that the host's control groups offer, none [default: offered]
+    #[arg(long, env = "TAPGATE_CGROUP_LIMITS")]
+    pub cgroup_limits: Option<CgroupLimits>,
     /// When secrets go out in clear-text HTTP [default: explicit]
     #[arg(long, env = "TAPGATE_SECRETS_OVER_HTTP")]
     pub secrets_over_http: Option<OverHttp>,
@@ -261,6 +277,7 @@ impl Settings {
             disk_gib,
             disk_mib_per_second,
             disk_operations_per_second,
+            cgroup_limits,
             secrets_over_http,
             memory_reserve_mib,
             memory_overcommit,

@@ -285,7 +285,7 @@ mod tests {
         let name = format!("test-child-{}", std::process::id());
         let io = IoLimits { mib_per_second: 0, operations_per_second: 0 };
         let limits = Limits { cpus: 1, memory_mib: 128, pids: 64, io };
-        let (group, _) = Cgroup::create(&root, &name, limits, &[]).unwrap();
+        let group = Cgroup::create(&root, &name, limits, &[]).unwrap().group;
         let entrance = group.entrance().unwrap();
         let (program, reader) = cat(&["/proc/self/status", "/proc/self/cgroup", "/proc/self/environ"]);
         let pid = program.start(Some(entrance.as_fd()), || become_user(1_729_999_000)).unwrap();

@@ -7,10 +7,11 @@ mod child;
 mod filter;
 pub mod scratch;
 pub mod tool;
+pub mod uids;
 pub mod view;
 
 use crate::block;
-use crate::cgroup::{Cgroup, IoLimits, Limits};
+use crate::cgroup::{Cgroup, Demand, IoLimits, Limits, Made};
 use crate::process::ProcessRef;
 use crate::spec::{VmSpec, VmmError};
 use nix::sched::{CloneFlags, setns, unshare};
@@ -21,16 +22,8 @@ use std::os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
+pub use uids::uid_of;
 use view::View;
-
-/// First of the user ids that VMMs run as: one for each slot, so that no VMM may touch another's process.
-const UID_BASE: u32 = 1_730_000_000;
-const UIDS: u32 = 16_000_000;
-
-/// The user id of a VM's VMM.
-pub fn uid_of(slot: u32) -> u32 {
-    UID_BASE + slot % UIDS
-}
 
 /// Threads of a VMM beyond its virtual CPUs. QEMU starts up to 64 for disk I/O alone, beside its own few, and ends when it gets none.
 const THREADS: u32 = 128;
@@ -63,6 +56,8 @@ pub struct Launch<'a> {
     pub descriptors: Vec<(OwnedFd, RawFd)>,
     /// Its control group.
     pub cgroup: Option<OwnedFd>,
+    /// All the octets that it may have in memory of its own, where no control group says so.
+    pub data: Option<u64>,
     /// Whether it ends with the thread that started it, and so with the daemon. A VMM outlives both.
     pub ends_with_us: bool,
 }
@@ -93,6 +88,9 @@ impl Launch<'_> {
             nix::unistd::setsid()?;
             inherit_nothing()?;
             limit_core()?;
+            if let Some(data) = self.data {
+                nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_DATA, data, data)?;
+            }
             if let Some(Confined { uid, view, network }) = &self.confined {
                 match network {
                     Network::None => unshare(CloneFlags::CLONE_NEWNET)?,
@@ -125,13 +123,29 @@ pub fn present(program: &Path, package: &'static str) -> Result<(), VmmError> {
     program.metadata().map(drop).map_err(missing)
 }
 
-/// The VM's control group with its limits. What the host does not offer is noted and said aloud.
-pub fn enclose(root: Option<&Path>, spec: &VmSpec, io: IoLimits, notes: &mut Vec<String>) -> Option<Cgroup> {
+/// The way into the VM's control group, whose limits are in force as far as that is demanded. What the host does not offer is noted and
+/// said aloud.
+pub fn enclose(
+    root: Option<&Path>,
+    demand: Demand,
+    spec: &VmSpec,
+    io: IoLimits,
+    notes: &mut Vec<String>,
+) -> Result<Option<OwnedFd>, VmmError> {
+    let refused = |what: &str| {
+        VmmError::Start(format!(
+            "it would have no limits of CPU, memory and processes: {what}; under systemd set Delegate=yes in the unit, elsewhere mount \
+             cgroup2 where it can be written, or set cgroup_limits = \"best-effort\""
+        ))
+    };
     let Some(root) = root else {
+        if demand == Demand::Required {
+            return Err(refused("this host delegates no control groups of version 2"));
+        }
         notes.push("no control group".into());
         tracing::warn!(vm = %spec.id, "this host delegates no control groups of version 2: the VM has no CPU, memory, process and disk \
             limits of the host's; under systemd set Delegate=yes in the unit, elsewhere mount cgroup2 at /sys/fs/cgroup");
-        return None;
+        return Ok(None);
     };
     let limits = Limits { cpus: spec.vcpus, memory_mib: spec.memory_mib, pids: spec.vcpus + THREADS, io };
     // Its own disk and the image's, which may lie elsewhere.
@@ -139,18 +153,34 @@ pub fn enclose(root: Option<&Path>, spec: &VmSpec, io: IoLimits, notes: &mut Vec
     let mut disks: Vec<_> = folders.into_iter().flatten().filter_map(block::device_of).collect();
     disks.sort();
     disks.dedup();
-    match Cgroup::create(root, spec.id.as_str(), limits, &disks) {
-        Ok((group, missing)) => {
+    let made = Cgroup::create(root, spec.id.as_str(), limits, &disks);
+    match made.and_then(|made| Ok((made.group.entrance()?, made))) {
+        Ok((entrance, Made { missing, refused: unset, absent, .. })) => {
+            let unset = match demand {
+                Demand::Required => [unset, absent].concat(),
+                Demand::Offered => unset,
+                Demand::BestEffort => Vec::new(),
+            };
+            if !unset.is_empty() {
+                return Err(refused(&format!(
+                    "not in force below {} are {}",
+                    root.display(),
+                    unset.join(", ")
+                )));
+            }
             if !missing.is_empty() {
                 notes.push(format!("no limit for {}", missing.join(", ")));
                 tracing::warn!(vm = %spec.id, ?missing, "the host's control groups do not offer these limits");
             }
-            Some(group)
+            Ok(Some(entrance))
+        }
+        Err(error) if demand != Demand::BestEffort => {
+            Err(refused(&format!("its control group below {} cannot be made ({error})", root.display())))
         }
         Err(error) => {
             notes.push("no control group".into());
             tracing::warn!(vm = %spec.id, %error, "no control group for the VMM");
-            None
+            Ok(None)
         }
     }
 }

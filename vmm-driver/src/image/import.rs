@@ -114,8 +114,8 @@ fn to_raw(source: &Path, disk: &Path) -> Result<(), ImageError> {
         Kind::Raw => fs::rename(source, disk).map_err(ImageError::io(disk)),
         Kind::Qcow2(_) => {
             File::create(disk).and_then(|file| file.set_len(size)).map_err(ImageError::io(disk))?;
-            tool::convert(source, "qcow2", disk, tool::NOBODY, &Wanted::default())
-                .map_err(|e| ImageError::Build(e.to_string()))
+            let work = tool::Work { uid: tool::NOBODY, wanted: &Wanted::default() };
+            tool::convert(source, "qcow2", disk, work).map_err(|e| ImageError::Build(e.to_string()))
         }
     }
 }

@@ -13,8 +13,9 @@ pub use memory::{DATA as MEMORY, keeps_memory, place_memory};
 pub(crate) use supervise::{append, file, words};
 
 use crate::accel::Accel;
-use crate::cgroup::{Cgroup, IoLimits};
+use crate::cgroup::{Cgroup, Demand, IoLimits};
 use crate::confine::scratch::Scratch;
+use crate::confine::tool::Work;
 use crate::confine::view::View;
 use crate::confine::{self, Confined, Launch, Network, uid_of};
 use crate::disk;
@@ -25,7 +26,7 @@ use crate::qmp::Qmp;
 use crate::spec::{
     Exit, Handle, MemorySnapshot, Observed, Place, SnapshotInfo, Suspended, TapFd, VmSpec, VmmError,
 };
-use crate::turn;
+use crate::turn::{self, Wanted};
 use args::{Plan, fd};
 use serde_json::Value;
 use std::fs;
@@ -58,6 +59,8 @@ pub struct QemuDriver {
     pub accel: Accel,
     /// The host's version-2 control group tree, where there is one.
     pub cgroups: Option<PathBuf>,
+    /// Whether a VM may start without its limits.
+    pub demand: Demand,
     /// What each VM may do with the host's disks.
     pub io: IoLimits,
 }
@@ -68,7 +71,13 @@ impl QemuDriver {
         if accel == Accel::Tcg {
             tsc::begin();
         }
-        Self { program: default_program(), accel, cgroups: Cgroup::root(), io: IoLimits::default() }
+        Self {
+            program: default_program(),
+            accel,
+            cgroups: Cgroup::root(),
+            demand: Demand::default(),
+            io: IoLimits::default(),
+        }
     }
 
     async fn start(&self, spec: &VmSpec, mut gate: Gate) -> Result<Box<dyn Running>, VmmError> {
@@ -76,9 +85,9 @@ impl QemuDriver {
         let tap = gate.take_tap().ok_or_else(|| VmmError::Gate("it has no tap to hand over".into()))?;
         let (driver, owned) = (self.clone(), spec.clone());
         // Files, qemu-img and fork: nothing for a thread that serves others.
-        let launched = turn::run(&spec.dir, move |_| {
+        let launched = turn::run(&spec.dir, move |wanted| {
             let memory = memory::take(&owned.dir, &driver, &owned)?;
-            driver.launch(&owned, tap, memory.is_some()).map(|launched| (launched, memory))
+            driver.launch(&owned, tap, memory.is_some(), wanted).map(|launched| (launched, memory))
         })
         .await;
         let ((handle, process, scratch), memory) =
@@ -104,6 +113,7 @@ impl QemuDriver {
         spec: &VmSpec,
         tap: TapFd,
         incoming: bool,
+        wanted: &Wanted,
     ) -> Result<(Handle, Process, Option<Scratch>), VmmError> {
         confine::present(&self.program, "qemu-system-x86")?;
         fs::DirBuilder::new()
@@ -113,7 +123,9 @@ impl QemuDriver {
             .map_err(VmmError::io(spec.dir.display().to_string()))?;
         let image = spec.image.as_ref().ok_or_else(|| VmmError::Disk("the VM has no image".into()))?;
         let image = &disk::origin(&spec.dir, image)?;
-        let disk = disk::prepare(&spec.dir, image, spec.snapshot.as_deref(), spec.disk_bytes)?;
+        let uid = uid_of(spec.net.slot);
+        let work = Work { uid, wanted };
+        let disk = disk::prepare(&spec.dir, image, spec.snapshot.as_deref(), spec.disk_bytes, work)?;
         let seed = spec.dir.join(file::SEED);
         point("vmm.disk");
         spec.seed.write(&seed)?;
@@ -127,7 +139,6 @@ impl QemuDriver {
             (confine::open(&image.disk(), false)?, fd::BASE),
             (confine::open(&seed, false)?, fd::SEED),
         ];
-        let uid = uid_of(spec.net.slot);
         let scratch = match nix::unistd::geteuid().is_root() {
             true => Some(Scratch::create(uid).map_err(VmmError::io("the VMM's scratch space"))?),
             false => None,
@@ -153,7 +164,7 @@ impl QemuDriver {
             incoming,
         };
         let mut notes = vec![format!("accel={:?}", self.accel).to_lowercase()];
-        let cgroup = confine::enclose(self.cgroups.as_deref(), spec, self.io, &mut notes);
+        let cgroup = confine::enclose(self.cgroups.as_deref(), self.demand, spec, self.io, &mut notes)?;
         point("vmm.enclosed");
         let log = match &scratch {
             Some(scratch) => scratch.append("log").map_err(VmmError::io("the VMM's log"))?,
@@ -166,7 +177,8 @@ impl QemuDriver {
             stderr: log,
             confined,
             descriptors,
-            cgroup: cgroup.and_then(|group| group.entrance().ok()),
+            cgroup,
+            data: None,
             ends_with_us: false,
         }
         .spawn()?;

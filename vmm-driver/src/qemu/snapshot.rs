@@ -3,9 +3,10 @@
 
 use super::{QemuRunning, file};
 use crate::agent::Agent;
-use crate::confine;
+use crate::confine::{self, tool::Work, uid_of};
 use crate::disk;
 use crate::spec::{SnapshotInfo, VmmError};
+use crate::turn::Wanted;
 use serde_json::{Value, json};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -62,10 +63,11 @@ impl Target {
 pub async fn target(vm: &QemuRunning, to: &Path) -> Result<Target, VmmError> {
     let image = vm.spec.image.as_ref().ok_or_else(|| VmmError::Disk("the VM has no image".into()))?;
     let (dir, image, target) = (vm.spec.dir.clone(), image.clone(), to.to_owned());
+    let uid = uid_of(vm.spec.net.slot);
     let prepare = move || {
         let disk = disk::find(&dir).ok_or_else(|| VmmError::Disk("the VM has no disk".into()))?;
         let bytes = disk::size(&disk)?;
-        disk::create_snapshot(&target, bytes)?;
+        disk::create_snapshot(&target, bytes, Work { uid, wanted: &Wanted::default() })?;
         let recipe = disk::origin(&dir, &image)?.manifest().recipe.clone();
         Ok::<_, VmmError>((bytes, recipe, confine::open(&target, true)?))
     };

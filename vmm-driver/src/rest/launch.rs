@@ -3,6 +3,7 @@
 
 use super::{ApiDriver, DISK, INITRD, KERNEL, Kind, Live, Plan, SEED, cloud_hypervisor};
 use crate::confine::scratch::Scratch;
+use crate::confine::tool::Work;
 use crate::confine::view::View;
 use crate::confine::{self, Confined, Launch, Network, uid_of};
 use crate::disk;
@@ -15,7 +16,7 @@ use std::fs;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use tapgate_netns::tap;
 
 /// A tap's network namespace, and descriptors with the numbers they get.
@@ -39,8 +40,8 @@ impl ApiDriver {
             .map_err(VmmError::io(spec.dir.display().to_string()))?;
         let image = spec.image.as_ref().ok_or_else(|| VmmError::Disk("the VM has no image".into()))?;
         let image = disk::origin(&spec.dir, image)?;
-        let (snapshot, uid) = (spec.snapshot.as_deref(), uid_of(spec.net.slot));
-        let disk = disk::prepare_raw(&spec.dir, &image, snapshot, spec.disk_bytes, uid, wanted)?;
+        let work = Work { uid: uid_of(spec.net.slot), wanted };
+        let disk = disk::prepare_raw(&spec.dir, &image, spec.snapshot.as_deref(), spec.disk_bytes, work)?;
         Ok((image, disk))
     }
 
@@ -88,7 +89,7 @@ impl ApiDriver {
             cmdline: &image.manifest().cmdline,
         };
         let mut notes = Vec::new();
-        let cgroup = confine::enclose(self.cgroups.as_deref(), spec, self.io, &mut notes);
+        let cgroup = confine::enclose(self.cgroups.as_deref(), self.demand, spec, self.io, &mut notes)?;
         let output = |name: &str| scratch.append(name).map_err(VmmError::io("the VMM's scratch space"));
         let stdout = if self.kind == Kind::Firecracker { "console" } else { "log" };
         let inside = match &network {
@@ -102,7 +103,8 @@ impl ApiDriver {
             stderr: output("log")?,
             confined: Some(Confined { uid, view, network: inside }),
             descriptors,
-            cgroup: cgroup.and_then(|group| group.entrance().ok()),
+            cgroup,
+            data: None,
             ends_with_us: false,
         }
         .spawn()?;
@@ -143,6 +145,6 @@ impl ApiDriver {
         let handle = Handle { driver: self.kind.name().into(), process, control, notes };
         remember(&spec.dir, &handle)?;
         let process = Process::open(&handle.process).map_err(VmmError::io("pidfd"))?.ok_or(VmmError::Gone)?;
-        Ok((handle, Live { process: Arc::new(process), scratch, network }))
+        Ok((handle, Live { process: Arc::new(process), scratch, network, broken: OnceLock::new() }))
     }
 }

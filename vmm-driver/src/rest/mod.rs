@@ -7,6 +7,7 @@
 mod client;
 mod cloud_hypervisor;
 mod firecracker;
+mod hold;
 mod judge;
 mod launch;
 mod running;
@@ -15,7 +16,7 @@ mod supervise;
 
 pub use running::ApiRunning;
 
-use crate::cgroup::{Cgroup, IoLimits};
+use crate::cgroup::{Cgroup, Demand, IoLimits};
 use crate::confine::scratch::Scratch;
 use crate::confine::uid_of;
 use crate::disk;
@@ -31,7 +32,7 @@ use std::fs;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tapgate_datapath::Gate;
 use tapgate_model::{GuestNet, VmId};
@@ -131,6 +132,8 @@ pub struct ApiDriver {
     pub program: PathBuf,
     /// The host's version-2 control group tree, where there is one.
     pub cgroups: Option<PathBuf>,
+    /// Whether a VM may start without its limits.
+    pub demand: Demand,
     /// What each VM may do with the host's disks.
     pub io: IoLimits,
 }
@@ -142,6 +145,8 @@ struct Live {
     scratch: Scratch,
     /// The network namespace that it started in, for its successor after a guest's restart.
     network: Option<OwnedFd>,
+    /// Why it was ended here although nobody wanted that.
+    broken: OnceLock<String>,
 }
 
 impl Live {
@@ -157,7 +162,7 @@ impl Live {
 impl ApiDriver {
     /// The driver for a program.
     pub fn new(kind: Kind, program: PathBuf) -> Self {
-        Self { kind, program, cgroups: Cgroup::root(), io: IoLimits::default() }
+        Self { kind, program, cgroups: Cgroup::root(), demand: Demand::default(), io: IoLimits::default() }
     }
 
     async fn start(&self, spec: &VmSpec, mut gate: Gate) -> Result<Box<dyn Running>, VmmError> {
@@ -264,11 +269,9 @@ impl ApiDriver {
                 fs::File::open(format!("/proc/{pid}/ns/net")).map_err(VmmError::io("its namespace"))?.into(),
             ),
         };
-        let live = Live { process: Arc::new(process), scratch, network };
+        let live = Live { process: Arc::new(process), scratch, network, broken: OnceLock::new() };
         // A daemon that was lost during a snapshot left the guest held.
-        if self.state(spec, &live).await? == "Paused" {
-            self.ask(spec, &live, &self.kind.hold(false)).await?;
-        }
+        hold::look(self, spec, &live, &tokio::sync::Mutex::default()).await?;
         Ok(Box::new(ApiRunning::follow(self, spec, handle, live, gate)))
     }
 }

@@ -1,7 +1,7 @@
 //! A VM that runs, as the engine holds it: what it is asked for, and how it ends. Starts no process.
 
 use super::client::Request;
-use super::{ApiDriver, END, Live, snapshot, supervise};
+use super::{ApiDriver, END, Live, hold, snapshot, supervise};
 use crate::driver::{BoxFuture, Running};
 use crate::spec::{Exit, Handle, Observed, SnapshotInfo, VmSpec, VmmError};
 use serde_json::Value;
@@ -22,7 +22,7 @@ pub struct ApiRunning {
     live: Arc<Mutex<Arc<Live>>>,
     intent: watch::Sender<supervise::Intent>,
     /// One snapshot at a time: it holds and releases the guest.
-    pub(super) snapshots: tokio::sync::Mutex<()>,
+    pub(super) snapshots: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl ApiRunning {
@@ -30,15 +30,16 @@ impl ApiRunning {
         let live = Arc::new(Mutex::new(Arc::new(live)));
         let (observe, observed) = watch::channel(Observed::default());
         let (intent, intended) = watch::channel(supervise::Intent::Run);
+        let snapshots = Arc::<tokio::sync::Mutex<()>>::default();
         let supervisor = supervise::Supervisor {
             driver: driver.clone(),
             spec: spec.clone(),
             live: live.clone(),
             observed: observe,
             intent: intended,
+            snapshots: snapshots.clone(),
         };
         tokio::spawn(supervisor.run());
-        let snapshots = tokio::sync::Mutex::default();
         Self { driver: driver.clone(), spec: spec.clone(), handle, gate, observed, live, intent, snapshots }
     }
 
@@ -103,7 +104,7 @@ impl Running for ApiRunning {
             if live.process.identity().is_stopped() {
                 return Err(VmmError::Control("its process was stopped by a signal".into()));
             }
-            self.driver.state(&self.spec, &live).await.map(drop)
+            hold::look(&self.driver, &self.spec, &live, &self.snapshots).await
         })
     }
 

@@ -3,8 +3,9 @@
 //! Where the guest's agent freezes its file systems the guest's CPUs run on. Elsewhere they are held for the copy, which takes
 //! milliseconds where the host's file system shares blocks, and as long as copying does where it does not.
 
-use super::{ApiRunning, Live};
+use super::{ApiRunning, Live, hold};
 use crate::agent::{Agent, VSOCK_PORT};
+use crate::confine::{tool::Work, uid_of};
 use crate::disk;
 use crate::spec::{SnapshotInfo, VmmError};
 use crate::turn::Wanted;
@@ -33,18 +34,21 @@ async fn copy_and_pack(vm: &ApiRunning, copy: &Path, to: &Path) -> Result<Snapsh
     let mut frozen = frozen_copy(vm, copy).await?;
     let mut held_us = micros(held);
     if !frozen {
-        let held = Instant::now();
-        vm.ask(&vm.driver.kind.hold(true)).await?;
-        let copied = copy_disk(vm, copy).await;
-        // Whatever happened, the guest goes on.
-        vm.ask(&vm.driver.kind.hold(false)).await?;
+        let (live, held) = (vm.live(), Instant::now());
+        let copied = match vm.driver.ask(&vm.spec, &live, &vm.driver.kind.hold(true)).await {
+            Ok(_) => copy_disk(vm, copy).await,
+            Err(error) => Err(error),
+        };
+        // Whatever happened, the guest goes on: it may be held though that was not answered.
+        hold::go_on(&vm.driver, &vm.spec, &live).await?;
         held_us = micros(held);
         copied?;
         frozen = false;
     }
     let (from, to) = (copy.to_owned(), to.to_owned());
     let disk_bytes = tokio::fs::metadata(copy).await.map_err(VmmError::io("the copy"))?.len();
-    tokio::task::spawn_blocking(move || disk::pack(&from, &to))
+    let uid = uid_of(vm.spec.net.slot);
+    tokio::task::spawn_blocking(move || disk::pack(&from, &to, Work { uid, wanted: &Wanted::default() }))
         .await
         .map_err(|e| VmmError::Disk(e.to_string()))??;
     Ok(SnapshotInfo { disk_bytes, frozen, held_us, image_recipe })

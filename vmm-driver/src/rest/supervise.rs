@@ -5,7 +5,7 @@
 
 use super::judge::{LastWords, Outcome, judge, last_words};
 use super::launch::Tap;
-use super::{ApiDriver, Kind, Live};
+use super::{ApiDriver, Kind, Live, hold};
 use crate::confine::scratch::Scratch;
 use crate::process::Ended;
 use crate::qemu::{append, clean, file};
@@ -50,6 +50,8 @@ pub(super) struct Supervisor {
     pub(super) live: Arc<Mutex<Arc<Live>>>,
     pub(super) observed: watch::Sender<Observed>,
     pub(super) intent: watch::Receiver<Intent>,
+    /// Held while somebody may hold the guest.
+    pub(super) snapshots: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Supervisor {
@@ -61,6 +63,9 @@ impl Supervisor {
             let (ended, why) = self.follow(&live, &mut kept).await;
             self.fetch(&live, &mut kept).await;
             let asked = *self.intent.borrow();
+            if let Some(why) = live.broken.get().filter(|_| asked != Intent::Kill) {
+                break Exit::Crashed(why.clone());
+            }
             let intent = if asked == Intent::Kill { asked } else { why.unwrap_or(asked) };
             let complaint = live.scratch.tail("log", 300);
             let words = last_words(&kept);
@@ -108,7 +113,7 @@ impl Supervisor {
                 pinged = Instant::now();
                 let silent = tokio::select! {
                     ended = live.process.wait() => return (ended.unwrap_or(Ended::Unknown), why),
-                    answer = self.driver.state(&self.spec, live) => matches!(answer, Err(VmmError::Silent(_))),
+                    looked = hold::look(&self.driver, &self.spec, live, &self.snapshots) => matches!(looked, Err(VmmError::Silent(_))),
                 };
                 if silent {
                     tracing::error!(vm = %self.spec.id, "the VMM hangs and is ended");

@@ -10,8 +10,8 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 use tapgate_datapath::{Datapath, DatapathConfig, Gate};
 use tapgate_ebpf_common::net::port;
@@ -72,6 +72,12 @@ pub fn stand_in(dir: &Path) -> Image {
 /// A VM is emulated here, whatever the machine offers: the tests are about the driver.
 pub fn driver() -> QemuDriver {
     QemuDriver::new(Accel::Tcg)
+}
+
+/// What tools run as that make a disk for no VM in particular.
+pub fn work() -> tapgate_vmm::confine::tool::Work<'static> {
+    static WANTED: LazyLock<tapgate_vmm::turn::Wanted> = LazyLock::new(Default::default);
+    tapgate_vmm::confine::tool::Work { uid: tapgate_vmm::uid_of(1), wanted: &WANTED }
 }
 
 /// The host.
