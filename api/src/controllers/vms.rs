@@ -175,7 +175,11 @@ pub(super) async fn new_vm(
         ApiError::internal()
     })?;
     let settings = state.settings();
-    settings.room.check(resources, true)?;
+    let made_from = match &snapshot {
+        Some(id) => Some(state.store().snapshot(&user, id).await?),
+        None => None,
+    };
+    settings.room.check(resources, Some(settings.room.new_disk(made_from.as_ref())))?;
     Ok(NewVm {
         id,
         user,
@@ -287,7 +291,7 @@ pub(crate) async fn start(
     let room = &state.settings().room;
     let stopped = find(&state, &account, &vm).await?;
     if decide(Call::Start, stopped.detail).is_ok() {
-        room.check(stopped.resources, false)?;
+        room.check(stopped.resources, None)?;
     }
     let (mut record, _) = state
         .store()

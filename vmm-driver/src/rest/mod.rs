@@ -14,6 +14,7 @@ mod snapshot;
 mod supervise;
 
 pub use running::ApiRunning;
+pub use snapshot::ASIDE;
 
 use crate::cgroup::{Cgroup, IoLimits};
 use crate::confine::scratch::Scratch;
