@@ -99,11 +99,16 @@ impl Room {
     /// What a new disk takes at once: one from a snapshot is fetched whole, packed and unpacked.
     pub fn new_disk(&self, snapshot: Option<&SnapshotRecord>) -> u64 {
         let Some(snapshot) = snapshot else { return self.copying.image };
-        let disk = snapshot.file_bytes.unwrap_or(0);
-        let raw = if self.copying.raw { disk } else { 0 };
         let memory = snapshot.memory.as_ref();
         let memory = memory.map_or(0, |memory| memory.stored_bytes.saturating_add(memory.file_bytes));
-        [snapshot.size_bytes.unwrap_or(0), disk, raw, memory].into_iter().fold(0, u64::saturating_add)
+        let packed = snapshot.size_bytes.unwrap_or(0);
+        self.fetched_disk(snapshot).saturating_add(packed).saturating_add(memory)
+    }
+
+    /// The same once it is fetched, with what is fetched.
+    pub fn fetched_disk(&self, snapshot: &SnapshotRecord) -> u64 {
+        let disk = snapshot.file_bytes.unwrap_or(0);
+        if self.copying.raw { disk.saturating_mul(2) } else { disk }
     }
 
     /// What a snapshot of the VM as it is now takes until it is stored. Reads the disk's layout: not for a task that others wait for.

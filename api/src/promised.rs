@@ -28,7 +28,7 @@ const LOOK: Duration = Duration::from_secs(5);
 pub struct Need {
     /// Whose it is.
     pub user: UserId,
-    /// How much it may be while it is made.
+    /// How much it may be while it is made, with what is there already.
     pub octets: u64,
     /// Where it is written: files, or folders of files.
     pub places: Vec<PathBuf>,
@@ -39,6 +39,11 @@ pub struct Need {
 impl Need {
     fn written(&self) -> u64 {
         self.places.iter().map(|place| allocated(place)).sum()
+    }
+
+    /// What is still to be written.
+    fn open(&self) -> u64 {
+        self.octets.saturating_sub(self.written())
     }
 }
 
@@ -141,11 +146,11 @@ impl Promised {
     /// There is not.
     pub fn now(self: &Arc<Self>, need: Need, free: impl Fn() -> u64) -> Result<Promise, Lack> {
         let mut ledger = self.ledger();
-        let taken = ledger.sums().taken;
+        let (taken, needs) = (ledger.sums().taken, need.open());
         let room = free().saturating_sub(taken);
-        match need.octets <= room {
+        match needs <= room {
             true => Ok(self.promise(ledger.give(need))),
-            false => Err(Lack { needs: need.octets, free: room }),
+            false => Err(Lack { needs, free: room }),
         }
     }
 
@@ -181,22 +186,22 @@ impl Promised {
         free: &impl Fn() -> u64,
     ) -> Option<Result<Promise, Lack>> {
         let mut ledger = self.ledger();
-        let sums = ledger.sums();
+        let (sums, needs) = (ledger.sums(), need.open());
         let free = free();
         let room = free.saturating_sub(sums.taken);
-        if need.octets <= room {
+        if needs <= room {
             let gives = !ledger.yields(queued.ticket, &need.user, room);
             return gives.then(|| Ok(self.promise(ledger.give(need.clone()))));
         }
-        let never = need.octets > free.saturating_add(sums.passing) || ledger.given.is_empty();
-        never.then_some(Err(Lack { needs: need.octets, free: room }))
+        let never = needs > free.saturating_add(sums.passing) || ledger.given.is_empty();
+        never.then_some(Err(Lack { needs, free: room }))
     }
 
     fn queue(&self, need: &Need) -> Queued<'_> {
         let mut ledger = self.ledger();
         ledger.next += 1;
         let ticket = ledger.next;
-        ledger.waiting.insert(ticket, (need.user.clone(), need.octets));
+        ledger.waiting.insert(ticket, (need.user.clone(), need.open()));
         Queued { of: self, ticket }
     }
 
@@ -250,7 +255,7 @@ impl Promise {
     /// It is not.
     pub fn holds(&self, free: impl Fn() -> u64) -> Result<(), Lack> {
         let ledger = self.of.ledger();
-        let needs = ledger.given.get(&self.id).map_or(0, |need| need.octets.saturating_sub(need.written()));
+        let needs = ledger.given.get(&self.id).map_or(0, Need::open);
         let free = free();
         if needs <= free { Ok(()) } else { Err(Lack { needs, free }) }
     }

@@ -19,6 +19,8 @@ use tapgate_e2e::{
 };
 
 const RESERVE: u64 = 1 << 30;
+/// How often the disk is given away is not what is tried.
+const LINES: &str = "disk_reserve_gib = 1\nmemory_mib = 256\ndisk_gib = 2\ndisk_overcommit = 100.0\n";
 /// How many times a state is looked at, ten times a second.
 const TRIES: usize = 1800;
 
@@ -89,11 +91,10 @@ fn all_become(stage: &Stage<'_>, paths: &[String], field: &str, wanted: &[&str])
 fn real_vm_ten_snapshots_and_what_is_made_of_them_leave_the_reserve() {
     let world = World::new().unwrap();
     // Room for two or three copies beside what is stored of them.
-    let disk = Disk::mount(world.folder().join("data"), (RESERVE >> 20) + 1600);
+    let disk = Disk::mount(world.folder().join("data"), (RESERVE >> 20) + 1500);
     let images = "/var/cache/tapgate/images".into();
     let settings = Settings { binary: daemon::binary().unwrap(), driver: Driver::Qemu, images };
-    let daemon =
-        Daemon::start_with(&world, settings, "disk_reserve_gib = 1\nmemory_mib = 256\n", &[]).unwrap();
+    let daemon = Daemon::start_with(&world, settings, LINES, &[]).unwrap();
     let mut stage = Stage::new(&world, daemon).unwrap();
     stage.boot("parent").unwrap();
     let vm = stage.vm().unwrap().to_owned();

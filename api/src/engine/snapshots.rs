@@ -267,8 +267,14 @@ pub(super) async fn room_for_disk(shared: &Shared, record: &VmRecord) -> Result<
         Some(id) => Some(shared.store.snapshot_any(id).await.map_err(|error| format!("{id}: {error}"))?),
         None => None,
     };
-    let octets = shared.room.new_disk(snapshot.as_ref());
-    let places = vec![files::dir(shared, &record.id)];
+    let (folder, fetched) = (files::dir(shared, &record.id), fetched(shared, record));
+    let (octets, places) = match &snapshot {
+        // What is to be fetched is there, and so is its memory.
+        Some(snapshot) if fetched.exists() => {
+            (shared.room.fetched_disk(snapshot), vec![fetched, folder.join("disk.new")])
+        }
+        snapshot => (shared.room.new_disk(snapshot.as_ref()), vec![folder]),
+    };
     let need = Need { user: record.user.clone(), octets, places, passes: false };
     shared.room.promise(need).await.map_err(|lack| lack.to_string())
 }

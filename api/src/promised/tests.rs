@@ -39,7 +39,8 @@ fn what_is_written_of_a_promise_counts_once() {
     let (one, folder) = (dir.path().join("one"), dir.path().join("folder"));
     std::fs::create_dir(&folder).unwrap();
     let places = vec![one.clone(), folder.clone()];
-    let promise = promised.now(Need { places, ..need(&user, 30) }, || 100 * MIB).unwrap();
+    let all = Need { places, ..need(&user, 30) };
+    let promise = promised.now(all.clone(), || 100 * MIB).unwrap();
     for (file, mib) in [(one, 10), (folder.join("two"), 5)] {
         let file = std::fs::File::create(file).unwrap();
         nix::fcntl::fallocate(&file, nix::fcntl::FallocateFlags::empty(), 0, mib << 20).unwrap();
@@ -50,6 +51,10 @@ fn what_is_written_of_a_promise_counts_once() {
     assert_eq!(lack, Lack { needs: 15 * MIB, free: 14 * MIB });
     promised.could_have(95 * MIB, || 80 * MIB).unwrap();
     promised.could_have(96 * MIB, || 80 * MIB).unwrap_err();
+    drop(promise);
+    // Whoever goes on with what is there needs the rest.
+    assert_eq!(promised.now(all.clone(), || 14 * MIB).unwrap_err().needs, 15 * MIB);
+    let _rest = promised.now(all, || 15 * MIB).unwrap();
 }
 
 #[tokio::test]
