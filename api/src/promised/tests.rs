@@ -1,3 +1,5 @@
+//! The ledger with a disk that is only said: who gets room, who waits, who is refused.
+
 use super::*;
 use std::{
     pin::Pin,
