@@ -193,8 +193,10 @@ impl Promised {
             let gives = !ledger.yields(queued.ticket, &need.user, room);
             return gives.then(|| Ok(self.promise(ledger.give(need.clone()))));
         }
-        let never = needs > free.saturating_add(sums.passing) || ledger.given.is_empty();
-        never.then_some(Err(Lack { needs, free: room }))
+        // Said is what there would be: what the others have for a while is no news to whoever is refused.
+        let best = free.saturating_add(sums.passing);
+        let never = needs > best || ledger.given.is_empty();
+        never.then_some(Err(Lack { needs, free: best }))
     }
 
     fn queue(&self, need: &Need) -> Queued<'_> {
