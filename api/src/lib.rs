@@ -18,6 +18,7 @@ pub mod images;
 mod log;
 pub mod mail;
 pub mod parts;
+pub mod promised;
 pub mod retention;
 pub mod serve;
 mod storage;

@@ -4,14 +4,14 @@
 //! them. Must never start serving with a part missing, nor go on when one has ended.
 
 use crate::{
-    capacity::Room,
+    capacity::{Copying, Room},
     config::{self, AccelChoice, Config, DriverKind},
     engine::{self, Engine, Parts},
     guest_service,
     http::{AppState, Settings, metrics::Token, router, server, tls::Tls},
     images,
     parts::{RunningParts, never_fails},
-    storage::Storage,
+    storage::{Place, Storage},
 };
 use anyhow::{Context as _, bail};
 use std::{
@@ -143,6 +143,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         table.clone(),
         Arc::new(store.audit().clone()),
     );
+    let room = room(&config, image.as_ref())?;
     let (handle, commands) = engine::Handle::new();
     let notifier = handle.notifier();
     let mut engine = Engine::new(Parts {
@@ -153,12 +154,13 @@ async fn serve(config: Config) -> anyhow::Result<()> {
         driver,
         image,
         storage,
+        room: room.clone(),
         notifier,
         stop: stop.clone(),
     });
     engine.watch_host_addresses().await.context("cannot hand the host's addresses to the datapath")?;
     let guests = guest_service::router(engine.guests());
-    let state = AppState::try_new(store.clone(), handle, Arc::new(make_ca), api_settings(&config)?)
+    let state = AppState::try_new(store.clone(), handle, Arc::new(make_ca), api_settings(&config, room)?)
         .context("cannot set up the API")?;
 
     let (looked, held) = (engine.looked(), engine.held());
@@ -322,7 +324,20 @@ fn make_ca(vm: &VmId) -> anyhow::Result<CaPem> {
     Ok(CaPem { cert: ca.cert_pem().to_owned(), key: ca.key_pem() })
 }
 
-fn api_settings(config: &Config) -> anyhow::Result<Settings> {
+/// How much of the host VMs and snapshots may have: the API and the engine count together.
+fn room(config: &Config, image: Option<&Image>) -> anyhow::Result<Room> {
+    let raw = matches!(config.driver, DriverKind::Firecracker | DriverKind::CloudHypervisor);
+    let image = match image.filter(|_| raw) {
+        Some(image) => tapgate_vmm::octets::of_image(image).context("cannot look at the image's disk")?,
+        None => 0,
+    };
+    let stored_here = matches!(config.snapshot_store, Place::Folder(_));
+    let guests_take_memory = config.driver != DriverKind::Netns;
+    Ok(Room::of_host(config.share.clone(), config.data_dir.clone(), guests_take_memory)
+        .with_copying(Copying { raw, image, stored_here }))
+}
+
+fn api_settings(config: &Config, room: Room) -> anyhow::Result<Settings> {
     let token = config.data_dir.join("metrics.token");
     let token = Token::load_or_create(&token).with_context(|| format!("cannot use {}", token.display()))?;
     Ok(Settings {
@@ -343,11 +358,7 @@ fn api_settings(config: &Config) -> anyhow::Result<Settings> {
         base_image: config.image.clone(),
         quotas: config.quotas,
         git_host: config.git_host.to_string(),
-        room: Room::of_host(
-            config.share.clone(),
-            config.data_dir.clone(),
-            config.driver != DriverKind::Netns,
-        ),
+        room,
         keeps_memory: config.driver == DriverKind::Qemu,
         harnesses: config.harnesses.clone(),
         vms: config.data_dir.join("vms"),

@@ -79,6 +79,52 @@ async fn no_copy_and_no_memory_is_written_into_the_disks_reserve() {
     assert_eq!(app.get(&key, &format!("/v1/vms/{vm}")).await.is(200)["status"], "running");
 }
 
+/// What it takes is known by where the disk has data: one octet in each cluster of a copy is as much as all.
+#[tokio::test]
+async fn a_snapshot_for_whose_copy_there_is_no_room_is_refused() {
+    use std::os::unix::fs::FileExt as _;
+    let folder = tempfile::tempdir().unwrap();
+    let stat = nix::sys::statvfs::statvfs(folder.path()).unwrap();
+    let free = stat.blocks_available() * stat.fragment_size();
+    let share = Share { disk_reserve: free - (1 << 30), ..ALL };
+    let app = TestApp::with(Settings {
+        room: Room::of_host(share, folder.path().into(), true),
+        rates: no_limits(),
+        ..Settings::default()
+    });
+    let key = app.user("alice@example.com").await;
+    let vm = app.vm(&key, "vm").await;
+    app.make_ready(&vm).await;
+    let dir = folder.path().join("vms").join(&vm);
+    std::fs::create_dir_all(&dir).unwrap();
+    let disk = std::fs::File::create(dir.join("disk.raw")).unwrap();
+    disk.set_len(8 << 30).unwrap();
+    let of_vm = format!("/v1/vms/{vm}/snapshots");
+    app.post(&key, &of_vm, json!({})).await.is(201);
+    for at in 0..16_384 {
+        disk.write_all_at(&[7], at << 17).unwrap();
+    }
+    let full = app.post(&key, &of_vm, json!({})).await;
+    assert_eq!(full.headers["retry-after"], "30");
+    assert_eq!(full.error(503), "host_disk_full");
+    assert_eq!(app.get(&key, &format!("/v1/vms/{vm}")).await.is(200)["status"], "running");
+}
+
+#[tokio::test]
+async fn a_vm_from_a_snapshot_needs_the_room_that_its_disk_takes_at_once() {
+    let app = app(ALL);
+    let key = app.user("alice@example.com").await;
+    let vm = app.vm(&key, "vm").await;
+    app.make_ready(&vm).await;
+    let large = snapshot_of(&app, &key, &vm, 1 << 50).await;
+    let small = snapshot(&app, &key, &vm).await;
+    let body = |name: &str, of: &str| json!({ "name": name, "public_key": PUBLIC_KEY, "memory_mib": 128, "snapshot_id": of });
+    assert_eq!(app.post(&key, "/v1/vms", body("large", &large)).await.error(503), "host_disk_full");
+    let agent = json!({ "name": "a", "repo": "o/r", "prompt": "p", "memory_mib": 128, "snapshot_id": large });
+    assert_eq!(app.post(&key, "/v1/agents", agent).await.error(503), "host_disk_full");
+    app.post(&key, "/v1/vms", body("small", &small)).await.is(201);
+}
+
 #[tokio::test]
 async fn a_vm_from_a_snapshot_takes_the_disk_that_the_snapshot_has() {
     let total = Room::of_host(ALL, "/".into(), true).capacity().disk_bytes / 1000;
@@ -146,6 +192,11 @@ async fn a_snapshot_that_is_larger_than_a_vm_may_be_is_refused() {
 
 /// One that is ready, as the engine would make it.
 async fn snapshot(app: &TestApp, key: &str, vm: &str) -> String {
+    snapshot_of(app, key, vm, 1).await
+}
+
+/// The same with a disk whose file has so many octets.
+async fn snapshot_of(app: &TestApp, key: &str, vm: &str, file_bytes: u64) -> String {
     let made = app.post(key, &format!("/v1/vms/{vm}/snapshots"), json!({})).await.is(201);
     let id = made["data"]["id"].as_str().unwrap().to_owned();
     let snapshot: SnapshotId = id.parse().unwrap();
@@ -154,7 +205,7 @@ async fn snapshot(app: &TestApp, key: &str, vm: &str) -> String {
         key: format!("snapshots/{id}"),
         size_bytes: 1,
         sha256: "00".into(),
-        file_bytes: 1,
+        file_bytes,
         memory: None,
     };
     app.store.snapshot_stored(&snapshot, stored).await.unwrap();

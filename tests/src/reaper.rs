@@ -67,6 +67,7 @@ pub fn reap(names: &Names, folder: &Path) {
         remove_named_after(Path::new(groups), vm, |group| drop(fs::remove_dir(group)));
     }
     let _ = fs::remove_dir_all(names.etc());
+    unmount(folder);
     if std::env::var_os("TAPGATE_KEEP").is_none() {
         let _ = fs::remove_dir_all(folder);
     }
@@ -92,6 +93,15 @@ fn namespaces(names: &Names) -> Vec<String> {
 fn vms(folder: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder.join("data/vms")).into_iter().flatten().flatten();
     entries.filter_map(|entry| entry.file_name().into_string().ok()).filter(|name| name.len() > 8).collect()
+}
+
+/// Takes away what a test mounted in the folder. Not before: VMs are found by their folders there.
+fn unmount(folder: &Path) {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let places = mounts.lines().filter_map(|line| line.split(' ').nth(1));
+    for place in places.filter(|place| Path::new(place).starts_with(folder)) {
+        let _ = run("umount", ["--lazy", place]);
+    }
 }
 
 /// Calls for everything in the folder that carries the VM's id in its name.

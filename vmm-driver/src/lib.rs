@@ -14,6 +14,7 @@ mod driver;
 mod durable;
 pub mod image;
 mod netns_driver;
+pub mod octets;
 pub mod process;
 mod qemu;
 mod qmp;
@@ -30,7 +31,7 @@ pub use confine::uid_of;
 pub use driver::{BoxFuture, Running, Vmm};
 pub use netns_driver::{NetnsDriver, NetnsRunning, exec as netns_exec};
 pub use qemu::{MEMORY, QemuDriver, QemuRunning, default_program, keeps_memory, noted_handle, place_memory};
-pub use rest::{ApiDriver, ApiRunning, Kind as ApiKind};
+pub use rest::{ASIDE, ApiDriver, ApiRunning, Kind as ApiKind};
 pub use seed::Seed;
 pub use spec::{
     Exit, Handle, MemorySnapshot, Observed, Place, Resume, SnapshotInfo, Suspended, VmSpec, VmmError,

@@ -77,13 +77,17 @@ pub(crate) async fn create(
     let settings = state.settings();
     // Whose it is first: nobody learns of another's VM.
     let record = find(&state, &account, &vm).await?;
-    match kind {
-        SnapshotKind::Disk => settings.room.check_file(0)?,
+    let memory_mib = match kind {
+        SnapshotKind::Disk => None,
         SnapshotKind::Memory => {
             keeps_memory(&state)?;
-            settings.room.check_memory_file(record.resources.memory_mib)?;
+            Some(record.resources.memory_mib)
         }
-    }
+    };
+    let (room, of) = (settings.room.clone(), vm.clone());
+    let needs = tokio::task::spawn_blocking(move || room.snapshot_of(&of, memory_mib)).await;
+    // A disk that cannot be looked at now is looked at again before it is copied.
+    settings.room.check_snapshot(needs.ok().and_then(Result::ok).unwrap_or(0))?;
     let made = state
         .store()
         .snapshot_create(&account.user, &vm, kind, label, &settings.base_image, settings.quotas.snapshots)

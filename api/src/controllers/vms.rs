@@ -178,7 +178,11 @@ pub(super) async fn new_vm(
         ApiError::internal()
     })?;
     let settings = state.settings();
-    settings.room.check(resources, true)?;
+    let made_from = match &snapshot {
+        Some(id) => Some(state.store().snapshot(&user, id).await?),
+        None => None,
+    };
+    settings.room.check(resources, Some(settings.room.new_disk(made_from.as_ref())))?;
     let (host, is_free) = (settings.public_host.clone(), settings.is_free);
     Ok(NewVm {
         id,
@@ -294,7 +298,7 @@ pub(crate) async fn start(
     let room = &state.settings().room;
     let stopped = find(&state, &account, &vm).await?;
     if decide(Call::Start, stopped.detail).is_ok() {
-        room.check(stopped.resources, false)?;
+        room.check(stopped.resources, None)?;
     }
     let (mut record, _) = state
         .store()

@@ -269,6 +269,7 @@ async fn provide(shared: &Shared, record: &VmRecord) -> Result<(), String> {
         return Ok(());
     }
     let provided = async {
+        let _room = snapshots::room_for_disk(shared, record).await?;
         snapshots::fetch(shared, record).await?;
         let spec = files::spec(shared, record).await?;
         shared.driver.prepare(&spec).await.map_err(|error| error.to_string())

@@ -23,10 +23,13 @@ mod round;
 mod snapshots;
 mod sources;
 pub(crate) mod ssh;
+mod staged;
 pub(crate) mod strays;
 mod suspend;
 mod takeover;
 mod taking;
+mod turns;
+mod uploads;
 mod watching;
 
 pub(crate) use guests::Guests;
@@ -34,6 +37,7 @@ pub use handle::{Command, Handle, Notifier, Scope};
 pub use meters::VmCounters;
 
 use crate::{
+    capacity::Room,
     config::Config,
     parts::{self, RunningParts},
     storage::Storage,
@@ -42,6 +46,7 @@ use adopting::Adopting;
 use gates::Gates;
 pub use held::Held;
 use round::Round;
+use staged::Staged;
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -91,10 +96,16 @@ pub(crate) struct Shared {
     news: watch::Sender<u64>,
     /// Where snapshots are stored.
     pub storage: Storage,
+    /// What is free on the host's disk and promised to nobody.
+    pub room: Room,
+    /// What is promised to snapshots until they are stored.
+    staged: Staged,
     /// How many VMs may be started at once.
     boots: Semaphore,
-    /// Something is to be stored or collected.
+    /// Something is to be stored.
     uploads: Notify,
+    /// Something is to be removed from where it was stored.
+    collects: Notify,
     /// When guests sent their agents' logs last.
     logs: Mutex<HashMap<VmId, Instant>>,
 }
@@ -131,6 +142,8 @@ pub struct Parts {
     pub image: Option<Image>,
     /// Where snapshots are stored.
     pub storage: Storage,
+    /// How much of the host's disk may be taken; the API looks at the same.
+    pub room: Room,
     /// How waiting requests hear of changes.
     pub notifier: Notifier,
     /// Ends the engine; VMs run on.
@@ -169,7 +182,7 @@ type Looking = mpsc::Sender<std::convert::Infallible>;
 impl Engine {
     /// Takes the opened parts.
     pub fn new(parts: Parts) -> Self {
-        let Parts { config, store, datapath, table, driver, image, storage, notifier, stop } = parts;
+        let Parts { config, store, datapath, table, driver, image, storage, room, notifier, stop } = parts;
         let (settle, settled) = mpsc::channel(64);
         let shared = Shared {
             settle,
@@ -190,7 +203,10 @@ impl Engine {
             news: watch::Sender::new(0),
             storage,
             boots: Semaphore::new(std::thread::available_parallelism().map_or(2, usize::from).max(2)),
+            room,
+            staged: Staged::default(),
             uploads: Notify::new(),
+            collects: Notify::new(),
             logs: Mutex::default(),
         };
         let shared = Arc::new(shared);
@@ -227,8 +243,7 @@ impl Engine {
             let (pump, runtime) = (events::pump(self.shared.clone(), settle), Runtime::current());
             self.parts.spawn("pump of events", tokio::task::spawn_blocking(move || runtime.block_on(pump)));
         }
-        self.parts
-            .spawn("keeper of snapshots", parts::never_fails(snapshots::keep_store(self.shared.clone())));
+        self.parts.spawn("keeper of snapshots", parts::never_fails(uploads::keep_store(self.shared.clone())));
         self.parts.spawn("enforcer of policies", parts::never_fails(enforcer::enforce(self.shared.clone())));
         self.parts.spawn("opener of closed VMs", parts::never_fails(enforcer::reopen(self.shared.clone())));
         let looking = self.looking.take();
@@ -255,7 +270,7 @@ impl Engine {
                 self.wake(vm, None);
             }
             if round.snapshots {
-                self.shared.uploads.notify_one();
+                self.shared.collects.notify_one();
             }
             if round.policies > 0 {
                 self.shared.changes.tell(round.scopes, round.policies);

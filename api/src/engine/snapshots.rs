@@ -1,14 +1,19 @@
-//! Takes the snapshots that the records ask for, beside a VM's life, and keeps the store of them tidy.
+//! Takes the snapshots that the records ask for, beside a VM's life, and brings them to the VMs that are made from them.
 //!
 //! ```text
-//! pending ── the disk is copied to the staging folder ──▶ uploading ── packed and stored ──▶ ready
+//! pending ── the disk is copied to the staging folder ──▶ uploading ── packed and stored (`uploads`) ──▶ ready
 //!    └────────────── failed, with a reason ◀──────────────────┘
 //! ```
 //!
 //! A staged file has its name only once it is whole, so after a crash a copy is taken again and an upload is made again.
-//! One copy at a time for each VM, one upload at a time. Must never hold up the VM's own task.
+//! One copy at a time for each VM, and none before there is room for it. Must never hold up the VM's own task.
 
 use super::{Shared, backoff::Backoff, files};
+use crate::{
+    config::Config,
+    promised::{Need, Promise, allocated},
+    storage::{FOLDER, Stored},
+};
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
@@ -17,42 +22,36 @@ use std::{
 use tapgate_fault::point;
 use tapgate_model::{SnapshotId, VmId};
 use tapgate_store::{
-    MemoryObject, SnapshotKind, SnapshotRecord, SnapshotStatus, StoreError, StoredSnapshot, Suspension,
-    VmRecord,
+    MemoryObject, SnapshotKind, SnapshotRecord, SnapshotStatus, StoreError, Suspension, VmRecord,
 };
 use tapgate_vmm::{Running, SnapshotInfo};
 
-use crate::{
-    config::Config,
-    storage::{FOLDER, Stored},
-};
-
-/// Between two looks at what is left to do, if nothing calls for one.
-const SWEEP: Duration = Duration::from_secs(60);
-/// How often an upload is begun before the snapshot fails. The store's own client tries each request again by itself.
-const UPLOADS: u32 = 3;
 /// Between two looks at whether a guest is held.
 const LOOK: Duration = Duration::from_millis(20);
-const PAUSE: Duration = Duration::from_secs(10);
+/// Between two looks at whether a snapshot that waits for room is still wanted.
+const WANTED: Duration = Duration::from_secs(5);
 /// The file in a VM's folder that its disk is made from.
 const FETCHED: &str = "snapshot.qcow2";
 
+/// What there may be of a copy: halves and wholes, and what is noted of its memory.
+const STAGED: [&str; 5] = ["part", "qcow2", "memory-part", "memory", "note"];
+
 /// Where copies are until they are stored.
-fn staging(config: &Config) -> PathBuf {
+pub(super) fn staging(config: &Config) -> PathBuf {
     config.data_dir.join("staging")
 }
 
 /// What the record calls the stored bytes.
-fn key(snapshot: &SnapshotId) -> String {
+pub(super) fn key(snapshot: &SnapshotId) -> String {
     format!("{FOLDER}/{snapshot}.qcow2.zst")
 }
 
 /// Where the stored memory is, for the kind that has one.
-fn memory_key(snapshot: &SnapshotId) -> String {
+pub(super) fn memory_key(snapshot: &SnapshotId) -> String {
     format!("{FOLDER}/{snapshot}.memory.zst")
 }
 
-fn staged(config: &Config, snapshot: &SnapshotId, kind: &str) -> PathBuf {
+pub(super) fn staged(config: &Config, snapshot: &SnapshotId, kind: &str) -> PathBuf {
     staging(config).join(format!("{snapshot}.{kind}"))
 }
 
@@ -83,17 +82,37 @@ pub(super) async fn let_go(shared: &Shared, vm: &VmId) {
 
 /// Takes what is asked for so far, one after the other.
 async fn take_all(shared: &Shared, vm: &VmId, mut machine: Arc<dyn Running>) {
+    // What a former daemon left is removed first, and has its room.
+    tokio::select! {
+        () = shared.stop.cancelled() => return,
+        () = shared.staged.opened() => {}
+    }
     loop {
         let Some(unfinished) = insist(shared, vm, || shared.store.snapshots_unfinished()).await else {
             return;
         };
         let pending = unfinished.into_iter().find(|s| s.vm == *vm && s.status == SnapshotStatus::Pending);
         let Some(snapshot) = pending else { return };
+        let room = tokio::select! {
+            () = shared.stop.cancelled() => return,
+            room = room_for(shared, &snapshot) => room,
+        };
         // It may have been started anew since.
         if let Some(newer) = shared.taking.newer(vm) {
             machine = newer;
         }
-        let taken = if snapshot.kind == SnapshotKind::Disk && !machine.holds_for_snapshots() {
+        let refused = match room {
+            Ok(Some(promise)) => {
+                shared.staged.keep(&snapshot.id, promise);
+                None
+            }
+            // It was deleted, or its VM ended, while it waited.
+            Ok(None) => continue,
+            Err(reason) => Some(reason),
+        };
+        let taken = if let Some(reason) = refused {
+            Err(reason)
+        } else if snapshot.kind == SnapshotKind::Disk && !machine.holds_for_snapshots() {
             tokio::select! {
                 () = shared.stop.cancelled() => return,
                 taken = take(shared, &snapshot, machine.as_ref()) => taken,
@@ -117,13 +136,54 @@ async fn take_all(shared: &Shared, vm: &VmId, mut machine: Arc<dyn Running>) {
             // It failed; or it was deleted, or its VM ended, while the copy was made.
             tracing::info!(%vm, snapshot = %snapshot.id, "snapshot.not_kept");
             unstage(shared, &snapshot.id);
+            shared.collects.notify_one();
         }
         shared.uploads.notify_one();
     }
 }
 
+/// Room for the copy, once it is there; nothing where the snapshot is not wanted any more.
+async fn room_for(shared: &Shared, snapshot: &SnapshotRecord) -> Result<Option<Promise>, String> {
+    let vm = &snapshot.vm;
+    let record =
+        shared.store.vm_any(vm).await.map_err(|error| format!("cannot read the VM's record: {error}"))?;
+    let memory_mib = (snapshot.kind == SnapshotKind::Memory).then_some(record.resources.memory_mib);
+    loop {
+        let mut places: Vec<PathBuf> =
+            STAGED.iter().map(|kind| staged(&shared.config, &snapshot.id, kind)).collect();
+        places.push(files::dir(shared, vm).join(tapgate_vmm::ASIDE));
+        let octets = needs(shared, vm, memory_mib).await?;
+        let need = Need { user: snapshot.user.clone(), octets, places, passes: true };
+        let began = Instant::now();
+        let mut promised = std::pin::pin!(shared.room.promise(need));
+        let promise = loop {
+            tokio::select! {
+                promise = &mut promised => break promise.map_err(|lack| lack.to_string())?,
+                () = tokio::time::sleep(WANTED) => {
+                    let now = shared.store.snapshot_any(&snapshot.id).await;
+                    if now.is_ok_and(|now| now.status != SnapshotStatus::Pending) {
+                        return Ok(None);
+                    }
+                }
+            }
+        };
+        // The disk may have grown while it waited.
+        if began.elapsed() < WANTED || needs(shared, vm, memory_mib).await? <= octets {
+            return Ok(Some(promise));
+        }
+    }
+}
+
+async fn needs(shared: &Shared, vm: &VmId, memory_mib: Option<u32>) -> Result<u64, String> {
+    let (room, vm) = (shared.room.clone(), vm.clone());
+    let needs = tokio::task::spawn_blocking(move || room.snapshot_of(&vm, memory_mib)).await;
+    needs
+        .unwrap_or_else(|error| Err(error.to_string()))
+        .map_err(|reason| format!("cannot look at the disk: {reason}"))
+}
+
 /// What the records answer once they do; nothing where the daemon ends before.
-async fn insist<T, F>(shared: &Shared, vm: &VmId, ask: impl Fn() -> F) -> Option<T>
+pub(super) async fn insist<T, F>(shared: &Shared, vm: &VmId, ask: impl Fn() -> F) -> Option<T>
 where
     F: Future<Output = Result<T, StoreError>>,
 {
@@ -143,14 +203,15 @@ where
 }
 
 /// Removes what was copied of a snapshot that is stored, or that nobody wants any more.
-fn unstage(shared: &Shared, snapshot: &SnapshotId) {
-    for kind in ["part", "qcow2", "memory-part", "memory", "note"] {
+pub(super) fn unstage(shared: &Shared, snapshot: &SnapshotId) {
+    for kind in STAGED {
         remove(&staged(&shared.config, snapshot, kind));
     }
+    shared.staged.gone(snapshot);
 }
 
 /// Tells of it and hands the reason on.
-fn failed(snapshot: &SnapshotRecord, reason: String) -> String {
+pub(super) fn failed(snapshot: &SnapshotRecord, reason: String) -> String {
     tracing::error!(vm = %snapshot.vm, snapshot = %snapshot.id, %reason, "snapshot.failed");
     reason
 }
@@ -170,6 +231,8 @@ async fn take(shared: &Shared, snapshot: &SnapshotRecord, machine: &dyn Running)
     file.sync_all().await.map_err(failed("write the snapshot out"))?;
     tokio::fs::rename(&part, &whole).await.map_err(failed("name the snapshot"))?;
     point("snapshot.named");
+    let copied = STAGED.iter().map(|kind| allocated(&staged(&shared.config, &snapshot.id, kind))).sum();
+    shared.staged.is(&snapshot.id, shared.room.until_stored(copied));
     let bytes = file.metadata().await.map_err(failed("measure the snapshot"))?.len();
     tracing::info!(vm = %snapshot.vm, snapshot = %snapshot.id, held_us = info.held_us, frozen = info.frozen, bytes,
         "snapshot.taken");
@@ -197,145 +260,23 @@ async fn take_with_memory(
     Ok(taken.disk)
 }
 
-/// Stores what is staged and removes what is not needed, whenever something calls for it and now and then.
-pub(super) async fn keep_store(shared: Arc<Shared>) {
-    if let Err(error) = open_staging(&shared).await {
-        tracing::error!(%error, "snapshot.staging_unusable");
-    }
-    loop {
-        upload_all(&shared).await;
-        if let Err(error) = collect(&shared).await {
-            tracing::warn!(%error, "snapshot.collection_failed");
-        }
-        tokio::select! {
-            () = shared.stop.cancelled() => return,
-            () = shared.uploads.notified() => {}
-            () = tokio::time::sleep(SWEEP) => {}
-        }
-    }
-}
-
-/// Makes the staging folder and removes from it what no unfinished snapshot needs: halves, and wholes that are stored.
-async fn open_staging(shared: &Shared) -> Result<(), String> {
-    use std::os::unix::fs::DirBuilderExt as _;
-    let folder = staging(&shared.config);
-    let text = |error: std::io::Error| format!("{}: {error}", folder.display());
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder).map_err(text)?;
-    let unfinished = shared.store.snapshots_unfinished().await.map_err(|error| error.to_string())?;
-    for file in std::fs::read_dir(&folder).map_err(text)?.flatten().map(|entry| entry.path()) {
-        let uploading = unfinished.iter().any(|snapshot| {
-            let ours = file.file_stem().is_some_and(|stem| stem == snapshot.id.as_str());
-            ours && snapshot.status == SnapshotStatus::Uploading
-        });
-        if !uploading {
-            remove(&file);
-        }
-    }
-    Ok(())
-}
-
-async fn upload_all(shared: &Shared) {
-    loop {
-        let next = match shared.store.snapshots_unfinished().await {
-            Ok(all) => all.into_iter().find(|s| s.status == SnapshotStatus::Uploading),
-            Err(error) => return tracing::error!(%error, "snapshot.records_unreadable"),
-        };
-        let Some(snapshot) = next else { return };
-        let result = tokio::select! {
-            () = shared.stop.cancelled() => return,
-            result = upload(shared, &snapshot) => result,
-        };
-        // Stored or not: only the step is tried again.
-        let noted = match result {
-            Ok((stored, memory)) => {
-                point("snapshot.stored");
-                tracing::info!(vm = %snapshot.vm, snapshot = %snapshot.id, stored = stored.stored_bytes, "snapshot.ready");
-                let stored = StoredSnapshot {
-                    key: key(&snapshot.id),
-                    size_bytes: stored.stored_bytes,
-                    sha256: stored.sha256,
-                    file_bytes: stored.file_bytes,
-                    memory,
-                };
-                let note = || shared.store.snapshot_stored(&snapshot.id, stored.clone());
-                insist(shared, &snapshot.vm, note).await
-            }
-            Err(reason) => {
-                let reason = Some(failed(&snapshot, reason));
-                let advance =
-                    || shared.store.snapshot_advance(&snapshot.id, SnapshotStatus::Failed, reason.clone());
-                insist(shared, &snapshot.vm, advance).await.map(drop)
-            }
-        };
-        // The daemon ends: the file stays, and the next one stores it again.
-        let Some(()) = noted else { return };
-        unstage(shared, &snapshot.id);
-    }
-}
-
-/// Stores the memory, where there is one, and then the disk.
-async fn upload(
-    shared: &Shared,
-    snapshot: &SnapshotRecord,
-) -> Result<(Stored, Option<MemoryObject>), String> {
-    let file = staged(&shared.config, &snapshot.id, "qcow2");
-    if !file.exists() {
-        return Err("the daemon ended before the disk was copied; take another".into());
-    }
-    let upload = staged(&shared.config, &snapshot.id, "upload");
-    let memory = match snapshot.kind {
-        SnapshotKind::Disk => None,
-        SnapshotKind::Memory => {
-            let of = |kind| staged(&shared.config, &snapshot.id, kind);
-            let unnoted = |error| format!("what was noted of the memory cannot be read: {error}");
-            let note = tokio::fs::read_to_string(of("note")).await.map_err(unnoted)?;
-            let key = memory_key(&snapshot.id);
-            let Stored { sha256, stored_bytes, file_bytes } =
-                put(shared, snapshot, &key, &of("memory"), &upload).await?;
-            Some(MemoryObject { sha256, stored_bytes, file_bytes, note })
-        }
+/// Room for the disk that a VM is to be made with, once it is there: until it is made.
+pub(super) async fn room_for_disk(shared: &Shared, record: &VmRecord) -> Result<Promise, String> {
+    shared.staged.opened().await;
+    let snapshot = match &record.snapshot {
+        Some(id) => Some(shared.store.snapshot_any(id).await.map_err(|error| format!("{id}: {error}"))?),
+        None => None,
     };
-    Ok((put(shared, snapshot, &key(&snapshot.id), &file, &upload).await?, memory))
-}
-
-async fn put(
-    shared: &Shared,
-    snapshot: &SnapshotRecord,
-    key: &str,
-    file: &Path,
-    note: &Path,
-) -> Result<Stored, String> {
-    let mut attempt = 1;
-    loop {
-        match shared.storage.put(key, file, note).await {
-            Ok(stored) => return Ok(stored),
-            Err(error) if attempt < UPLOADS => {
-                tracing::warn!(snapshot = %snapshot.id, %error, attempt, "snapshot.upload_failed");
-                attempt += 1;
-                tokio::time::sleep(PAUSE).await;
-            }
-            Err(error) => {
-                shared.storage.forget_upload(key, note).await;
-                return Err(error.to_string());
-            }
+    let (folder, fetched) = (files::dir(shared, &record.id), fetched(shared, record));
+    let (octets, places) = match &snapshot {
+        // What is to be fetched is there, and so is its memory.
+        Some(snapshot) if fetched.exists() => {
+            (shared.room.fetched_disk(snapshot), vec![fetched, folder.join("disk.new")])
         }
-    }
-}
-
-/// Removes the bytes of deleted snapshots. By the records alone: what else is in a bucket is none of ours.
-async fn collect(shared: &Arc<Shared>) -> Result<(), String> {
-    let of = shared.clone();
-    let gone = shared.store.snapshots_to_collect(move |vm| files::has_disk(&of, vm)).await;
-    let gone = gone.map_err(|error| error.to_string())?;
-    for snapshot in gone {
-        for key in [key(&snapshot), memory_key(&snapshot)] {
-            shared.storage.remove(&key).await.map_err(|error| error.to_string())?;
-        }
-        point("snapshot.removed");
-        shared.store.snapshot_collected(&snapshot).await.map_err(|error| error.to_string())?;
-        tracing::info!(%snapshot, "snapshot.collected");
-    }
-    Ok(())
+        snapshot => (shared.room.new_disk(snapshot.as_ref()), vec![folder]),
+    };
+    let need = Need { user: record.user.clone(), octets, places, passes: false };
+    shared.room.promise(need).await.map_err(|lack| lack.to_string())
 }
 
 /// Brings the snapshot that a VM is made from into its folder, verified, if it is not there.
@@ -393,7 +334,7 @@ pub(super) fn drop_fetched(shared: &Shared, record: &VmRecord) {
     }
 }
 
-fn remove(file: &Path) {
+pub(super) fn remove(file: &Path) {
     match std::fs::remove_file(file) {
         Ok(()) => {}
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}

@@ -11,6 +11,10 @@ use super::{
     Shared, files,
     life::{Halt, Live, Next, release},
 };
+use crate::{
+    capacity::memory_file,
+    promised::{Need, Promise},
+};
 use std::time::Duration;
 use tapgate_model::{StatusDetail as S, VmId};
 use tapgate_store::{Suspension, VmRecord};
@@ -35,8 +39,12 @@ pub(super) async fn suspend(
         None => None,
         Some(running) => {
             let _held = shared.held.hold();
-            match running.machine.suspend().await {
-                Err(error) => Some(error.to_string()),
+            let suspended = match room(shared, record) {
+                Ok(_room) => running.machine.suspend().await.map_err(|error| error.to_string()),
+                Err(reason) => Err(reason),
+            };
+            match suspended {
+                Err(reason) => Some(reason),
                 Ok(done) => {
                     tracing::info!(%vm, memory_bytes = done.memory_bytes, stored_bytes = done.stored_bytes,
                         took_us = done.took_us, "vm.suspended");
@@ -67,6 +75,14 @@ pub(super) async fn suspend(
         }
     }
     Ok(Next::Again)
+}
+
+/// Room for the memory until it is written. Others may be suspended at the same time, and it was asked for a while ago.
+fn room(shared: &Shared, record: &VmRecord) -> Result<Promise, String> {
+    let places = vec![files::dir(shared, &record.id).join(tapgate_vmm::MEMORY)];
+    let octets = memory_file(record.resources.memory_mib);
+    let need = Need { user: record.user.clone(), octets, places, passes: false };
+    shared.room.promise_now(need).map_err(|lack| lack.to_string())
 }
 
 /// There was no VMM to write the memory and there is none written.

@@ -15,6 +15,7 @@ mod snapshot;
 mod supervise;
 
 pub use running::ApiRunning;
+pub use snapshot::ASIDE;
 
 use crate::cgroup::{Cgroup, Demand, IoLimits};
 use crate::confine::scratch::Scratch;

@@ -12,13 +12,16 @@ use crate::turn::Wanted;
 use std::path::Path;
 use std::time::Instant;
 
+/// The copy in the VM's folder that the snapshot is packed from.
+pub const ASIDE: &str = "snapshot.raw";
+
 /// Writes the disk as of now to a new qcow2 file that depends on no other. What fails leaves no file.
 pub(super) async fn take(vm: &ApiRunning, to: &Path) -> Result<SnapshotInfo, VmmError> {
     if to.exists() {
         return Err(VmmError::Disk(format!("{} exists already", to.display())));
     }
     let _one = vm.snapshots.lock().await;
-    let copy = vm.spec.dir.join("snapshot.raw");
+    let copy = vm.spec.dir.join(ASIDE);
     let result = copy_and_pack(vm, &copy, to).await;
     let _ = tokio::fs::remove_file(&copy).await;
     if result.is_err() {
