@@ -18,6 +18,7 @@ use std::{
     num::NonZeroU32,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 use tapgate_datapath::{Datapath, DatapathConfig};
 use tapgate_model::VmId;
@@ -110,7 +111,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let store = tokio::task::spawn_blocking(move || Store::open(&data_dir, key))
         .await?
         .context("cannot open the store")?;
-    store.idempotency_cut_off().await.context("cannot store what requests the last daemon cut off")?;
+    tokio::spawn(cut_off(store.clone(), jiff::Timestamp::now()));
     keep_journal(&config, store.audit()).await.context("cannot store what the last daemon was at")?;
     let (image, driver) = open_driver(&config).await?;
 
@@ -217,6 +218,15 @@ async fn keep_journal(config: &Config, audit: &AuditLog) -> anyhow::Result<()> {
         );
     }
     Ok(())
+}
+
+/// Notes what requests the last daemon cut off. Nobody waits for records that cannot be written now: until then their keys stand
+/// for requests that run.
+async fn cut_off(store: Store, begun: jiff::Timestamp) {
+    while let Err(error) = store.idempotency_cut_off(begun).await {
+        tracing::error!(%error, "idempotency.cut_off_not_noted");
+        tokio::time::sleep(Duration::from_secs(5)).await;
+    }
 }
 
 /// Ends when the thread that writes audit events has.

@@ -10,17 +10,22 @@ use support::{
     ATTACKER, OTHER, RESOLVER, SERVER, World,
     clients::{self, Client},
     guest::{Guest, serve},
-    servers::{self, CHAT, CLIENTS, EVENTS, GRPC, VALUE},
+    servers::{self, CHAT, CLIENTS, EVENTS, GRPC, NODE, VALUE},
     sh, world_of,
 };
 use tapgate_model::{Mode, Protocol};
 
-const HERE: &[Ipv4Addr] = &[SERVER, OTHER, ATTACKER, RESOLVER, EVENTS, CHAT, GRPC];
+const HERE: &[Ipv4Addr] = &[SERVER, OTHER, ATTACKER, RESOLVER, EVENTS, CHAT, GRPC, NODE];
 const ON_SERVER: [&str; 5] = ["api.example", "pypi.example", "npm.example", "crates.example", "apt.example"];
 
 fn hosts() -> Vec<(&'static str, Ipv4Addr)> {
-    let others =
-        [("git.example", OTHER), ("events.example", EVENTS), ("chat.example", CHAT), ("grpc.example", GRPC)];
+    let others = [
+        ("git.example", OTHER),
+        ("events.example", EVENTS),
+        ("chat.example", CHAT),
+        ("grpc.example", GRPC),
+        ("node.example", NODE),
+    ];
     ON_SERVER.into_iter().map(|name| (name, SERVER)).chain(others).collect()
 }
 
@@ -110,7 +115,8 @@ fn clients_of_every_kind_spliced_and_opened() {
         std::fs::write(files.join("ca2.pem"), &w.ca.pem).unwrap();
         std::fs::write(files.join("ca.pem"), format!("{}{}", w.vm_ca.cert_pem(), w.ca.pem)).unwrap();
         servers::git(&w, dir).await;
-        let _running = (servers::nginx(&w, dir).await, servers::python(&w, dir).await);
+        let _running =
+            (servers::nginx(&w, dir).await, servers::python(&w, dir).await, servers::node(&w, dir).await);
         let (mut rows, mut failed) = (Vec::new(), Vec::new());
         for client in clients::all() {
             let mut cells = Vec::new();
@@ -175,7 +181,7 @@ fn unversioned(page: &str) -> String {
 fn page(rows: &[String]) -> String {
     format!(
         "# Clients\n\nWritten by `TAPGATE_WRITE_COMPATIBILITY=1 cargo test -p tapgate-proxy --test compatibility`, which runs each client in a guest's \
-         namespace against real servers (nginx, git-http-backend, aiohttp, websockets, grpcio) that let only the real token in. Spliced: the guest has \
+         namespace against real servers (nginx, git-http-backend, Node's http2, aiohttp, websockets, grpcio) that let only the real token in. Spliced: the guest has \
          the token and the connection passes untouched. Opened: the guest has a placeholder, the gate puts the token in, and the guest never sees it. The test \
          fails if a client does, or if this page says anything else than the run.\n\nNot offered: HTTP/3. UDP port 443 is refused at once and `Alt-Svc` is taken out of opened answers, so clients use TCP. \
          A client that pins certificates or brings its own roots (and cannot be told of the VM's CA) works spliced only.\n\n\

@@ -81,7 +81,7 @@ pub(crate) async fn set_policy(
     let mode = parse_mode(&fields.text("mode")?)?;
     fields.finish()?;
     let policy = state.store().policy_set(&account.user, mode, expected).await?;
-    state.engine().policy_changed(Scope::User(account.user)).await;
+    state.engine().policy_changed(Scope::User(account.user)).await?;
     Ok(Versioned(policy.version(), Json(PolicyView { mode: policy.mode })))
 }
 
@@ -116,7 +116,7 @@ pub(crate) async fn set_vm_policy(
     let set =
         state.store().vm_egress_set(&account.user, &vm, mode, inherit_rules.unwrap_or(true), expected).await;
     let egress = set.map_err(|error| named(&vm, error.into()))?;
-    state.engine().policy_changed(Scope::Vm(vm)).await;
+    state.engine().policy_changed(Scope::Vm(vm)).await?;
     Ok(Versioned(egress.version(), Json(egress.into())))
 }
 
@@ -131,7 +131,7 @@ pub(crate) async fn reset_vm_policy(
     params.finish()?;
     let reset = state.store().vm_egress_set(&account.user, &vm, None, true, expected).await;
     reset.map_err(|error| named(&vm, error.into()))?;
-    state.engine().policy_changed(Scope::Vm(vm)).await;
+    state.engine().policy_changed(Scope::Vm(vm)).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -230,7 +230,7 @@ async fn create(
     fields.finish()?;
     let limit = state.settings().quotas.rules;
     let rule = state.store().rule_create(&account.user, vm.as_ref(), new, limit).await?;
-    state.engine().policy_changed(vm.map_or(Scope::User(account.user), Scope::Vm)).await;
+    state.engine().policy_changed(vm.map_or(Scope::User(account.user), Scope::Vm)).await?;
     Ok((StatusCode::CREATED, Json(rule.into())))
 }
 
@@ -242,7 +242,7 @@ async fn remove(
 ) -> Result<StatusCode, ApiError> {
     let removed = state.store().rule_delete(&account.user, vm.as_ref(), &rule).await;
     removed.map_err(|error| vm.iter().fold(error.into(), |error, vm| named(vm, error)))?;
-    state.engine().policy_changed(vm.map_or(Scope::User(account.user), Scope::Vm)).await;
+    state.engine().policy_changed(vm.map_or(Scope::User(account.user), Scope::Vm)).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 

@@ -115,7 +115,7 @@ pub(crate) async fn create(
     };
     let quota = state.settings().quotas.of_secrets();
     let secret = state.store().secret_create(&account.user, new, quota).await?;
-    changed(&state, &account).await;
+    changed(&state, &account).await?;
     Ok((StatusCode::CREATED, Json(secret.into())))
 }
 
@@ -124,9 +124,10 @@ fn versioned(secret: SecretRecord) -> Versioned<Json<SecretView>> {
 }
 
 /// The proxy learns the value, the guests the placeholder.
-async fn changed(state: &AppState, account: &Account) {
-    state.engine().policy_changed(Scope::User(account.user.clone())).await;
+async fn changed(state: &AppState, account: &Account) -> Result<(), ApiError> {
+    let in_force = state.engine().policy_changed(Scope::User(account.user.clone())).await;
     state.engine().env_changed(account.user.clone());
+    Ok(in_force?)
 }
 
 pub(crate) async fn list(
@@ -185,7 +186,7 @@ pub(crate) async fn update(
     }
     let quota = state.settings().quotas.of_secrets();
     let secret = state.store().secret_update(&account.user, &secret, change, expected, quota).await?;
-    changed(&state, &account).await;
+    changed(&state, &account).await?;
     Ok(versioned(secret))
 }
 
@@ -199,6 +200,6 @@ pub(crate) async fn remove(
 ) -> Result<StatusCode, ApiError> {
     params.finish()?;
     state.store().secret_delete(&account.user, &secret, expected).await?;
-    changed(&state, &account).await;
+    changed(&state, &account).await?;
     Ok(StatusCode::NO_CONTENT)
 }

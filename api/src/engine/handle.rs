@@ -37,7 +37,12 @@ pub enum Command {
 const BEHIND: usize = 1024;
 
 /// How long an answer to a change of policy waits until the change is in force; it takes milliseconds.
-const IN_FORCE: Duration = Duration::from_secs(2);
+const IN_FORCE: Duration = Duration::from_secs(10);
+
+/// A change of policy is stored, and does not hold yet.
+#[derive(Debug, thiserror::Error)]
+#[error("the change is stored, and is not in force yet: the daemon is busy or in trouble")]
+pub struct NotInForce;
 
 /// How many changes of policy were asked for, and how many are in force.
 #[derive(Debug, Default)]
@@ -153,7 +158,10 @@ impl Handle {
 
     /// Rules, modes or secrets changed. Comes back when the change is in force on every VM, so that whoever was told
     /// that a rule is gone can rely on it.
-    pub async fn policy_changed(&self, scope: Scope) {
+    ///
+    /// # Errors
+    /// It takes too long. The change comes into force nevertheless, as soon as that can be.
+    pub async fn policy_changed(&self, scope: Scope) -> Result<(), NotInForce> {
         let mut in_force = self.policies.in_force.subscribe();
         let number = {
             // Under the lock, so that numbers and commands have one order.
@@ -163,11 +171,15 @@ impl Handle {
             *asked
         };
         if !self.policies.engine.load(Ordering::Relaxed) {
-            return;
+            return Ok(());
         }
         let reached = in_force.wait_for(|count| *count >= number);
-        if !matches!(tokio::time::timeout(IN_FORCE, reached).await, Ok(Ok(_))) {
-            tracing::warn!("policy.slow_to_take_effect");
+        match tokio::time::timeout(IN_FORCE, reached).await {
+            Ok(Ok(_)) => Ok(()),
+            _ => {
+                tracing::error!("policy.not_in_force");
+                Err(NotInForce)
+            }
         }
     }
 
@@ -226,5 +238,21 @@ mod tests {
         assert!(!watch.changed(Instant::now()).await, "another VM's change is not ours");
         handle.notifier().changed(mine);
         assert!(watch.changed(Instant::now() + Duration::from_secs(60)).await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_change_that_does_not_come_into_force_is_not_told_as_if_it_had() {
+        let (handle, mut arriving) = Handle::new();
+        let scope = || Scope::Vm(VmId::generate());
+        assert!(handle.policy_changed(scope()).await.is_ok(), "there is nobody to wait for");
+        let engine = handle.notifier();
+        assert!(handle.policy_changed(scope()).await.is_err());
+        // It is asked for all the same, and the next one is told when both are.
+        engine.policies_in_force(2);
+        let (told, ()) = tokio::join!(handle.policy_changed(scope()), async {
+            tokio::time::sleep(IN_FORCE / 2).await;
+            engine.policies_in_force(1);
+        });
+        assert!(told.is_ok() && std::iter::from_fn(|| arriving.try_recv().ok()).count() == 3);
     }
 }

@@ -33,7 +33,7 @@ mod uploads;
 mod watching;
 
 pub(crate) use guests::Guests;
-pub use handle::{Command, Handle, Notifier, Scope};
+pub use handle::{Command, Handle, NotInForce, Notifier, Scope};
 pub use meters::VmCounters;
 
 use crate::{

@@ -1,6 +1,7 @@
 //! The error envelope: `{"error": {"code", "message"}}`, whatever went wrong.
 
 use super::Code;
+use crate::engine::NotInForce;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::json;
@@ -110,6 +111,12 @@ impl From<StoreError> for ApiError {
                 Self::internal()
             }
         }
+    }
+}
+
+impl From<NotInForce> for ApiError {
+    fn from(error: NotInForce) -> Self {
+        Self { retry_after: Some(5), ..Self::new(Code::NotInForce, sentence(&error)) }
     }
 }
 

@@ -110,12 +110,12 @@ impl Store {
             .await
     }
 
-    /// For a daemon that begins: what ran in the one before has ended. What stored nothing may be tried again at once.
-    pub async fn idempotency_cut_off(&self) -> Result<()> {
+    /// For a daemon that began at this moment: what ran in the one before has ended. What stored nothing may be tried again at once.
+    pub async fn idempotency_cut_off(&self, begun: jiff::Timestamp) -> Result<()> {
         self.db
-            .write(|tx| {
+            .write(move |tx| {
                 for sql in room::CUT_OFF {
-                    tx.execute(sql, [])?;
+                    tx.execute(sql, [begun.as_microsecond()])?;
                 }
                 Ok(())
             })

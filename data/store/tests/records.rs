@@ -648,7 +648,7 @@ async fn a_key_whose_request_was_cut_off_stores_nothing_twice() {
     assert!(matches!(known(&store, "stored").await, Known::Running));
     drop(store);
     let store = open(folder.path());
-    store.idempotency_cut_off().await.unwrap();
+    store.idempotency_cut_off(jiff::Timestamp::now()).await.unwrap();
     for _ in 0..2 {
         assert!(matches!(known(&store, "stored").await, Known::Lost));
     }

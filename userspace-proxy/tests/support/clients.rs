@@ -81,6 +81,17 @@ fn http() -> Vec<Client> {
         node("Node fetch", "HTTP/1.1", "fetch", URL, "HTTP/1.1"),
         node("Node https", "HTTP/1.1", "https", URL, "HTTP/1.1"),
         node("Node http2", "HTTP/2", "http2", URL, "HTTP/2.0"),
+        node("Node fetch, Node's server", "HTTP/1.1, 103, trailers", "fetch", "https://node.example/", "Node HTTP/1.1"),
+        node("Node http2, Node's server", "HTTP/2, 103, trailers", "http2", "https://node.example/", "Node HTTP/2.0"),
+        client(
+            "curl, Node's server", "HTTP/2, an upload", "curl --version",
+            "head -c 3000000 /dev/zero > zeros; curl -sSi HEADER -T zeros https://node.example/", "3000000 octets no trailer",
+        ),
+        client(
+            "curl, Node's server", "HTTP/1.1, an upload that waits for 100", "curl --version",
+            "head -c 3000000 /dev/zero > zeros; curl -sSi --http1.1 HEADER -H 'Expect: 100-continue' -H 'TE: trailers' -T zeros https://node.example/ > said
+             grep -aq 'HTTP/1.1 100' said && grep -aqi 'x-sum: [0-9a-f]' said && cat said", "3000000 octets no trailer",
+        ),
         node("Node fetch, events", "server-sent events", "fetch", events, "event 2 for"),
         node("Node WebSocket", "WebSocket", "websocket", chat, "said two"),
         client(

@@ -1,4 +1,4 @@
-//! Real servers for real clients: nginx with an echo and the package managers' indexes, git's own CGI program, and Python's
+//! Real servers for real clients: nginx with an echo and the package managers' indexes, git's own CGI program, Node's, and Python's
 //! servers for events, WebSocket and gRPC. Each lets only the real token in.
 
 use super::{OTHER, SERVER, World, sh};
@@ -24,6 +24,8 @@ pub const VALUE: &str = "ghp_realvalue0123456789";
 pub const EVENTS: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 12);
 pub const CHAT: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 13);
 pub const GRPC: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 14);
+/// Node's.
+pub const NODE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 15);
 /// Where the set-up puts the clients and libraries that come from PyPI.
 pub const CLIENTS: &str = "/usr/local/tapgate-tools/clients";
 
@@ -122,6 +124,18 @@ pub async fn python(w: &World, dir: &Path) -> Server {
         answers(at).await;
     }
     Server(child)
+}
+
+/// Node's server.
+pub async fn node(w: &World, dir: &Path) -> Server {
+    let (cert, key) = certificate(w, dir, "node", &["node.example"]);
+    let script = dir.join("node_server.mjs");
+    std::fs::write(&script, include_str!("../programs/node_server.mjs")).unwrap();
+    let child =
+        Command::new("node").arg(script).args([cert, key, VALUE.to_owned(), NODE.to_string()]).spawn();
+    let server = Server(child.expect("`cargo xtask setup` installs Node"));
+    answers(NODE).await;
+    server
 }
 
 /// git over HTTP on OTHER, by git's own CGI program.

@@ -28,10 +28,10 @@ pub(super) const GIVEN_UP: [&str; 2] = [
     "UPDATE idempotency SET status = 0 WHERE user = ?1 AND status IS NULL AND created_at < ?2 AND stored = 1",
     "DELETE FROM idempotency WHERE user = ?1 AND status IS NULL AND created_at < ?2",
 ];
-/// The same of all, when no request runs.
+/// The same of everybody's.
 pub(super) const CUT_OFF: [&str; 2] = [
-    "UPDATE idempotency SET status = 0 WHERE status IS NULL AND stored = 1",
-    "DELETE FROM idempotency WHERE status IS NULL",
+    "UPDATE idempotency SET status = 0 WHERE status IS NULL AND stored = 1 AND created_at < ?1",
+    "DELETE FROM idempotency WHERE status IS NULL AND created_at < ?1",
 ];
 const RUNNING: &str = "SELECT count(*) FROM idempotency WHERE user = ?1 AND status IS NULL";
 const SHARE: &str = "SELECT answers, octets FROM idempotency_shares WHERE user = ?1";
