@@ -52,7 +52,8 @@ fn operations() -> Vec<Operation> {
 
 #[tokio::test]
 async fn another_account_sees_what_never_was() {
-    let app = TestApp::new();
+    let mut app = TestApp::new();
+    app.puts_in_force();
     let (alice, bob) = (app.user("alice@example.com").await, app.user("bob@example.com").await);
     let vm = app.vm(&alice, "vm").await;
     app.make_ready(&vm).await;

@@ -5,7 +5,6 @@ mod common;
 
 use common::{PUBLIC_KEY, TestApp};
 use serde_json::{Value, json};
-use tapgate::engine::Command;
 use tapgate_model::StatusDetail as S;
 
 /// A list: where, its filters with the values to try, and what it sorts by; the first is the default.
@@ -189,16 +188,7 @@ async fn rules_secrets_and_agents_by_every_filter_in_every_order() {
 #[tokio::test]
 async fn a_cursor_is_good_for_its_own_list_alone() {
     let mut app = TestApp::new();
-    // An engine that puts policies into force at once; each change would wait for it.
-    let mut commands = std::mem::replace(&mut app.commands, tokio::sync::mpsc::unbounded_channel().1);
-    let notifier = app.engine.notifier();
-    tokio::spawn(async move {
-        while let Some(command) = commands.recv().await {
-            if matches!(command, Command::Policy(_)) {
-                notifier.policies_in_force(1);
-            }
-        }
-    });
+    app.puts_in_force();
     let (key, other) = (app.user("alice@example.com").await, app.user("bob@example.com").await);
     let mut of_vms = Vec::new();
     for name in ["a", "b"] {

@@ -155,6 +155,19 @@ impl TestApp {
         made["api_key"]["token"].as_str().unwrap().to_owned()
     }
 
+    /// From now on there is an engine that puts policies into force at once; each change would wait for it.
+    pub fn puts_in_force(&mut self) {
+        let mut commands = std::mem::replace(&mut self.commands, tokio::sync::mpsc::unbounded_channel().1);
+        let notifier = self.engine.notifier();
+        tokio::spawn(async move {
+            while let Some(command) = commands.recv().await {
+                if matches!(command, Command::Policy(_)) {
+                    notifier.policies_in_force(1);
+                }
+            }
+        });
+    }
+
     /// Makes a VM and answers its id.
     pub async fn vm(&self, token: &str, name: &str) -> String {
         let body = json!({ "name": name, "public_key": PUBLIC_KEY });

@@ -118,7 +118,8 @@ fn a_tap_made_ahead_is_a_gate_only_with_its_programs() {
             for name in ["from_guest", "to_guest"] {
                 assert!(links.join(format!("{slot}-{name}")).exists(), "{name} of {slot}");
             }
-            datapath.adopt(&vm, net(slot), &policy(&vm, Mode::Enforce, &[])).await.unwrap_err();
+            let other = tapgate_model::VmId::generate();
+            datapath.adopt(&other, net(slot), &policy(&other, Mode::Enforce, &[])).await.unwrap_err();
             drop(gate);
         }
         datapath.teardown().await.unwrap();
