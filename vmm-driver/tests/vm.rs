@@ -486,10 +486,10 @@ fn a_namespace_stands_for_a_vm_and_says_so() {
 
         let handle = machine.handle().clone();
         drop(machine);
-        let gate = datapath.adopt(&id, spec.net, &common::policy(&id)).await;
-        assert!(gate.is_err(), "this datapath holds it already");
-        datapath.detach(spec.net).await.unwrap();
-        let gate = datapath.attach_netns(&id, spec.net, &common::policy(&id), &guest).await.unwrap();
+        let other = VmId::generate();
+        let gate = datapath.adopt(&other, spec.net, &common::policy(&other)).await;
+        assert!(gate.is_err(), "this datapath holds it for its VM");
+        let gate = datapath.adopt(&id, spec.net, &common::policy(&id)).await.unwrap();
         let machine = NetnsDriver::new().adopt(&spec, &handle, gate).await.unwrap();
         assert_eq!(machine.kill().await.unwrap(), Exit::Stopped);
         tapgate_netns::Netns::delete(&name).unwrap();
