@@ -460,8 +460,7 @@ fn a_namespace_stands_for_a_vm_and_says_so() {
     World::run(|world| async move {
         let datapath = world.datapath().await;
         let id = VmId::generate();
-        let guest = tapgate_netns::Netns::create(&format!("tgvm-{}-g", world.instance)).unwrap();
-        let name = guest.name().to_owned();
+        let guest = tapgate_netns::Netns::create(&world.guest_name()).unwrap();
         let mut spec = world.spec_without_image(&id, 5, vec![("TOKEN".into(), NASTY.into())]);
         spec.guest_ns = Some(guest.clone());
         let gate = datapath.attach_netns(&id, spec.net, &common::policy(&id), &guest).await.unwrap();
@@ -492,7 +491,6 @@ fn a_namespace_stands_for_a_vm_and_says_so() {
         let gate = datapath.adopt(&id, spec.net, &common::policy(&id)).await.unwrap();
         let machine = NetnsDriver::new().adopt(&spec, &handle, gate).await.unwrap();
         assert_eq!(machine.kill().await.unwrap(), Exit::Stopped);
-        tapgate_netns::Netns::delete(&name).unwrap();
     });
 }
 

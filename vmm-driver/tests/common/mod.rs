@@ -119,6 +119,11 @@ impl World {
         .unwrap();
     }
 
+    /// A namespace that stands for a guest.
+    pub fn guest_name(&self) -> String {
+        format!("tgvm-{}-g", self.instance)
+    }
+
     pub fn config(&self) -> DatapathConfig {
         DatapathConfig {
             instance: self.instance.clone(),
@@ -234,6 +239,7 @@ impl Drop for World {
     fn drop(&mut self) {
         let _ = Netns::delete(&format!("tapgate-{}", self.instance));
         let _ = Netns::delete(self.host.name());
+        let _ = Netns::delete(&self.guest_name());
         let config = self.config();
         let _ = std::fs::remove_dir_all(config.pin_root.join(&config.instance));
         let _ = std::fs::remove_dir(&config.pin_root);
