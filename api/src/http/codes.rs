@@ -62,7 +62,7 @@ codes! {
     MethodNotAllowed = METHOD_NOT_ALLOWED "method_not_allowed", "The path does not take this method", "the header `Allow` lists what it takes";
     NotFound = NOT_FOUND "not_found", "There is nothing at this path", "compare it with `/docs`";
     NotInForce = SERVICE_UNAVAILABLE "not_in_force", "The change of policy, rules or secrets is stored, and did not come into force within 10 s; it does as soon as that can be", "do not rely on it yet, nor send it again: read what is stored, and have the operator look at the daemon's log";
-    OutcomeUnknown = CONFLICT "outcome_unknown", "The daemon ended while the first request with this Idempotency-Key ran; it stored something, and its answer is lost", "look for what it made; if it is not there, send the request with a new key";
+    OutcomeUnknown = CONFLICT "outcome_unknown", "The first request with this Idempotency-Key stored something and then failed, or the daemon ended; its answer is lost", "look for what it made; if it is not there, send the request with a new key";
     PasswordWrong = FORBIDDEN "password_wrong", "`current_password` is not the password of the account", "send the right one, or reset it";
     PayloadTooLarge = PAYLOAD_TOO_LARGE "payload_too_large", "The body is larger than 256 KiB, or than 32 KiB without a key", "send less";
     PreconditionFailed = PRECONDITION_FAILED "precondition_failed", "It was changed since the version that If-Match names", "read it again, then decide again";

@@ -1,7 +1,7 @@
 //! `Idempotency-Key`: a POST that is sent again is answered as the first was, and does nothing.
 //!
 //! The first runs to its end even if its client goes away (`whole`), so that the retry finds an answer. What failed on our side
-//! is not kept: it may well work next time.
+//! is not kept: it may well work next time, unless something was stored.
 
 use super::{Account, ApiError, AppState, Code};
 use axum::body::{Body, to_bytes};
@@ -46,8 +46,8 @@ async fn run(state: AppState, request: Request, next: Next) -> Result<Response, 
             Err(ApiError::new(Code::IdempotencyKeyReused, message))
         }
         Known::Lost => {
-            let message = "The first request with this Idempotency-Key was cut off after it had stored something: look for what \
-                           it made, and if it is not there send the request with a new key";
+            let message = "The first request with this Idempotency-Key failed or was cut off after it had stored something: look for \
+                           what it made, and if it is not there send the request with a new key";
             Err(ApiError::new(Code::OutcomeUnknown, message))
         }
         Known::Running => {

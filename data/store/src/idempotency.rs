@@ -122,7 +122,7 @@ impl Store {
             .await
     }
 
-    /// Keeps the answer; `None` frees the key, for a request that may well work next time.
+    /// Keeps the answer; `None` frees the key, for a request that may well work next time, unless it stored something.
     pub async fn idempotency_end(
         &self,
         user: &UserId,
@@ -133,10 +133,9 @@ impl Store {
         self.db
             .write(move |tx| {
                 match answer {
-                    None => tx.execute(
-                        "DELETE FROM idempotency WHERE user = ?1 AND key = ?2",
-                        params![user.as_str(), key],
-                    )?,
+                    None => room::ENDED_WITHOUT.iter().try_fold(0, |rows, sql| {
+                        tx.execute(sql, params![user.as_str(), key]).map(|more| rows + more)
+                    })?,
                     Some((status, body)) => tx.execute(
                         "UPDATE idempotency SET status = ?3, body = ?4 WHERE user = ?1 AND key = ?2",
                         params![

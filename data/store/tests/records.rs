@@ -646,6 +646,11 @@ async fn a_key_whose_request_was_cut_off_stores_nothing_twice() {
     store.idempotency_end(&user, "ended", Some((200, b"{}".to_vec()))).await.unwrap();
     let known = async |store: &Store, key| store.idempotency_begin(&user, key, vec![1]).await.unwrap();
     assert!(matches!(known(&store, "stored").await, Known::Running));
+    // One that failed after it had stored something (a policy that is not in force yet) is not free either.
+    assert!(matches!(store.idempotency_begin(&user, "failed", vec![1]).await.unwrap(), Known::New));
+    tapgate_store::keyed(user.clone(), "failed".into(), set("C")).await;
+    store.idempotency_end(&user, "failed", None).await.unwrap();
+    assert!(matches!(known(&store, "failed").await, Known::Lost));
     drop(store);
     let store = open(folder.path());
     store.idempotency_cut_off(jiff::Timestamp::now()).await.unwrap();

@@ -28,6 +28,11 @@ pub(super) const GIVEN_UP: [&str; 2] = [
     "UPDATE idempotency SET status = 0 WHERE user = ?1 AND status IS NULL AND created_at < ?2 AND stored = 1",
     "DELETE FROM idempotency WHERE user = ?1 AND status IS NULL AND created_at < ?2",
 ];
+/// The same of one, when it ended without an answer to keep.
+pub(super) const ENDED_WITHOUT: [&str; 2] = [
+    "UPDATE idempotency SET status = 0 WHERE user = ?1 AND key = ?2 AND status IS NULL AND stored = 1",
+    "DELETE FROM idempotency WHERE user = ?1 AND key = ?2 AND status IS NULL",
+];
 /// The same of everybody's.
 pub(super) const CUT_OFF: [&str; 2] = [
     "UPDATE idempotency SET status = 0 WHERE status IS NULL AND stored = 1 AND created_at < ?1",
