@@ -1,7 +1,7 @@
 //! HTTP/2 in raw frames (RFC 9113), as an attacker writes them: no state machine that would keep one from what is forbidden.
 
 use std::{
-    io::{self, Read, Write},
+    io::{self, ErrorKind, Read, Write},
     mem,
 };
 
@@ -66,12 +66,13 @@ pub struct H2<S> {
     stream: io::Result<S>,
     waiting: Vec<u8>,
     all: Vec<u8>,
+    ended: bool,
 }
 
 impl<S: Read + Write> H2<S> {
     /// Begins; what keeps it from that is what it receives.
     pub fn over(stream: io::Result<S>) -> Self {
-        let mut peer = Self { stream, waiting: Vec::new(), all: Vec::new() };
+        let mut peer = Self { stream, waiting: Vec::new(), all: Vec::new(), ended: false };
         peer.send(&[PREFACE, &frame(SETTINGS, 0, 0, b"")].concat());
         peer
     }
@@ -100,7 +101,16 @@ impl<S: Read + Write> H2<S> {
             }
             let mut buffer = [0; 16_384];
             let stream = self.stream.as_mut().ok()?;
-            let Ok(count @ 1..) = stream.read(&mut buffer) else { return None };
+            let count = match stream.read(&mut buffer) {
+                Ok(count @ 1..) => count,
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                    return None;
+                }
+                Ok(0) | Err(_) => {
+                    self.ended = true;
+                    return None;
+                }
+            };
             self.waiting.extend_from_slice(&buffer[..count]);
             self.all.extend_from_slice(&buffer[..count]);
         }
@@ -129,5 +139,11 @@ impl<S: Read + Write> H2<S> {
                 return Some(frame);
             }
         }
+    }
+
+    /// Reads until something is refused: a stream, or the connection, which may end before its GOAWAY can be read (TLS that
+    /// could not write does not read on). False if all is kept open.
+    pub fn refused(&mut self) -> bool {
+        self.until(&[RST_STREAM, GOAWAY], 0).is_some() || self.ended
     }
 }
