@@ -175,3 +175,38 @@ fn an_account_with_much_to_store_holds_up_neither_another_nor_what_is_deleted() 
     });
     assert!(!told("PUT", &dropped), "what is deleted need not be stored to be removed");
 }
+
+#[test]
+fn what_cannot_be_removed_holds_up_no_other() {
+    let world = World::new().unwrap();
+    let images = "/var/cache/tapgate/images".into();
+    let settings = Settings { binary: daemon::binary().unwrap(), driver: Driver::Netns, images };
+    let daemon = Daemon::start(&world, settings).unwrap();
+    let api = daemon.client().sign_up("ada").unwrap();
+    // More than are given up on at a time.
+    let all = snapshots(&world, &api, 13);
+    for id in &all {
+        until(&daemon, "it fails", || status(&api, id) == "failed");
+    }
+    // A folder is no object.
+    let objects = daemon.data_dir().join("snapshots");
+    let place = |id: &String| objects.join(format!("{id}.qcow2.zst")).join("kept");
+    let ([stuck @ .., last], free) = all.split_at(11) else { unreachable!() };
+    stuck.iter().for_each(|id| fs::create_dir_all(place(id)).unwrap());
+    for id in stuck.iter().chain(free) {
+        api.delete(&format!("/v1/snapshots/{id}")).unwrap().expect(204).unwrap();
+    }
+    let collected = |id: &String| {
+        daemon.log().lines().any(|line| line.contains("snapshot.collected") && line.contains(id))
+    };
+    for id in free {
+        until(&daemon, "the others are removed", || collected(id));
+    }
+    assert!(!stuck.iter().any(collected));
+
+    stuck.iter().for_each(|id| fs::remove_dir_all(objects.join(format!("{id}.qcow2.zst"))).unwrap());
+    api.delete(&format!("/v1/snapshots/{last}")).unwrap().expect(204).unwrap();
+    for id in stuck {
+        until(&daemon, "they are tried again", || collected(id));
+    }
+}

@@ -168,7 +168,7 @@ impl Conn {
                 let record = self.record(Protocol::Tls, Verdict::Deny { reason: Reason::BadName }, None);
                 return self.refuse_tls(record, Reason::BadName, raw).await;
             }
-            None => self.unnamed(),
+            None => decide::unnamed_tls(&self.shared.table, &self.entry, &self.policy, self.to),
         };
         if !decision.verdict.passes() {
             let reason = decision.verdict.reason();
@@ -185,6 +185,11 @@ impl Conn {
             Some(Ok(name)) if matches!(decision.route, Route::Name(_)) => {
                 let decision = Decision { subject: Subject::Spliced(name.clone()), ..decision };
                 self.raw(Protocol::Tls, decision, raw).await;
+            }
+            // What a secret is for and leads elsewhere stays unopened, and is no reason to cut it.
+            Some(Ok(name)) if decision.verdict.is_allowed() && !self.policy.could_inject(name) => {
+                let subject = Subject::Unopened(name.clone(), self.to.ip());
+                self.raw(Protocol::Tls, Decision { subject, ..decision }, raw).await;
             }
             _ => self.raw(Protocol::Tls, decision, raw).await,
         }

@@ -56,7 +56,7 @@ pub(crate) fn named(table: &PolicyTable, policy: &VmPolicy, name: &HostName, to:
     by_name(verdict)
 }
 
-/// Decides about one that does not; `reason` says why it has no name. `may_pin` is false where a name is needed.
+/// Decides about one that does not; `reason` says why it has no name.
 pub(crate) fn unnamed(
     table: &PolicyTable,
     entry: &VmEntry,
@@ -85,8 +85,30 @@ pub(crate) fn unnamed(
             }
         }
     }
-    by_address(match policy.mode {
+    by_address(without(policy, reason))
+}
+
+/// The same for TLS. A pin does not do for an address of a host that a secret is for: TLS to it has to be opened, and for that to
+/// name it, or a value that the host was sent before would come back unread.
+pub(crate) fn unnamed_tls(
+    table: &PolicyTable,
+    entry: &VmEntry,
+    policy: &VmPolicy,
+    to: SocketAddr,
+) -> Decision {
+    let decision = unnamed(table, entry, policy, to, Reason::NoName);
+    let Subject::Pinned(name, address) = decision.subject else { return decision };
+    let opened = |name: &HostName| policy.decide_host(name).is_allowed() && policy.could_inject(name);
+    if entry.pins.names(address, Instant::now()).iter().any(opened) {
+        let (verdict, subject) = (without(policy, Reason::NoName), Subject::Address(address));
+        return Decision { verdict, subject, ..decision };
+    }
+    Decision { subject: Subject::PinnedTls(name, address), ..decision }
+}
+
+fn without(policy: &VmPolicy, reason: Reason) -> Verdict {
+    match policy.mode {
         Mode::Enforce => Verdict::Deny { reason },
         Mode::Warn => Verdict::Tolerate { reason },
-    })
+    }
 }

@@ -22,8 +22,12 @@ pub(crate) enum Subject {
     Opened(HostName),
     /// An address that no name stands for.
     Address(IpAddr),
+    /// An address that is allowed, by TLS that names a host and is not opened: also cut when a secret comes to be for the host.
+    Unopened(HostName, IpAddr),
     /// An address that DNS gave for a name.
     Pinned(HostName, IpAddr),
+    /// The same by TLS that names no host: also cut when a secret comes to be for the name.
+    PinnedTls(HostName, IpAddr),
 }
 
 impl Subject {
@@ -36,12 +40,22 @@ impl Subject {
             }
             Self::Opened(name) => policy.decide_host(name).passes(),
             Self::Address(address) => policy.decide_address(*address).passes(),
+            Self::Unopened(name, address) => {
+                policy.decide_address(*address).passes() && !policy.could_inject(name)
+            }
             Self::Pinned(name, address) => {
+                policy.decide_address(*address).passes() || pin_stands(policy, name, *address)
+            }
+            Self::PinnedTls(name, address) => {
                 policy.decide_address(*address).passes()
-                    || policy.decide_host(name).is_allowed() && policy.admits_resolved(*address).is_ok()
+                    || pin_stands(policy, name, *address) && !policy.could_inject(name)
             }
         }
     }
+}
+
+fn pin_stands(policy: &VmPolicy, name: &HostName, address: IpAddr) -> bool {
+    policy.decide_host(name).is_allowed() && policy.admits_resolved(address).is_ok()
 }
 
 #[derive(Default)]

@@ -221,6 +221,43 @@ fn who_offers_http2_alone_is_told_what_became_of_the_upstream() {
 }
 
 /// An extended CONNECT (RFC 8441 §4).
+/// What a server says that it did not look at, clients send again by themselves, whatever it is (RFC 9113 §8.7).
+#[test]
+fn that_an_upstream_did_not_look_at_a_request_is_passed_on() {
+    world(|mut w| async move {
+        w.zone.set("api.example", &[SERVER]);
+        w.rules(Mode::Enforce, &["api.example"], &[("token", VALUE, &["api.example"])]);
+        let listener = tokio::net::TcpListener::bind((SERVER, 443)).await.unwrap();
+        let tls = tokio_rustls::TlsAcceptor::from(w.ca.server(&["api.example"], &["h2"]));
+        tokio::spawn(async move {
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                let tls = tls.clone();
+                tokio::spawn(async move {
+                    let stream = tls.accept(stream).await.unwrap();
+                    let mut connection = h2::server::handshake(stream).await.unwrap();
+                    while let Some(Ok((_, mut respond))) = connection.accept().await {
+                        respond.send_reset(h2::Reason::REFUSED_STREAM);
+                    }
+                });
+            }
+        });
+        let body = || StreamBody::new(futures_util::stream::pending::<Result<Frame<Bytes>, Infallible>>());
+        let request = || Request::post("https://api.example/").body(body().boxed_unsync()).unwrap();
+        let mut sender = begin(w.tls((SERVER, 443), "api.example", &["h2"]).await.unwrap()).await;
+        let error = sender.send_request(request()).await.unwrap_err();
+        let reason = std::error::Error::source(&error).and_then(|inner| inner.downcast_ref::<h2::Error>());
+        assert_eq!(reason.and_then(h2::Error::reason), Some(h2::Reason::REFUSED_STREAM), "{error:?}");
+        assert_eq!(w.event().await.verdict, Verdict::Deny { reason: Reason::Unreachable });
+        let ask = "POST / HTTP/1.1\r\nHost: api.example\r\nContent-Length: 9\r\n\r\nbegin";
+        let mut stream = w.tls((SERVER, 443), "api.example", &["http/1.1"]).await.unwrap();
+        stream.write_all(ask.as_bytes()).await.unwrap();
+        let mut start = [0; 12];
+        stream.read_exact(&mut start).await.unwrap();
+        assert_eq!(&start, b"HTTP/1.1 502");
+    });
+}
+
 fn extended(path: &str, protocol: &'static str) -> Request<Body> {
     Request::connect(format!("https://api.example{path}"))
         .header("authorization", "Bearer IRONSH_PROXY_token")

@@ -418,6 +418,45 @@ fn decoders_of_answers_are_bounded_by_what_they_hold_and_only_that_vms() {
 }
 
 #[test]
+fn an_answer_that_waits_to_be_decoded_ends_with_its_rule() {
+    world(|mut w| async move {
+        start(&mut w).await;
+        let names = ["first.example", "later.example"];
+        let secret: &[(&str, &str, &[&str])] = &[("s", "a-real-value", &names)];
+        names.iter().for_each(|name| w.zone.set(name, &[OTHER]));
+        w.rules(Mode::Enforce, &names, secret);
+        let mut config = support::config(&w.ca);
+        config.timeouts.connect = Duration::from_secs(60);
+        w.restart(config);
+        begun("zstd", [&[0x28, 0xb5, 0x2f, 0xfd, 0, 0x68][..], &[0x43, 0x1f, 0][..], b"a"].concat()).await;
+        let ask = async |name: &str| {
+            let mut stream = w.connect((OTHER, 80)).await;
+            let request = format!("GET / HTTP/1.1\r\nHost: {name}\r\nAccept-Encoding: zstd\r\n\r\n");
+            stream.write_all(request.as_bytes()).await.unwrap();
+            stream
+        };
+        let mut start = [0; 12];
+        // Until there is no room for another.
+        let mut held = Vec::new();
+        loop {
+            let mut stream = ask(names[0]).await;
+            let came = timeout(Duration::from_secs(2), stream.read_exact(&mut start)).await;
+            held.push(stream);
+            assert!(held.len() <= 17, "none has to wait");
+            if came.is_err() {
+                break;
+            }
+        }
+        let mut waiting = ask(names[1]).await;
+        assert!(timeout(Duration::from_secs(1), waiting.read_exact(&mut start)).await.is_err());
+        w.rules(Mode::Enforce, &names[..1], secret);
+        let answered = timeout(Duration::from_secs(20), waiting.read_exact(&mut start)).await;
+        answered.expect("it does not wait on").unwrap();
+        assert_eq!(&start, b"HTTP/1.1 403");
+    });
+}
+
+#[test]
 fn answers_that_say_that_they_need_little_are_many_at_a_time() {
     world(|mut w| async move {
         start(&mut w).await;

@@ -262,6 +262,33 @@ fn a_spliced_connection_is_cut_when_its_rule_goes() {
     });
 }
 
+#[test]
+fn what_a_range_let_past_unopened_is_cut_when_a_secret_comes_to_be_for_its_name() {
+    world(|mut w| async move {
+        let secret: &[(&str, &str, &[&str])] = &[("token", VALUE, &["a.example"])];
+        w.zone.set("a.example", &[SERVER]);
+        w.serve((SERVER, 443), Some(w.ca.server(&["a.example", "b.example"], &[]))).await;
+        w.rules(Mode::Enforce, &["192.0.2.0/24"], &[]);
+        let mut stream = w.tls((SERVER, 443), "a.example", &[]).await.unwrap();
+        let other = w.tls((SERVER, 443), "b.example", &[]).await.unwrap();
+        assert!(!w.is_opened(&stream));
+        w.rules(Mode::Enforce, &["192.0.2.0/24"], secret);
+        ended(&mut stream).await;
+        assert_eq!(w.event().await.verdict, Verdict::Deny { reason: Reason::Revoked });
+        assert!(w.is_opened(&w.tls((SERVER, 443), "a.example", &[]).await.unwrap()));
+        // The name alone, which leads elsewhere, is no reason.
+        w.zone.set("a.example", &[OTHER]);
+        let stream = w.tls((SERVER, 443), "a.example", &[]).await.unwrap();
+        assert!(!w.is_opened(&stream));
+        w.rules(Mode::Enforce, &["192.0.2.0/24", "c.example"], secret);
+        let request = "GET / HTTP/1.1\r\nHost: b.example\r\nConnection: close\r\n\r\n";
+        for stream in [stream, other] {
+            let answer = talk(stream, request).await;
+            assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        }
+    });
+}
+
 /// Waits for the end of a connection that nobody ends but the proxy.
 async fn ended<S: AsyncRead + Unpin>(stream: &mut S) {
     let all = timeout(Duration::from_secs(10), stream.read_to_end(&mut Vec::new())).await;

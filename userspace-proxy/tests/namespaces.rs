@@ -11,6 +11,7 @@ use hickory_proto::{
 use std::{
     io::{Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, UdpSocket},
+    sync::Arc,
     time::Duration,
 };
 use support::{
@@ -269,6 +270,52 @@ fn an_address_given_by_dns_stands_for_its_name_where_none_is_written() {
         w.rules(Mode::Enforce, &["other.example"], &[]);
         assert_eq!(guest.run(connect).await, b"");
         assert_eq!(w.event().await.verdict, Verdict::Deny { reason: Reason::NoName });
+    });
+}
+
+#[test]
+fn tls_that_names_no_host_does_not_pass_by_dns_to_one_that_a_secret_is_for() {
+    world_of(HERE, |mut w| async move {
+        let guest = Guest::new("n");
+        serve(&w);
+        w.serve((SERVER, 8443), Some(w.ca.server(&["db.example"], &[]))).await;
+        w.zone.set("db.example", &[SERVER]);
+        w.zone.set("cdn.example", &[SERVER]);
+        let mut client = rustls::ClientConfig::clone(&w.client(&[]));
+        client.enable_sni = false;
+        let client = Arc::new(client);
+        let connect = move || {
+            let tls =
+                rustls::ClientConnection::new(client.clone(), "db.example".try_into().unwrap()).unwrap();
+            let stream = TcpStream::connect((SERVER, 8443)).unwrap();
+            stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+            let mut stream = rustls::StreamOwned::new(tls, stream);
+            let sent = stream.write_all(b"GET / HTTP/1.1\r\nHost: db.example\r\n\r\n");
+            sent.map(|()| stream)
+        };
+        let secret: &[(&str, &str, &[&str])] = &[("token", "ghp_realvalue0123456789", &["db.example"])];
+        let names = ["db.example", "cdn.example"];
+        w.rules(Mode::Enforce, &names, &[]);
+        for name in names {
+            guest.query(&format!("{name}."), RecordType::A).await;
+        }
+        let mut open = guest.run(connect.clone()).await.unwrap();
+        // One that is there already is cut; the name that it goes by is the last that the address was given for.
+        let cdn: &[(&str, &str, &[&str])] = &[("token", "ghp_realvalue0123456789", &["cdn.example"])];
+        w.rules(Mode::Enforce, &names, cdn);
+        let _ = guest.run(move || open.read_to_end(&mut Vec::new())).await;
+        let event = w.event().await;
+        assert_eq!(event.verdict, Verdict::Deny { reason: Reason::Revoked });
+        assert_eq!(event.host.unwrap().as_str(), "cdn.example");
+        // A name among those of the address is enough.
+        w.rules(Mode::Enforce, &names, secret);
+        let error = guest.run(connect.clone()).await.unwrap_err();
+        assert!(error.to_string().contains("AccessDenied"), "{error}");
+        assert_eq!(w.event().await.verdict, Verdict::Deny { reason: Reason::NoName });
+        // A range says that the address itself is allowed.
+        w.rules(Mode::Enforce, &["192.0.2.0/24"], secret);
+        drop(guest.run(connect).await.unwrap());
+        assert_eq!(w.event().await.verdict.reason(), Reason::Cidr);
     });
 }
 

@@ -11,8 +11,9 @@ use crate::{
     storage::Stored,
 };
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{collections::HashSet, mem, path::Path, sync::Arc, time::Duration};
 use tapgate_fault::point;
+use tapgate_model::{SnapshotId, VmId};
 use tapgate_store::{
     Kind, MemoryObject, SnapshotKind, SnapshotRecord, SnapshotStatus, StoreError, StoredSnapshot,
 };
@@ -24,6 +25,8 @@ const UPLOADS: u32 = 3;
 /// Uploads at a time, of as many accounts.
 const AT_ONCE: usize = 2;
 const PAUSE: Duration = Duration::from_secs(10);
+/// Removals that may fail before it is left for a while: the store may be down.
+const FAILURES: usize = 8;
 
 /// Stores what is staged and removes what is not needed, whenever something calls for it and now and then.
 pub(super) async fn keep_store(shared: Arc<Shared>) {
@@ -192,30 +195,58 @@ async fn put(
 }
 
 async fn collect_all(shared: &Arc<Shared>) {
+    let mut put_off = HashSet::new();
     loop {
-        if let Err(error) = collect(shared).await {
-            tracing::warn!(%error, "snapshot.collection_failed");
-        }
+        let untried = collect(shared, &mut put_off).await.unwrap_or_else(|error| {
+            tracing::error!(%error, "snapshot.records_unreadable");
+            false
+        });
         tokio::select! {
             () = shared.stop.cancelled() => return,
             () = shared.collects.notified() => {}
-            () = tokio::time::sleep(SWEEP) => {}
+            () = tokio::time::sleep(if untried { PAUSE } else { SWEEP }) => {}
         }
     }
 }
 
-/// Removes the bytes of deleted snapshots. By the records alone: what else is in a bucket is none of ours.
-async fn collect(shared: &Arc<Shared>) -> Result<(), String> {
-    let of = shared.clone();
-    let gone = shared.store.snapshots_to_collect(move |vm| files::has_disk(&of, vm)).await;
-    let gone = gone.map_err(|error| error.to_string())?;
-    for snapshot in gone {
-        for key in [key(&snapshot), memory_key(&snapshot)] {
-            shared.storage.remove(&key).await.map_err(|error| error.to_string())?;
+/// Removes the bytes of deleted snapshots. By the records alone: what else is in a bucket is none of ours. What cannot be removed
+/// is put off until all others were tried, so that it holds none of them up. Whether some were not tried.
+async fn collect(shared: &Arc<Shared>, put_off: &mut HashSet<SnapshotId>) -> Result<bool, StoreError> {
+    let mut failures = 0;
+    loop {
+        let of = shared.clone();
+        let has_disk = move |vm: &VmId| files::has_disk(&of, vm);
+        let gone = shared.store.snapshots_to_collect(has_disk, put_off.clone()).await?;
+        if gone.is_empty() {
+            // Those that failed before have their turn now, those that failed just now the next time.
+            if mem::take(put_off).is_empty() || failures > 0 {
+                return Ok(false);
+            }
+            continue;
         }
-        point("snapshot.removed");
-        shared.store.snapshot_collected(&snapshot).await.map_err(|error| error.to_string())?;
-        tracing::info!(%snapshot, "snapshot.collected");
+        for snapshot in gone {
+            if shared.stop.is_cancelled() {
+                return Ok(false);
+            }
+            match collect_one(shared, &snapshot).await {
+                Ok(()) => tracing::info!(%snapshot, "snapshot.collected"),
+                Err(error) => {
+                    tracing::warn!(%snapshot, %error, "snapshot.collection_failed");
+                    put_off.insert(snapshot);
+                    failures += 1;
+                    if failures == FAILURES {
+                        return Ok(true);
+                    }
+                }
+            }
+        }
     }
-    Ok(())
+}
+
+async fn collect_one(shared: &Shared, snapshot: &SnapshotId) -> Result<(), String> {
+    for key in [key(snapshot), memory_key(snapshot)] {
+        shared.storage.remove(&key).await.map_err(|error| error.to_string())?;
+    }
+    point("snapshot.removed");
+    shared.store.snapshot_collected(snapshot).await.map_err(|error| error.to_string())
 }

@@ -24,17 +24,18 @@ pub(crate) const UNUSED: &str =
 
 impl Store {
     /// Deleted snapshots whose bytes may go: no VM is being made from them, and none that rests would be at its next start,
-    /// as far as `has_disk` knows.
+    /// as far as `has_disk` knows. The oldest first, without those that are put off.
     pub async fn snapshots_to_collect(
         &self,
         has_disk: impl Fn(&VmId) -> bool + Send + 'static,
+        put_off: HashSet<SnapshotId>,
     ) -> Result<Vec<SnapshotId>> {
         self.db
             .read(move |db| {
                 let mut resting = db.prepare_cached(RESTING)?;
                 let resting =
                     resting.query_map([], |row| Ok((id::<VmId>(row, "id")?, id(row, "snapshot")?)))?;
-                let mut held: HashSet<SnapshotId> = HashSet::new();
+                let mut held = put_off;
                 for row in resting {
                     let (vm, snapshot) = row?;
                     if !has_disk(&vm) {

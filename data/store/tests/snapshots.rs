@@ -4,6 +4,7 @@
 mod common;
 
 use common::{fresh, new_vm, user};
+use std::collections::HashSet;
 use std::slice::from_ref;
 use tapgate_model::lifecycle::Call;
 use tapgate_model::{SnapshotId, StatusDetail as S, UserId, VmId};
@@ -38,7 +39,7 @@ async fn finish(store: &Store, snapshot: &SnapshotId) {
 }
 
 async fn free(store: &Store) -> Vec<SnapshotId> {
-    store.snapshots_to_collect(|_| true).await.unwrap()
+    store.snapshots_to_collect(|_| true, HashSet::new()).await.unwrap()
 }
 
 #[tokio::test]
@@ -108,7 +109,7 @@ async fn a_deleted_snapshot_is_kept_for_a_vm_that_has_no_disk_yet() {
     }
     let free = async |with_disk: &[&VmId]| {
         let with_disk: Vec<VmId> = with_disk.iter().map(|vm| (*vm).clone()).collect();
-        store.snapshots_to_collect(move |vm| with_disk.contains(vm)).await.unwrap()
+        store.snapshots_to_collect(move |vm| with_disk.contains(vm), HashSet::new()).await.unwrap()
     };
     assert_eq!(free(&[&failed, &stopped]).await, from_ref(&other), "they are being made");
 

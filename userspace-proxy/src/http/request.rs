@@ -9,7 +9,7 @@ use super::{
     guard::{Refusal, Switch},
     interim::Interim,
     received::Received,
-    response,
+    response::{self, Unfit},
     sending::Parked,
     talk::Sought,
     target::{Refused, name_in, who},
@@ -24,6 +24,7 @@ use crate::{
     intercept::leaf::Alpn,
     place::Place,
     proxy::Shared,
+    registry::Ticket,
     secret::{patterns::Patterns, substitute::Channel},
     table::VmEntry,
 };
@@ -66,6 +67,10 @@ pub(crate) struct HttpConn {
     /// What is noted of the connection until the first request has a record.
     note: Mutex<Note>,
 }
+
+/// Stands in a refusal: the upstream said that it did not look at the request, which may be sent again whatever it is.
+#[derive(Clone, Copy)]
+pub(super) struct Untouched;
 
 /// A request that passed.
 struct Passed {
@@ -261,13 +266,7 @@ impl HttpConn {
         let key = Key::new(self.tls.clone(), decision.route.clone(), self.to, offer);
         let sent = tokio::select! {
             biased;
-            () = ticket.revoked.cancelled() => {
-                let (reason, detail) = match ticket.is_expired() {
-                    true => (Reason::Unreachable, Some("it sent and took nothing for too long")),
-                    false => (Reason::Revoked, None),
-                };
-                return self.deny(record, reason, host, detail, &asked);
-            }
+            () = ticket.revoked.cancelled() => return self.cut(record, &ticket, host, &asked),
             sent = async {
                 let sent = self.send(&ticket, key, request, wish.is_some(), turn.as_ref()).await;
                 if let Some(turn) = turn {
@@ -280,10 +279,15 @@ impl HttpConn {
             Ok(sent) => sent,
             Err(error) => {
                 tracing::debug!(vm = %policy.vm, host = ?host, %error, "no answer from the upstream");
+                let untouched = error.is_refusal();
                 // A body whose framing is wrong is the guest's fault, not the upstream's.
                 let (reason, detail) =
                     self.refused(number).map_or((error.reason(), None), |(why, detail)| (why, Some(detail)));
-                return self.deny(record, reason, host, detail, &asked);
+                let mut response = self.deny(record, reason, host, detail, &asked);
+                if untouched {
+                    response.extensions_mut().insert(Untouched);
+                }
+                return response;
             }
         };
         record.dialled(upstream.address.ip());
@@ -310,12 +314,13 @@ impl HttpConn {
             Some(_) => {
                 let patience = self.shared.config.timeouts.connect;
                 let head = (response.status(), response.headers());
-                response::coded(head, &method, &self.entry.decoders, patience).await
+                response::coded(head, &method, &self.entry.decoders, patience, &ticket.revoked).await
             }
             None => Ok(None),
         };
         let coded = match coded {
             Ok(coded) => coded,
+            Err(Unfit::Revoked) => return self.cut(record, &ticket, host, &asked),
             Err(error) => {
                 drop(ticket);
                 return self.deny(record, error.reason(), host, Some(&error.to_string()), &asked);
@@ -332,6 +337,21 @@ impl HttpConn {
     /// Whether an answer's head may wait to be read. Over HTTP/1 there is one of them to a connection.
     pub(super) fn has_room_for(&self, head: &mut HeaderMap) -> bool {
         self.alpn == Alpn::Http1 || self.entry.heads.take_head(head)
+    }
+
+    /// Says why a request ended before its answer began.
+    fn cut(
+        &self,
+        record: Record,
+        ticket: &Ticket,
+        host: Option<&HostName>,
+        accept: &HeaderMap,
+    ) -> Response<Body> {
+        let (reason, detail) = match ticket.is_expired() {
+            true => (Reason::Unreachable, Some("it sent and took nothing for too long")),
+            false => (Reason::Revoked, None),
+        };
+        self.deny(record, reason, host, detail, accept)
     }
 
     pub(super) fn deny(

@@ -16,7 +16,10 @@ use http_body::{Body as _, Frame};
 use http_body_util::{BodyExt as _, Empty, StreamBody};
 use std::{io, sync::Arc, time::Duration};
 use tapgate_model::Reason;
-use tokio_util::io::{ReaderStream, StreamReader};
+use tokio_util::{
+    io::{ReaderStream, StreamReader},
+    sync::CancellationToken,
+};
 
 /// Offers of another way to the same host, past the gate.
 pub(super) const ALT_SVC: HeaderName = HeaderName::from_static("alt-svc");
@@ -38,6 +41,8 @@ pub(crate) enum Unfit {
     Unreadable(#[from] Unreadable),
     #[error(transparent)]
     NoRoom(#[from] NoRoom),
+    #[error("the rules stopped allowing it while it waited to be decoded")]
+    Revoked,
 }
 
 impl Unfit {
@@ -46,6 +51,7 @@ impl Unfit {
         match self {
             Self::Unreadable(_) => Reason::Unreachable,
             Self::NoRoom(_) => Reason::Limit,
+            Self::Revoked => Reason::Revoked,
         }
     }
 }
@@ -62,12 +68,13 @@ fn is_bodiless(method: &Method, status: StatusCode) -> bool {
         || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)
 }
 
-/// What has to be undone of an answer in which values are looked for; waits for room.
+/// What has to be undone of an answer in which values are looked for; waits for room, as long as its request stands.
 pub(crate) async fn coded(
     (status, headers): (StatusCode, &HeaderMap),
     method: &Method,
     decoders: &Decoders,
     patience: Duration,
+    revoked: &CancellationToken,
 ) -> Result<Option<Coded>, Unfit> {
     if is_bodiless(method, status) {
         return Ok(None);
@@ -81,7 +88,8 @@ pub(crate) async fn coded(
         return Err(Unreadable.into());
     }
     // Apart, so that an answer in no coding has no room for it.
-    let room = Box::pin(decoders.take(decode::needs(&codings), patience)).await?;
+    let waiting = decoders.take(decode::needs(&codings), patience);
+    let room = Box::pin(revoked.run_until_cancelled(waiting)).await.ok_or(Unfit::Revoked)??;
     Ok(Some(Coded { codings, room }))
 }
 

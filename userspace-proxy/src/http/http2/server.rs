@@ -8,7 +8,13 @@ use super::{
     set_content_length, strip_connection,
 };
 use crate::{
-    http::{body::Body, guard::MAX_HEAD, interim::Interim, received::Received, request::HttpConn},
+    http::{
+        body::Body,
+        guard::MAX_HEAD,
+        interim::Interim,
+        received::Received,
+        request::{HttpConn, Untouched},
+    },
     window::Size,
 };
 use bytes::Bytes;
@@ -130,6 +136,10 @@ async fn exchange(
     };
     let request = Request::from_parts(parts, body);
     let Some(answer) = answered(&conn, request, &interim, &mut respond, &outbox).await else { return };
+    if answer.extensions().get::<Untouched>().is_some() {
+        // Clients send it again by themselves, which they may not after an answer (RFC 9113 §8.7).
+        return respond.send_reset(Reason::REFUSED_STREAM);
+    }
     if let Err(error) = reply(answer, respond, kept, outbox, &activity).await {
         tracing::debug!(%error, "a guest did not take an answer whole");
     }
