@@ -51,6 +51,16 @@ pub struct Settings {
     pub images: PathBuf,
 }
 
+/// Where the base images of all tests are.
+const IMAGES: &str = "/var/cache/tapgate/images";
+
+impl Settings {
+    /// The daemon that was built, with the images of all tests.
+    pub fn of(driver: Driver) -> Result<Self> {
+        Ok(Self { binary: binary()?, driver, images: IMAGES.into() })
+    }
+}
+
 /// A running daemon. Whatever is left of it when it is dropped, the world's reaper takes.
 pub struct Daemon<'world> {
     world: &'world World,

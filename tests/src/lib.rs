@@ -19,6 +19,7 @@ pub mod server;
 pub mod sh;
 pub mod sites;
 pub mod ssh;
+pub mod wait;
 pub mod world;
 
 pub use world::World;

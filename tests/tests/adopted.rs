@@ -11,30 +11,17 @@ use std::{
 };
 use tapgate_e2e::{
     World,
-    daemon::{self, Daemon, Driver, Settings},
+    daemon::{Daemon, Driver, Settings},
     demo::Stage,
     sh, sites,
+    wait::until,
 };
 
-/// How many times something is looked for, ten times a second.
-const TRIES: usize = 900;
-
 fn stage(world: &World, driver: Driver) -> Stage<'_> {
-    let images = "/var/cache/tapgate/images".into();
-    let settings = Settings { binary: daemon::binary().unwrap(), driver, images };
+    let settings = Settings::of(driver).unwrap();
     let mut stage = Stage::new(world, Daemon::start(world, settings).unwrap()).unwrap();
     stage.boot("box").unwrap();
     stage
-}
-
-fn until(what: &str, mut is: impl FnMut() -> bool) {
-    for _ in 0..TRIES {
-        if is() {
-            return;
-        }
-        thread::sleep(Duration::from_millis(100));
-    }
-    panic!("never: {what}");
 }
 
 /// A script that says when it has what it is to hold, and holds it until its input ends.
@@ -119,8 +106,7 @@ fn a_vm_lives_although_another_process_has_its_ssh_port() {
 #[test]
 fn a_new_vm_gets_no_port_that_another_process_has() {
     let world = World::new().unwrap();
-    let images = "/var/cache/tapgate/images".into();
-    let settings = Settings { binary: daemon::binary().unwrap(), driver: Driver::Netns, images };
+    let settings = Settings::of(Driver::Netns).unwrap();
     let daemon = Daemon::start(&world, settings).unwrap();
     let _ports = [22000, 22001].map(|port: u16| Holder::start(&world, PORT, &port.to_string()));
     let mut stage = Stage::new(&world, daemon).unwrap();

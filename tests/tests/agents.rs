@@ -7,7 +7,7 @@ use std::{thread, time::Duration};
 use tapgate_e2e::{
     World,
     api::Client,
-    daemon::{self, Daemon, Driver, Settings},
+    daemon::{Daemon, Driver, Settings},
     demo::Stage,
     raw, sh, sites,
     ssh::{self, Guest},
@@ -18,10 +18,6 @@ const LLM_KEY: &str = "sk-llm-5c1d77aa0b9e4e3f";
 /// What a shell would trip over: each must arrive as one argument.
 const PROMPT: &str = "-- it's \"two\" lines;\n$(touch /root/pwned) `id` \\ %s *";
 const ARGS: &str = r#"--model 'a b' "$HOME" -x=1"#;
-
-fn settings(driver: Driver) -> Settings {
-    Settings { binary: daemon::binary().unwrap(), driver, images: "/var/cache/tapgate/images".into() }
-}
 
 fn agent(world: &World, name: &str, harness: &str) -> Value {
     json!({
@@ -74,7 +70,7 @@ fn no_secret_inside(stage: &Stage<'_>, vm: &str) {
 #[test]
 fn real_vm_agent_clones_works_pushes_and_is_not_run_twice() {
     let world = World::new().unwrap();
-    let daemon = Daemon::start(&world, settings(Driver::Qemu)).unwrap();
+    let daemon = Daemon::start(&world, Settings::of(Driver::Qemu).unwrap()).unwrap();
     let mut stage = Stage::new(&world, daemon).unwrap();
     account(&stage);
     let journal = world.journal().mark();
@@ -153,7 +149,7 @@ fn service(guest: &Guest<'_>, arguments: &str) -> (u16, String) {
 #[test]
 fn a_guest_reports_for_itself_alone_and_only_forwards() {
     let world = World::new().unwrap();
-    let daemon = Daemon::start(&world, settings(Driver::Netns)).unwrap();
+    let daemon = Daemon::start(&world, Settings::of(Driver::Netns).unwrap()).unwrap();
     let stage = Stage::new(&world, daemon).unwrap();
     account(&stage);
     let api = stage.api();
@@ -250,7 +246,7 @@ print(taken() - before)
 #[test]
 fn a_guest_that_reads_its_task_slowly_has_one_copy_of_it() {
     let world = World::new().unwrap();
-    let daemon = Daemon::start(&world, settings(Driver::Netns)).unwrap();
+    let daemon = Daemon::start(&world, Settings::of(Driver::Netns).unwrap()).unwrap();
     let stage = Stage::new(&world, daemon).unwrap();
     account(&stage);
     let api = stage.api();

@@ -4,15 +4,11 @@
 use std::path::Path;
 use tapgate_e2e::{
     World,
-    daemon::{self, Daemon, Driver, Settings},
+    daemon::{Daemon, Driver, Settings},
 };
 
 fn start(world: &World) -> Daemon<'_> {
-    let settings = Settings {
-        binary: daemon::binary().unwrap(),
-        driver: Driver::Netns,
-        images: "/var/cache/tapgate/images".into(),
-    };
+    let settings = Settings::of(Driver::Netns).unwrap();
     Daemon::start(world, settings).unwrap()
 }
 

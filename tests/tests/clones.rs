@@ -13,7 +13,7 @@ use std::{
 use tapgate_e2e::{
     World,
     bucket::Bucket,
-    daemon::{self, Daemon, Driver, Settings},
+    daemon::{Daemon, Driver, Settings},
     demo::Stage,
     sites, ssh,
 };
@@ -127,8 +127,7 @@ fn found(file: &Path, layers: u32, wanted: &str) -> usize {
 #[test]
 fn real_vm_two_clones_of_one_parent_are_other_machines() {
     let world = World::new().unwrap();
-    let images = "/var/cache/tapgate/images".into();
-    let settings = Settings { binary: daemon::binary().unwrap(), driver: Driver::Qemu, images };
+    let settings = Settings::of(Driver::Qemu).unwrap();
     let bucket = Bucket::start(&world).unwrap();
     let daemon = Daemon::start_with(&world, settings, &bucket.lines(), &Bucket::environment()).unwrap();
     let mut stage = Stage::new(&world, daemon).unwrap();

@@ -11,7 +11,7 @@ use tapgate_e2e::{
     World,
     api::Client,
     chaos::{Chaos, Probe},
-    daemon::{self, Daemon, Driver, Settings},
+    daemon::{Daemon, Driver, Settings},
     sites, ssh,
 };
 
@@ -43,8 +43,7 @@ fn long() -> bool {
 fn with(driver: Driver, test: impl FnOnce(&World, &std::path::Path, &mut Chaos<'_, '_>)) {
     let world = World::new().unwrap();
     let fault = world.folder().join("fault");
-    let settings =
-        Settings { binary: daemon::binary().unwrap(), driver, images: "/var/cache/tapgate/images".into() };
+    let settings = Settings::of(driver).unwrap();
     let environment = [("TAPGATE_FAULT", fault.to_str().unwrap())];
     let mut daemon = Daemon::start_with(&world, settings, "", &environment).unwrap();
     let api = daemon.client().sign_up("ada").unwrap();
@@ -232,8 +231,7 @@ fn real_vm_a_daemon_that_dies_during_a_snapshot_finishes_it() {
 fn a_daemon_that_lost_a_part_of_its_engine_ends() {
     let world = World::new().unwrap();
     let fault = world.folder().join("fault");
-    let images = "/var/cache/tapgate/images".into();
-    let settings = Settings { binary: daemon::binary().unwrap(), driver: Driver::Netns, images };
+    let settings = Settings::of(Driver::Netns).unwrap();
     let environment = [("TAPGATE_FAULT", fault.to_str().unwrap())];
     let mut daemon = Daemon::start_with(&world, settings, "", &environment).unwrap();
     let api = daemon.client().sign_up("ada").unwrap();

@@ -130,11 +130,7 @@ fn keys_never_cross_a_network_in_clear_and_certificates_change_while_it_runs() {
 fn the_audit_log_keeps_to_its_size_while_clients_read() {
     const EVENTS: i64 = 240_000;
     let world = World::new().unwrap();
-    let settings = || Settings {
-        binary: daemon::binary().unwrap(),
-        driver: Driver::Netns,
-        images: PathBuf::from("/var/cache/tapgate/images"),
-    };
+    let settings = || Settings::of(Driver::Netns).unwrap();
     let mut daemon = Daemon::start(&world, settings()).unwrap();
     let client = daemon.client().sign_up("ada").unwrap();
     daemon.kill().unwrap();

@@ -5,7 +5,7 @@
 use serde_json::{Value, json};
 use tapgate_e2e::{
     World,
-    daemon::{self, Daemon, Driver, Settings},
+    daemon::{Daemon, Driver, Settings},
     demo::{Stage, audit},
     net, sh, sites,
     world::GIT_TOKEN,
@@ -25,8 +25,7 @@ fn with_guest_of(
     test: impl FnOnce(&mut Stage<'_>),
 ) {
     let world = World::new().unwrap();
-    let images = "/var/cache/tapgate/images".into();
-    let settings = Settings { binary: daemon::binary().unwrap(), driver: Driver::Netns, images };
+    let settings = Settings::of(Driver::Netns).unwrap();
     prepare(&world);
     let daemon = Daemon::start_with(&world, settings, lines, environment).unwrap();
     let mut stage = Stage::new(&world, daemon).unwrap();

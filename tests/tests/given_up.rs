@@ -13,9 +13,10 @@ use std::{
 use tapgate_e2e::{
     World,
     bucket::Bucket,
-    daemon::{self, Daemon, Driver, Settings},
+    daemon::{Daemon, Driver, Settings},
     demo::Stage,
     ssh,
+    wait::until,
 };
 
 const ADDRESS: &str = "127.0.0.1:9200";
@@ -86,16 +87,6 @@ fn slow(world: &World) -> PathBuf {
     world.folder().join("slow")
 }
 
-fn until(what: &str, mut is: impl FnMut() -> bool) {
-    for _ in 0..TRIES {
-        if is() {
-            return;
-        }
-        thread::sleep(Duration::from_millis(100));
-    }
-    panic!("never: {what}");
-}
-
 fn detail(stage: &Stage<'_>, vm: &str) -> String {
     let now = stage.api().get(&format!("/v1/vms/{vm}")).unwrap().expect(200).unwrap();
     now["status_detail"].as_str().unwrap().to_owned()
@@ -139,8 +130,7 @@ fn call(stage: &Stage<'_>, vm: &str, what: &str, status: u16) -> Value {
 #[test]
 fn real_vm_nobody_waits_for_a_disk_that_is_not_wanted_any_more() {
     let world = World::new().unwrap();
-    let images = "/var/cache/tapgate/images".into();
-    let settings = Settings { binary: daemon::binary().unwrap(), driver: Driver::Qemu, images };
+    let settings = Settings::of(Driver::Qemu).unwrap();
     let daemon = Daemon::start_with(&world, settings, "", &Bucket::environment()).unwrap();
     let mut stage = Stage::new(&world, daemon).unwrap();
     stage.boot("parent").unwrap();

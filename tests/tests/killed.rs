@@ -32,8 +32,7 @@ fn locked(log: &Path) -> Child {
 }
 
 fn started(world: &World) -> Stage<'_> {
-    let images = "/var/cache/tapgate/images".into();
-    let settings = Settings { binary: daemon::binary().unwrap(), driver: Driver::Netns, images };
+    let settings = Settings::of(Driver::Netns).unwrap();
     let mut stage = Stage::new(world, Daemon::start(world, settings).unwrap()).unwrap();
     stage.boot("box").unwrap();
     stage
@@ -191,8 +190,7 @@ fn what_is_open_and_what_waits_is_on_record_after_a_kill() {
 fn what_the_last_transaction_stored_is_told_once() {
     let world = World::new().unwrap();
     let fault = world.folder().join("fault");
-    let images = "/var/cache/tapgate/images".into();
-    let settings = Settings { binary: daemon::binary().unwrap(), driver: Driver::Netns, images };
+    let settings = Settings::of(Driver::Netns).unwrap();
     let environment = [("TAPGATE_FAULT", fault.to_str().unwrap())];
     let daemon = Daemon::start_with(&world, settings, "", &environment).unwrap();
     let mut stage = Stage::new(&world, daemon).unwrap();

@@ -6,16 +6,12 @@ use std::{thread, time::Duration};
 use tapgate_e2e::{
     World,
     api::Client,
-    daemon::{self, Daemon, Driver, Settings},
+    daemon::{Daemon, Driver, Settings},
     sh, ssh,
 };
 
 /// How many times a state is looked at, ten times a second.
 const TRIES: usize = 600;
-
-fn settings(driver: Driver) -> Settings {
-    Settings { binary: daemon::binary().unwrap(), driver, images: "/var/cache/tapgate/images".into() }
-}
 
 fn becomes(api: &Client<'_>, vm: &str, wanted: &str) {
     let mut last = String::new();
@@ -56,7 +52,7 @@ fn runs(pid: u32) -> bool {
 #[test]
 fn a_vm_is_ended_although_its_environment_cannot_be_read() {
     let world = World::new().unwrap();
-    let mut daemon = Daemon::start(&world, settings(Driver::Netns)).unwrap();
+    let mut daemon = Daemon::start(&world, Settings::of(Driver::Netns).unwrap()).unwrap();
     let api = daemon.client().sign_up("ada").unwrap();
     for (state, desired, end) in
         [("stopping", "stopped", "stopped"), ("destroying", "destroyed", "destroyed")]
@@ -85,7 +81,7 @@ fn a_vm_is_ended_although_its_environment_cannot_be_read() {
 #[test]
 fn a_vm_that_runs_is_taken_up_although_its_environment_cannot_be_read() {
     let world = World::new().unwrap();
-    let mut daemon = Daemon::start(&world, settings(Driver::Netns)).unwrap();
+    let mut daemon = Daemon::start(&world, Settings::of(Driver::Netns).unwrap()).unwrap();
     let api = daemon.client().sign_up("ada").unwrap();
     api.put("/v1/env/K", &json!({ "value": "v" })).unwrap().expect(200).unwrap();
     let vm = api.create_vm("vm", &ssh::key(&world).unwrap()).unwrap();
@@ -103,7 +99,7 @@ fn a_vm_that_runs_is_taken_up_although_its_environment_cannot_be_read() {
 #[test]
 fn a_folder_that_cannot_be_removed_is_tried_again_now_and_then() {
     let world = World::new().unwrap();
-    let daemon = Daemon::start(&world, settings(Driver::Netns)).unwrap();
+    let daemon = Daemon::start(&world, Settings::of(Driver::Netns).unwrap()).unwrap();
     let api = daemon.client().sign_up("ada").unwrap();
     let vm = api.create_vm("vm", &ssh::key(&world).unwrap()).unwrap();
     api.wait_ready(&vm).unwrap();
@@ -127,7 +123,7 @@ fn a_folder_that_cannot_be_removed_is_tried_again_now_and_then() {
 #[test]
 fn a_snapshot_whose_last_step_is_refused_takes_it_later_without_a_call() {
     let world = World::new().unwrap();
-    let daemon = Daemon::start(&world, settings(Driver::Netns)).unwrap();
+    let daemon = Daemon::start(&world, Settings::of(Driver::Netns).unwrap()).unwrap();
     let api = daemon.client().sign_up("ada").unwrap();
     let vm = api.create_vm("one", &ssh::key(&world).unwrap()).unwrap();
     api.wait_ready(&vm).unwrap();
@@ -148,7 +144,7 @@ fn a_snapshot_whose_last_step_is_refused_takes_it_later_without_a_call() {
 #[test]
 fn a_snapshot_that_is_stored_is_not_stored_again_because_the_records_refuse_it() {
     let world = World::new().unwrap();
-    let mut daemon = Daemon::start(&world, settings(Driver::Netns)).unwrap();
+    let mut daemon = Daemon::start(&world, Settings::of(Driver::Netns).unwrap()).unwrap();
     let api = daemon.client().sign_up("ada").unwrap();
     let vm = api.create_vm("one", &ssh::key(&world).unwrap()).unwrap();
     api.wait_ready(&vm).unwrap();

@@ -6,7 +6,7 @@ use std::{thread, time::Duration};
 use tapgate_e2e::{
     World,
     bucket::{Bucket, SECRET},
-    daemon::{self, Daemon, Driver, Settings},
+    daemon::{Daemon, Driver, Settings},
     demo::Stage,
     sites, ssh,
 };
@@ -85,8 +85,7 @@ fn identity(stage: &Stage<'_>) -> Vec<String> {
 #[test]
 fn real_vm_stopped_started_and_made_again_from_a_snapshot() {
     let world = World::new().unwrap();
-    let images = "/var/cache/tapgate/images".into();
-    let settings = Settings { binary: daemon::binary().unwrap(), driver: Driver::Qemu, images };
+    let settings = Settings::of(Driver::Qemu).unwrap();
     let bucket = Bucket::start(&world).unwrap();
     let daemon = Daemon::start_with(&world, settings, &bucket.lines(), &Bucket::environment()).unwrap();
     let mut stage = Stage::new(&world, daemon).unwrap();

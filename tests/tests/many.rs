@@ -7,7 +7,7 @@ use tapgate_e2e::{
     World,
     api::Client,
     chaos::Chaos,
-    daemon::{self, Daemon, Driver, Settings},
+    daemon::{Daemon, Driver, Settings},
     ssh,
 };
 
@@ -16,10 +16,6 @@ const CALLERS: usize = 4;
 /// A guest's memory, and what is added for its VMM (docs/recovery.md).
 const GUEST_MIB: u64 = 256;
 const OVERHEAD_MIB: u64 = 64;
-
-fn settings(driver: Driver) -> Settings {
-    Settings { binary: daemon::binary().unwrap(), driver, images: "/var/cache/tapgate/images".into() }
-}
 
 fn body(key: &str, name: &str) -> Value {
     json!({"name": name, "public_key": key, "memory_mib": GUEST_MIB})
@@ -59,7 +55,8 @@ fn a_hundred_vms_start_side_by_side_and_the_next_is_refused() {
     const COUNT: usize = 100;
     let world = World::new().unwrap();
     let environment = [("TAPGATE_SSH_PORTS", "22000-22099"), ("TAPGATE_QUOTA_VMS", "1000")];
-    let mut daemon = Daemon::start_with(&world, settings(Driver::Netns), "", &environment).unwrap();
+    let mut daemon =
+        Daemon::start_with(&world, Settings::of(Driver::Netns).unwrap(), "", &environment).unwrap();
     let api = daemon.client().sign_up("ada").unwrap();
     let key = ssh::key(&world).unwrap();
     create(&api, &key, COUNT);
@@ -106,7 +103,7 @@ fn real_vm_as_many_as_memory_allows_and_the_next_is_refused() {
     let reserve = mib("MemTotal:") - count * each - each / 2;
     let world = World::new().unwrap();
     let lines = format!("memory_reserve_mib = {reserve}\n");
-    let mut daemon = Daemon::start_with(&world, settings(Driver::Qemu), &lines, &[]).unwrap();
+    let mut daemon = Daemon::start_with(&world, Settings::of(Driver::Qemu).unwrap(), &lines, &[]).unwrap();
     let api = daemon.client().sign_up("ada").unwrap();
     let key = ssh::key(&world).unwrap();
     let count = usize::try_from(count).unwrap();

@@ -25,8 +25,7 @@ fn serve(world: &World, config: &str) -> Done {
 }
 
 fn settings() -> Settings {
-    let images = PathBuf::from("/var/cache/tapgate/images");
-    Settings { binary: daemon::binary().unwrap(), driver: Driver::Netns, images }
+    Settings::of(Driver::Netns).unwrap()
 }
 
 /// It failed by itself, and one line says all of these words.

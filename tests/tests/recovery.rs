@@ -11,14 +11,10 @@ use std::{
 use tapgate_e2e::{
     World,
     chaos::{Chaos, Probe},
-    daemon::{self, Daemon, Driver, Settings},
+    daemon::{Daemon, Driver, Settings},
     demo::Stage,
     sh, sites,
 };
-
-fn settings(driver: Driver) -> Settings {
-    Settings { binary: daemon::binary().unwrap(), driver, images: "/var/cache/tapgate/images".into() }
-}
 
 fn number(variable: &str, default: u64) -> u64 {
     std::env::var(variable).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
@@ -30,7 +26,7 @@ fn long() -> bool {
 
 fn campaign(driver: Driver, rounds: u64) {
     let world = World::new().unwrap();
-    let mut daemon = Daemon::start(&world, settings(driver)).unwrap();
+    let mut daemon = Daemon::start(&world, Settings::of(driver).unwrap()).unwrap();
     let api = daemon.client().sign_up("ada").unwrap();
     let seed = number("TAPGATE_CHAOS_SEED", 7);
     let before = world.counters().unwrap();
@@ -125,7 +121,7 @@ fn failed_and_back(stage: &mut Stage<'_>, vm: &str, why: &str) {
 #[test]
 fn a_vmm_that_dies_or_hangs_fails_with_a_reason_and_starts_again() {
     let world = World::new().unwrap();
-    let daemon = Daemon::start(&world, settings(Driver::Netns)).unwrap();
+    let daemon = Daemon::start(&world, Settings::of(Driver::Netns).unwrap()).unwrap();
     let mut stage = Stage::new(&world, daemon).unwrap();
     stage.boot("box").unwrap();
     let vm = stage.vm().unwrap().to_owned();
@@ -159,7 +155,7 @@ fn a_vmm_that_dies_or_hangs_fails_with_a_reason_and_starts_again() {
 #[test]
 fn real_vm_guest_reboot_shutdown_crash_and_vmm_hang() {
     let world = World::new().unwrap();
-    let daemon = Daemon::start(&world, settings(Driver::Qemu)).unwrap();
+    let daemon = Daemon::start(&world, Settings::of(Driver::Qemu).unwrap()).unwrap();
     let mut stage = Stage::new(&world, daemon).unwrap();
     stage.boot("box").unwrap();
     let vm = stage.vm().unwrap().to_owned();

@@ -9,7 +9,7 @@ use std::{fs, thread, time::Duration};
 use tapgate_e2e::{
     World,
     api::Client,
-    daemon::{self, Daemon, Driver, Settings},
+    daemon::{Daemon, Driver, Settings},
     sh,
 };
 
@@ -106,8 +106,7 @@ fn list(of: Value) -> Value {
 #[test]
 fn every_example_of_the_reference_is_answered_as_it_shows() {
     let world = World::new().unwrap();
-    let images = "/var/cache/tapgate/images".into();
-    let settings = Settings { binary: daemon::binary().unwrap(), driver: Driver::Netns, images };
+    let settings = Settings::of(Driver::Netns).unwrap();
     let daemon = Daemon::start(&world, settings).unwrap();
     let client = daemon.client().sign_up("ada").unwrap();
     let mut page = Page { world: &world, client, here: Vec::new() };

@@ -11,30 +11,17 @@ use std::{
 };
 use tapgate_e2e::{
     World,
-    daemon::{self, Daemon, Driver, Settings},
+    daemon::{Daemon, Driver, Settings},
     demo::Stage,
     ssh,
+    wait::until,
 };
 
-/// How many times a state is looked at, ten times a second.
-const TRIES: usize = 1200;
-
 fn stage(world: &World) -> Stage<'_> {
-    let images = "/var/cache/tapgate/images".into();
-    let settings = Settings { binary: daemon::binary().unwrap(), driver: Driver::Qemu, images };
+    let settings = Settings::of(Driver::Qemu).unwrap();
     let mut stage = Stage::new(world, Daemon::start(world, settings).unwrap()).unwrap();
     stage.boot("parent").unwrap();
     stage
-}
-
-fn until(what: &str, mut is: impl FnMut() -> bool) {
-    for _ in 0..TRIES {
-        if is() {
-            return;
-        }
-        thread::sleep(Duration::from_millis(100));
-    }
-    panic!("never: {what}");
 }
 
 fn begin(stage: &Stage<'_>, kind: &str) -> String {

@@ -13,7 +13,7 @@ use std::{
 };
 use tapgate_e2e::{
     World,
-    daemon::{self, Daemon, Driver, Settings},
+    daemon::{Daemon, Driver, Settings},
     demo::Stage,
     ssh,
 };
@@ -85,8 +85,7 @@ fn real_vm_ten_snapshots_and_what_is_made_of_them_leave_the_reserve() {
     let world = World::new().unwrap();
     // Room for two or three copies beside what is stored of them.
     let disk = Disk::mount(world.folder().join("data"), (RESERVE >> 20) + 1500);
-    let images = "/var/cache/tapgate/images".into();
-    let settings = Settings { binary: daemon::binary().unwrap(), driver: Driver::Qemu, images };
+    let settings = Settings::of(Driver::Qemu).unwrap();
     let daemon = Daemon::start_with(&world, settings, LINES, &[]).unwrap();
     let mut stage = Stage::new(&world, daemon).unwrap();
     stage.boot("parent").unwrap();

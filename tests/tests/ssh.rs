@@ -11,7 +11,7 @@ use std::{
 };
 use tapgate_e2e::{
     World,
-    daemon::{self, Daemon, Driver, Settings},
+    daemon::{Daemon, Driver, Settings},
     net::inside,
     sh,
 };
@@ -46,11 +46,7 @@ fn from_afar(world: &World, program: &str, key: &str) -> Command {
 #[test]
 fn several_keys_files_and_forwarded_ports_work_through_the_hosts_port() {
     let world = World::new().unwrap();
-    let settings = Settings {
-        binary: daemon::binary().unwrap(),
-        driver: Driver::Netns,
-        images: "/var/cache/tapgate/images".into(),
-    };
+    let settings = Settings::of(Driver::Netns).unwrap();
     let daemon = Daemon::start(&world, settings).unwrap();
     let api = daemon.client().sign_up("ada").unwrap();
     let ((ada, ada_pub), (bob, bob_pub), (eve, _)) =
@@ -141,11 +137,7 @@ impl Drop for Script {
 #[test]
 fn no_source_takes_all_places_and_whoever_is_gone_is_looked_for() {
     let world = World::new().unwrap();
-    let settings = Settings {
-        binary: daemon::binary().unwrap(),
-        driver: Driver::Netns,
-        images: "/var/cache/tapgate/images".into(),
-    };
+    let settings = Settings::of(Driver::Netns).unwrap();
     let daemon = Daemon::start(&world, settings).unwrap();
     let api = daemon.client().sign_up("ada").unwrap();
     let vm = api.create_vm("box", &key(&world, "ada").1).unwrap();

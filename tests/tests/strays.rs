@@ -2,32 +2,19 @@
 #![expect(clippy::unwrap_used, reason = "a test's helper fails by panicking")]
 
 use serde_json::json;
-use std::{path::Path, thread, time::Duration};
+use std::path::Path;
 use tapgate_e2e::{
     World,
     daemon::{self, Daemon, Driver, Settings},
     demo::Stage,
     reaper::CGROUPS,
     sh,
+    wait::until,
 };
 
-/// How many times something is looked for, ten times a second.
-const TRIES: usize = 900;
-
 fn stage(world: &World, driver: Driver) -> Stage<'_> {
-    let images = "/var/cache/tapgate/images".into();
-    let settings = Settings { binary: daemon::binary().unwrap(), driver, images };
+    let settings = Settings::of(driver).unwrap();
     Stage::new(world, Daemon::start(world, settings).unwrap()).unwrap()
-}
-
-fn until(what: &str, mut is: impl FnMut() -> bool) {
-    for _ in 0..TRIES {
-        if is() {
-            return;
-        }
-        thread::sleep(Duration::from_millis(100));
-    }
-    panic!("never: {what}");
 }
 
 fn admin(stage: &Stage<'_>, words: &[&str]) -> String {

@@ -29,8 +29,7 @@ const WRITING: &str = "systemd-run -q --unit=writer bash -c 'n=$(tail -n1 /root/
     while sleep 0.02; do echo $((++n)) >> /root/log; sync /root/log; done'";
 
 fn stage(world: &World) -> Stage<'_> {
-    let images = "/var/cache/tapgate/images".into();
-    let settings = Settings { binary: daemon::binary().unwrap(), driver: Driver::Qemu, images };
+    let settings = Settings::of(Driver::Qemu).unwrap();
     Stage::new(world, Daemon::start(world, settings).unwrap()).unwrap()
 }
 

@@ -6,7 +6,7 @@ use aya::maps::{HashMap, Map, MapData};
 use std::{path::Path, thread, time::Duration};
 use tapgate_e2e::{
     World,
-    daemon::{self, Daemon, Driver, Settings},
+    daemon::{Daemon, Driver, Settings},
     demo::Stage,
     net, sh,
 };
@@ -37,8 +37,7 @@ fn comes_to(stage: &Stage<'_>, vm: &str, wanted: u64) {
 fn what_a_vm_tries_while_there_is_no_daemon_is_on_record() {
     const PORTS: u64 = 100;
     let world = World::new().unwrap();
-    let images = "/var/cache/tapgate/images".into();
-    let settings = Settings { binary: daemon::binary().unwrap(), driver: Driver::Netns, images };
+    let settings = Settings::of(Driver::Netns).unwrap();
     let daemon = Daemon::start(&world, settings).unwrap();
     let mut stage = Stage::new(&world, daemon).unwrap();
     stage.boot("box").unwrap();
@@ -58,8 +57,7 @@ fn what_a_vm_tries_while_there_is_no_daemon_is_on_record() {
 fn what_a_vm_tried_that_nobody_takes_up_is_on_record() {
     const PORTS: u64 = 100;
     let world = World::new().unwrap();
-    let images = "/var/cache/tapgate/images".into();
-    let settings = Settings { binary: daemon::binary().unwrap(), driver: Driver::Netns, images };
+    let settings = Settings::of(Driver::Netns).unwrap();
     let daemon = Daemon::start(&world, settings).unwrap();
     let mut stage = Stage::new(&world, daemon).unwrap();
     let rule = stage.api().rule("cidr", "203.0.113.8/32").unwrap();
@@ -98,8 +96,7 @@ fn what_a_vm_tried_that_nobody_takes_up_is_on_record() {
 fn real_vm_what_one_tried_is_on_record_while_another_is_still_looked_at() {
     const TRIES: u64 = 300;
     let world = World::new().unwrap();
-    let images = "/var/cache/tapgate/images".into();
-    let settings = Settings { binary: daemon::binary().unwrap(), driver: Driver::Qemu, images };
+    let settings = Settings::of(Driver::Qemu).unwrap();
     let daemon = Daemon::start(&world, settings).unwrap();
     let mut stage = Stage::new(&world, daemon).unwrap();
     stage.boot("hangs").unwrap();
@@ -137,8 +134,7 @@ fn a_look_that_fails_loses_nothing_and_tells_nothing_twice() {
     /// For the daemon to look and fail: it looks once a second, and so long after a failure.
     const LOOKS: Duration = Duration::from_millis(2500);
     let world = World::new().unwrap();
-    let images = "/var/cache/tapgate/images".into();
-    let settings = Settings { binary: daemon::binary().unwrap(), driver: Driver::Netns, images };
+    let settings = Settings::of(Driver::Netns).unwrap();
     let daemon = Daemon::start(&world, settings).unwrap();
     let mut stage = Stage::new(&world, daemon).unwrap();
     stage.boot("box").unwrap();

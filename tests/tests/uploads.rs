@@ -6,20 +6,17 @@ use std::{
     fs,
     path::Path,
     process::{Child, Stdio},
-    thread,
-    time::Duration,
 };
 use tapgate_e2e::{
     World,
     api::Client,
     bucket::Bucket,
-    daemon::{self, Daemon, Driver, Settings},
+    daemon::{Daemon, Driver, Settings},
     sh, ssh,
+    wait::until,
 };
 
 const ADDRESS: &str = "127.0.0.1:9300";
-/// How many times a state is looked at, ten times a second.
-const TRIES: usize = 300;
 /// Writes of S3, as far as storing and removing need them; a part waits while a file with the snapshot's ID is in the folder.
 const STORE: &str = r#"
 import http.server, os, re, socketserver, sys, time
@@ -82,16 +79,6 @@ impl Drop for Store {
     }
 }
 
-fn until(daemon: &Daemon<'_>, what: &str, is: impl Fn() -> bool) {
-    for _ in 0..TRIES {
-        if is() {
-            return;
-        }
-        thread::sleep(Duration::from_millis(100));
-    }
-    panic!("never: {what}\n{}", daemon.log());
-}
-
 fn change(daemon: &Daemon<'_>, sql: &str) {
     let script = "import sqlite3, sys; db = sqlite3.connect(sys.argv[1]); db.executescript(sys.argv[2])";
     let database = daemon.data_dir().join("tapgate.db");
@@ -124,8 +111,7 @@ fn an_account_with_much_to_store_holds_up_neither_another_nor_what_is_deleted() 
     let lines = format!(
         "snapshot_store = \"s3://far\"\ns3_endpoint = \"http://{ADDRESS}\"\ns3_region = \"us-east-1\"\n"
     );
-    let images = "/var/cache/tapgate/images".into();
-    let settings = Settings { binary: daemon::binary().unwrap(), driver: Driver::Netns, images };
+    let settings = Settings::of(Driver::Netns).unwrap();
     let mut daemon = Daemon::start_with(&world, settings, &lines, &Bucket::environment()).unwrap();
     let busy = daemon.client().sign_up("ada").unwrap();
     let other = daemon.client().sign_up("grace").unwrap();
@@ -133,7 +119,7 @@ fn an_account_with_much_to_store_holds_up_neither_another_nor_what_is_deleted() 
     let (old, dropped) = (many.pop().unwrap(), many.pop().unwrap());
     let single = snapshots(&world, &other, 1).remove(0);
     for (api, id) in many.iter().chain([&old, &dropped]).map(|id| (&busy, id)).chain([(&other, &single)]) {
-        until(&daemon, "it fails", || status(api, id) == "failed");
+        until("it fails", || status(api, id) == "failed");
     }
     daemon.kill().unwrap();
     change(
@@ -152,13 +138,13 @@ fn an_account_with_much_to_store_holds_up_neither_another_nor_what_is_deleted() 
         let log = fs::read_to_string(world.folder().join("store.log")).unwrap();
         log.lines().any(|line| line.starts_with(what) && line.contains(id))
     };
-    until(&daemon, "the first of many is on its way", || told("PUT", &many[0]));
+    until("the first of many is on its way", || told("PUT", &many[0]));
 
-    until(&daemon, "another account's is stored", || status(&other, &single) == "ready");
+    until("another account's is stored", || status(&other, &single) == "ready");
     for id in [&old, &dropped] {
         busy.delete(&format!("/v1/snapshots/{id}")).unwrap().expect(204).unwrap();
     }
-    until(&daemon, "what is deleted is removed", || told("DELETE", &old));
+    until("what is deleted is removed", || told("DELETE", &old));
     for id in &many {
         assert_eq!(status(&busy, id), "uploading", "they wait for each other all the same");
     }
@@ -168,9 +154,9 @@ fn an_account_with_much_to_store_holds_up_neither_another_nor_what_is_deleted() 
 
     fs::remove_file(slow.join(&many[0])).unwrap();
     for id in &many {
-        until(&daemon, "it is stored too", || status(&busy, id) == "ready");
+        until("it is stored too", || status(&busy, id) == "ready");
     }
-    until(&daemon, "nothing is staged any more", || {
+    until("nothing is staged any more", || {
         fs::read_dir(daemon.data_dir().join("staging")).unwrap().next().is_none()
     });
     assert!(!told("PUT", &dropped), "what is deleted need not be stored to be removed");
@@ -179,14 +165,13 @@ fn an_account_with_much_to_store_holds_up_neither_another_nor_what_is_deleted() 
 #[test]
 fn what_cannot_be_removed_holds_up_no_other() {
     let world = World::new().unwrap();
-    let images = "/var/cache/tapgate/images".into();
-    let settings = Settings { binary: daemon::binary().unwrap(), driver: Driver::Netns, images };
+    let settings = Settings::of(Driver::Netns).unwrap();
     let daemon = Daemon::start(&world, settings).unwrap();
     let api = daemon.client().sign_up("ada").unwrap();
     // More than are given up on at a time.
     let all = snapshots(&world, &api, 13);
     for id in &all {
-        until(&daemon, "it fails", || status(&api, id) == "failed");
+        until("it fails", || status(&api, id) == "failed");
     }
     // A folder is no object.
     let objects = daemon.data_dir().join("snapshots");
@@ -200,13 +185,13 @@ fn what_cannot_be_removed_holds_up_no_other() {
         daemon.log().lines().any(|line| line.contains("snapshot.collected") && line.contains(id))
     };
     for id in free {
-        until(&daemon, "the others are removed", || collected(id));
+        until("the others are removed", || collected(id));
     }
     assert!(!stuck.iter().any(collected));
 
     stuck.iter().for_each(|id| fs::remove_dir_all(objects.join(format!("{id}.qcow2.zst"))).unwrap());
     api.delete(&format!("/v1/snapshots/{last}")).unwrap().expect(204).unwrap();
     for id in stuck {
-        until(&daemon, "they are tried again", || collected(id));
+        until("they are tried again", || collected(id));
     }
 }

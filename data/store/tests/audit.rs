@@ -31,18 +31,7 @@ fn event(user: &UserId, vm: &VmId, n: i64) -> AuditEvent {
 }
 
 fn all() -> AuditFilter {
-    AuditFilter {
-        vm: None,
-        rule_allows: None,
-        passed: None,
-        mode: None,
-        host: None,
-        cidr: None,
-        protocol: None,
-        since_us: None,
-        until_us: None,
-        page: page(500),
-    }
+    AuditFilter::all(page(500))
 }
 
 #[tokio::test]

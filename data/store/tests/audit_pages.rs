@@ -101,18 +101,7 @@ fn without_oldest(all: &[Sample], vm: &VmId, mut count: usize) -> Vec<Sample> {
 }
 
 fn blank(order: Order) -> AuditFilter {
-    AuditFilter {
-        vm: None,
-        rule_allows: None,
-        passed: None,
-        mode: None,
-        host: None,
-        cidr: None,
-        protocol: None,
-        since_us: None,
-        until_us: None,
-        page: PageRequest { limit: u32::try_from(LIMIT).unwrap(), cursor: None, order },
-    }
+    AuditFilter::all(PageRequest { limit: u32::try_from(LIMIT).unwrap(), cursor: None, order })
 }
 
 /// The pages of a filter are whole, but for the last, and hold what a scan would find. At most so many pages.

@@ -53,18 +53,7 @@ async fn all(store: &Store, user: &UserId) -> Vec<AuditRecord> {
 }
 
 fn filter() -> AuditFilter {
-    AuditFilter {
-        vm: None,
-        rule_allows: None,
-        passed: None,
-        mode: None,
-        host: None,
-        cidr: None,
-        protocol: None,
-        since_us: None,
-        until_us: None,
-        page: common::page(1),
-    }
+    AuditFilter::all(common::page(1))
 }
 
 #[tokio::test]

@@ -43,18 +43,7 @@ impl Guest {
     }
 
     fn filter(&self, page: PageRequest) -> AuditFilter {
-        AuditFilter {
-            vm: Some(self.vm.clone()),
-            rule_allows: None,
-            passed: None,
-            mode: None,
-            host: None,
-            cidr: None,
-            protocol: None,
-            since_us: None,
-            until_us: None,
-            page,
-        }
+        AuditFilter { vm: Some(self.vm.clone()), ..AuditFilter::all(page) }
     }
 
     /// Exactly its newest events from one on are there, both ways, by its name and by host and range, in the order made.

@@ -11,7 +11,7 @@ use std::{
 use tapgate_e2e::{
     World,
     api::Client,
-    daemon::{self, Daemon, Driver, Settings},
+    daemon::{Daemon, Driver, Settings},
     demo::Stage,
     sites::{self, Site},
 };
@@ -57,8 +57,7 @@ pub struct Field<'world> {
 /// Makes a field, runs the attacks, and asserts that none succeeded.
 pub fn on_field(reals: &'static [Real], attacks: impl FnOnce(&mut Field<'_>)) {
     let world = World::new().unwrap();
-    let images = "/var/cache/tapgate/images".into();
-    let settings = Settings { binary: daemon::binary().unwrap(), driver: Driver::Netns, images };
+    let settings = Settings::of(Driver::Netns).unwrap();
     let daemon = Daemon::start(&world, settings).unwrap();
     let mut stage = Stage::new(&world, daemon).unwrap();
     stage.boot("box").unwrap();

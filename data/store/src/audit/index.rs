@@ -319,15 +319,10 @@ mod tests {
         assert_eq!(log.verify().await.unwrap(), Ok(u64::try_from(EVENTS).unwrap()));
         let filter = AuditFilter {
             vm: Some(vm),
-            rule_allows: None,
-            passed: None,
-            mode: None,
             host: Some("b.example".into()),
             cidr: Some("192.0.2.0/24".parse().unwrap()),
-            protocol: None,
-            since_us: None,
             until_us: Some(1_000),
-            page: PageRequest { limit: 500, cursor: None, order: Order::Desc },
+            ..AuditFilter::all(PageRequest { limit: 500, cursor: None, order: Order::Desc })
         };
         let page = log.list(&user, filter.clone()).await.unwrap();
         assert_eq!(page.items.len(), 333);

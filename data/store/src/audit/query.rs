@@ -40,6 +40,22 @@ pub struct AuditFilter {
 }
 
 impl AuditFilter {
+    /// All of an account's events; the others are narrowed from it.
+    pub const fn all(page: PageRequest) -> Self {
+        Self {
+            vm: None,
+            rule_allows: None,
+            passed: None,
+            mode: None,
+            host: None,
+            cidr: None,
+            protocol: None,
+            since_us: None,
+            until_us: None,
+            page,
+        }
+    }
+
     /// The classes that are wanted, a bit each.
     fn classes(&self) -> u64 {
         let wanted = |class: &i64| {
