@@ -132,7 +132,8 @@ impl Conn {
 
     async fn http(self, alpn: Alpn, raw: Bytes) {
         let conn = HttpConn::new(self.shared, self.entry, self.slot, self.to, None, alpn, alpn);
-        serve(conn.noted(self.note), Prefixed::new(raw, self.stream), CancellationToken::new()).await;
+        let stream = Prefixed::new(raw, self.stream);
+        Box::pin(serve(conn.noted(self.note), stream, CancellationToken::new())).await;
     }
 
     async fn bad_http(mut self, raw: Bytes) {
@@ -179,7 +180,8 @@ impl Conn {
         match &hello.name {
             // Whatever it offers: many a server speaks HTTP all the same, and would hand a value back that it was sent before.
             Some(Ok(name)) if self.opens(&decision, name).await => match http {
-                true => self.open(name.clone(), decision, &hello, raw).await,
+                // Apart, so that a connection that is only relayed has no room for it.
+                true => Box::pin(self.open(name.clone(), decision, &hello, raw)).await,
                 false => Box::pin(self.open_as_offered(name.clone(), decision, &hello, raw)).await,
             },
             Some(Ok(name)) if matches!(decision.route, Route::Name(_)) => {
@@ -201,7 +203,8 @@ impl Conn {
         match decision.route {
             Route::Name(_) => could,
             Route::Address => {
-                could && self.shared.connector.dialer.leads_to(&self.entry, name, self.to.ip()).await
+                let dialer = &self.shared.connector.dialer;
+                could && Box::pin(dialer.leads_to(&self.entry, name, self.to.ip())).await
             }
         }
     }

@@ -118,7 +118,8 @@ pub(crate) async fn farewell<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, 
     let _ = tokio::time::timeout(patience, async {
         stream.write_all(last).await?;
         stream.shutdown().await?;
-        let mut sink = [0u8; 4096];
+        // Not a part of every connection's own memory.
+        let mut sink = vec![0u8; 4096];
         let mut left = 64 * 1024usize;
         while left > 0 {
             match stream.read(&mut sink).await? {

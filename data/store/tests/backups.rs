@@ -5,6 +5,7 @@ mod common;
 
 use common::*;
 use std::os::unix::fs::PermissionsExt as _;
+use tapgate_model::policy::SecretsOverHttp;
 use tapgate_store::*;
 
 #[tokio::test]

@@ -4,7 +4,6 @@
 mod common;
 
 use common::*;
-use std::os::unix::fs::PermissionsExt as _;
 use std::sync::Arc;
 use tapgate_model::lifecycle::{Call, Refusal};
 use tapgate_model::policy::SecretsOverHttp;

@@ -48,7 +48,8 @@ impl HttpConn {
             }
             // The guest chose this address and wrote this name: a secret goes there only if they belong together.
             (None, Route::Address) => {
-                match self.shared.connector.dialer.leads_to(&self.entry, name, self.to.ip()).await {
+                let dialer = &self.shared.connector.dialer;
+                match Box::pin(dialer.leads_to(&self.entry, name, self.to.ip())).await {
                     true => Channel::Clear,
                     false => Channel::Nowhere,
                 }

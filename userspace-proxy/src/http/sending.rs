@@ -113,7 +113,7 @@ impl HttpConn {
         fresh: bool,
     ) -> Result<(Upstream, bool), UpstreamError> {
         if fresh {
-            return Ok((self.dialled(ticket, key).await?, false));
+            return Ok((Box::pin(self.dialled(ticket, key)).await?, false));
         }
         if let Some(upstream) = self.found(ticket, key).await? {
             return Ok((upstream, true));
@@ -127,14 +127,14 @@ impl HttpConn {
             }
             // Where it failed for another, all try at once: nobody waits for one patience after the other.
             if parked.failed.load(Ordering::Relaxed) == failed {
-                let dialled = self.dialled(ticket, key).await;
+                let dialled = Box::pin(self.dialled(ticket, key)).await;
                 if dialled.is_err() {
                     parked.failed.fetch_add(1, Ordering::Relaxed);
                 }
                 return Ok((dialled?, true));
             }
         }
-        let upstream = self.dialled(ticket, key).await?;
+        let upstream = Box::pin(self.dialled(ticket, key)).await?;
         let shared = matches!(upstream.sender, Sender::Http2(_));
         Ok((upstream, shared))
     }

@@ -68,14 +68,16 @@ where
         // Made where it stays: it is large, and would be copied to there.
         async move { Ok::<_, Infallible>(conn.handle(request.map(Received::Http1), interim).await) }
     });
-    let connection = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(patience)
-        .half_close(true)
-        .preserve_header_case(true)
-        .max_buf_size(window.size.of_buffer(LEAST_BUFFER))
-        .serve_connection(TokioIo::new(stream), service)
-        .with_upgrades();
+    let connection = pin!(
+        http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(patience)
+            .half_close(true)
+            .preserve_header_case(true)
+            .max_buf_size(window.size.of_buffer(LEAST_BUFFER))
+            .serve_connection(TokioIo::new(stream), service)
+            .with_upgrades()
+    );
     finish(&watched, connection, stop, |connection| connection.graceful_shutdown()).await
 }
 
@@ -92,7 +94,7 @@ where
     let conn = Arc::new(conn);
     let watched = conn.clone();
     let close = CancellationToken::new();
-    let connection = server::serve(conn, stream, window.size, close.clone());
+    let connection = pin!(server::serve(conn, stream, window.size, close.clone()));
     // Of HTTP/1 the library sees to it itself.
     let stop = async {
         tokio::select! {
@@ -106,7 +108,7 @@ where
 /// Waits for the end. A guest that reads nothing is not waited for when it is to end.
 async fn finish<C, E>(
     conn: &HttpConn,
-    connection: C,
+    mut connection: Pin<&mut C>,
     stop: impl Future<Output = ()>,
     end: impl FnOnce(Pin<&mut C>),
 ) -> Result<(), E>
@@ -114,7 +116,7 @@ where
     C: Future<Output = Result<(), E>>,
 {
     let overdue = conn.under_way.overdue(&conn.entry.live, conn.shared.config.timeouts.idle, DRAIN);
-    let (mut connection, stop, overdue) = (pin!(connection), pin!(stop), pin!(overdue));
+    let (stop, overdue) = (pin!(stop), pin!(overdue));
     tokio::select! {
         biased;
         () = overdue => return Ok(()),

@@ -35,8 +35,11 @@ impl Conn {
             Err(error) => return self.without_certificate(&error, &name, raw).await,
         };
         let ticket = self.entry.enter(self.subject(&name, &decision.route));
-        let upstream =
-            if hello.http2 { self.first_upstream(&name, decision.route.clone()).await } else { None };
+        let upstream = if hello.http2 {
+            Box::pin(self.first_upstream(&name, decision.route.clone())).await
+        } else {
+            None
+        };
         let alpn = match hello.http2_only {
             // Whatever becomes of the upstream is told in the answers; it is no fault of the handshake.
             true => Alpn::Http2,
