@@ -1,17 +1,29 @@
 //! A guest in a namespace of its own, its packets handed to the transparent listeners by nftables' tproxy.
 
 use super::{GUEST, World, config, sh};
+use std::process::{Child, Command, Stdio};
 use tapgate_ebpf_common::net::port;
 use tapgate_proxy::{Listeners, Proxy, ProxyConfig};
 
-/// A guest's namespace, removed with this value.
-pub struct Guest(String);
+/// A guest's namespace, removed with this value, or with the test's process.
+pub struct Guest {
+    name: String,
+    /// Removes it once its input ends, however that comes. In a session of its own: a test that hangs is ended with its group.
+    remover: Child,
+}
 
 impl Guest {
     /// Makes the guest, its veth, and the hand-over to the listeners in this thread's namespace.
     pub fn new(tag: &str) -> Self {
         let name = format!("tgp{}{tag}", std::process::id());
-        let guest = Self(name.clone());
+        let remover = Command::new("setsid")
+            .args(["sh", "-c", &format!("read -r _; ip netns del {name}; rm -rf /etc/netns/{name}")])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let guest = Self { name: name.clone(), remover };
         sh(&format!(
             "mkdir -p /etc/netns/{name}
              echo nameserver 169.254.77.1 > /etc/netns/{name}/resolv.conf
@@ -47,7 +59,7 @@ NFT",
 
     /// Gives the guest an IPv6 address, routed and handed over like the other.
     pub fn with_v6(self, address: std::net::Ipv6Addr) -> Self {
-        let name = &self.0;
+        let name = &self.name;
         sh(&format!(
             "ip -n {name} addr add {address}/128 dev eth0 nodad
              ip addr add fe80::1/64 dev {name} nodad
@@ -74,7 +86,7 @@ NFT",
 
     /// Runs something inside the guest.
     pub async fn run<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
-        let path = format!("/run/netns/{}", self.0);
+        let path = format!("/run/netns/{}", self.name);
         let thread = std::thread::spawn(move || {
             let namespace = std::fs::File::open(path).unwrap();
             nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
@@ -85,7 +97,8 @@ NFT",
 
     /// Runs a command inside the guest, which asks the gateway for names; gives what it printed, or what went wrong.
     pub async fn shell(&self, command: &str) -> Result<String, String> {
-        let line = format!("timeout 90 ip netns exec {} sh -ec '{}'", self.0, command.replace('\'', "'\\''"));
+        let line =
+            format!("timeout 90 ip netns exec {} sh -ec '{}'", self.name, command.replace('\'', "'\\''"));
         let done = tokio::process::Command::new("sh").args(["-c", &line]).output().await.unwrap();
         if done.status.code() == Some(124) {
             return Err(format!(
@@ -103,7 +116,8 @@ NFT",
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        sh(&format!("ip netns del {0}; rm -r /etc/netns/{0}", self.0));
+        // Ends its input, and waits.
+        let _ = self.remover.wait();
     }
 }
 
