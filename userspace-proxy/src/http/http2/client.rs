@@ -150,8 +150,9 @@ impl Sender {
             let ended = body.is_end_stream();
             let head = Request::from_parts(parts, ());
             let (answer, to) = requests.send_request(head, ended).map_err(|error| (error, None))?;
-            // Where the server takes no more at a time, this waits until it takes this one.
-            poll_fn(|cx| requests.poll_ready(cx)).await.map_err(|error| (error, None))?;
+            // Where the server takes no more at a time, this waits until it takes this one. That the connection ends meanwhile
+            // says nothing of this request, which may be on its way: its answer does.
+            let _ = poll_fn(|cx| requests.poll_ready(cx)).await;
             let rest = if ended {
                 None
             } else {
@@ -202,6 +203,7 @@ async fn heads(
 mod tests {
     use super::*;
     use crate::{http::body::full, window::Windows};
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
     #[tokio::test]
     async fn what_gave_a_request_back_is_not_open_though_its_lock_is_held() {
@@ -218,5 +220,61 @@ mod tests {
         assert!(matches!(sent.await, Err((_, Some(_)))));
         let _another_is_sending = sender.requests.lock().await;
         assert!(!sender.is_open());
+    }
+
+    fn frame(kind: u8, flags: u8, stream: u8, payload: &[u8]) -> Vec<u8> {
+        let length = u8::try_from(payload.len()).unwrap();
+        [&[0, 0, length, kind, flags, 0, 0, 0, stream], payload].concat()
+    }
+
+    /// Reads until the head of this stream.
+    async fn head_of(stream: u8, from: &mut (impl tokio::io::AsyncRead + Unpin)) {
+        loop {
+            let mut head = [0; 9];
+            from.read_exact(&mut head).await.unwrap();
+            let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
+            from.read_exact(&mut vec![0; length as usize]).await.unwrap();
+            if (head[3], head[8]) == (1, stream) {
+                return;
+            }
+        }
+    }
+
+    /// A server that lets a connection go says at first that it still takes what is on its way (RFC 9113 §6.8). A request that
+    /// waited for its turn meanwhile, and was sent, is not taken for one that the server did not look at.
+    #[tokio::test]
+    async fn a_request_that_was_sent_after_all_is_answered_though_the_server_lets_go() {
+        let (ours, mut theirs) = tokio::io::duplex(4096);
+        let (waits, waiting) = tokio::sync::oneshot::channel();
+        let (sent, first) = tokio::sync::oneshot::channel();
+        let served = tokio::spawn(async move {
+            theirs.read_exact(&mut [0; 24]).await.unwrap();
+            let one_at_a_time = [0, 3, 0, 0, 0, 1];
+            theirs.write_all(&frame(4, 0, 0, &one_at_a_time)).await.unwrap();
+            head_of(1, &mut theirs).await;
+            sent.send(()).unwrap();
+            waiting.await.unwrap();
+            let go_away = frame(7, 0, 0, &[0x7f, 0xff, 0xff, 0xff, 0, 0, 0, 0]);
+            let answer = |stream| frame(1, 5, stream, &[0x88]);
+            theirs.write_all(&[go_away, answer(1)].concat()).await.unwrap();
+            head_of(3, &mut theirs).await;
+            theirs.write_all(&answer(3)).await.unwrap();
+        });
+        let sender = begin(ours, Windows::default().take().size).await.unwrap();
+        let request = || Request::post("https://a.example/").body(full(Bytes::from_static(b"body"))).unwrap();
+        let one = tokio::spawn({
+            let (sender, request) = (sender.clone(), request());
+            async move { sender.send(request, |_, _| ()).await.map(|answer| answer.status()).ok() }
+        });
+        first.await.unwrap();
+        let other = sender.send(request(), |_, _| ());
+        let later = async {
+            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+            waits.send(()).unwrap();
+        };
+        let (answer, ()) = tokio::join!(other, later);
+        assert_eq!(answer.map_err(|(error, _)| error).unwrap().status(), StatusCode::OK);
+        assert_eq!(one.await.unwrap(), Some(StatusCode::OK));
+        served.await.unwrap();
     }
 }
