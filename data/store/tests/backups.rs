@@ -5,8 +5,22 @@ mod common;
 
 use common::*;
 use std::os::unix::fs::PermissionsExt as _;
+use std::path::PathBuf;
+use tapgate_model::UserId;
 use tapgate_model::policy::SecretsOverHttp;
 use tapgate_store::*;
+
+/// A store whose variable `E` is `now`, and `then` in its backup.
+async fn changed_since_its_backup() -> (tempfile::TempDir, UserId, PathBuf) {
+    let (folder, store) = fresh();
+    let user = user(&store, "a@example.com").await;
+    store.env_set(&user, "E", "then", 10, Expected::any()).await.unwrap();
+    let backup = folder.path().join("backup");
+    store.backup(&backup).await.unwrap();
+    store.env_set(&user, "E", "now", 10, Expected::any()).await.unwrap();
+    drop(store);
+    (folder, user, backup)
+}
 
 #[tokio::test]
 async fn a_backup_opens_and_holds_everything() {
@@ -59,13 +73,7 @@ async fn a_rotated_key_seals_everything_and_the_old_one_nothing() {
 
 #[tokio::test]
 async fn a_backup_is_put_back_and_what_was_there_is_kept() {
-    let (folder, store) = fresh();
-    let user = user(&store, "a@example.com").await;
-    store.env_set(&user, "E", "then", 10, Expected::any()).await.unwrap();
-    let backup = folder.path().join("backup");
-    store.backup(&backup).await.unwrap();
-    store.env_set(&user, "E", "now", 10, Expected::any()).await.unwrap();
-    drop(store);
+    let (folder, user, backup) = changed_since_its_backup().await;
     let db = folder.path().join("db");
     let key = || SealKey::load(&folder.path().join("seal.key")).unwrap();
     let wrong = SealKey::load_or_create(&folder.path().join("other.key")).unwrap();
@@ -114,13 +122,7 @@ async fn a_backup_is_put_back_and_what_was_there_is_kept() {
 async fn a_restore_that_was_cut_off_is_completed_by_the_next_start() {
     const FILES: [&str; 2] = ["tapgate.db", "audit.db"];
     for steps in 0..=4 {
-        let (folder, store) = fresh();
-        let user = user(&store, "a@example.com").await;
-        store.env_set(&user, "E", "then", 10, Expected::any()).await.unwrap();
-        let backup = folder.path().join("backup");
-        store.backup(&backup).await.unwrap();
-        store.env_set(&user, "E", "now", 10, Expected::any()).await.unwrap();
-        drop(store);
+        let (folder, user, backup) = changed_since_its_backup().await;
         let db = folder.path().join("db");
         let (decided, aside) = (db.join("restored-1"), db.join("before-restore-1"));
         for made in [&decided, &aside] {
